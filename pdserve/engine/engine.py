@@ -1,0 +1,67 @@
+"""The engine: sequences in, tokens out, one step at a time. Knows nothing of text, sockets, roles or transfers.
+
+A step is `schedule` then `execute`; between the two the caller knows which prompts are about to be finished.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvstore.pool import BlockPool, BlockRef
+from pdserve.engine.config import EngineConfig
+from pdserve.engine.runner import Runner
+from pdserve.engine.scheduler import Plan, Scheduler
+from pdserve.engine.sequence import Sequence, Status
+from pdserve.request import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class StepToken:
+    """One sampled token; with `finish_reason` the sequence has left the scheduler."""
+
+    sequence: Sequence
+    token_id: int
+    index: int  # among the output tokens of its sequence
+    finish_reason: FinishReason | None
+
+
+class Engine:
+    """Not thread-safe: one thread owns it, its scheduler and its pool."""
+
+    def __init__(self, config: EngineConfig, pool: BlockPool, runner: Runner) -> None:
+        self.config = config
+        self.pool = pool
+        self.scheduler = Scheduler(config, pool)
+        self.runner = runner
+
+    @property
+    def idle(self) -> bool:
+        """No sequence that a step could advance."""
+        return not self.scheduler.running and not self.scheduler.waiting
+
+    def schedule(self, now_s: float) -> Plan:
+        return self.scheduler.schedule(now_s)
+
+    def execute(self, plan: Plan, now_s: float) -> list[StepToken]:
+        """Run the plan. A sequence that ended has left and given its blocks back; one that is `prefill_only` is HANDING_OFF,
+        with all its blocks, until the caller has seen to the push and calls `finish`."""
+        sampled = self.runner.run(plan)
+        ready = [chunk.sequence for chunk in plan.chunks if chunk.last]
+        self.scheduler.commit(plan)
+        tokens: list[StepToken] = []
+        for sequence, token_id in zip(ready, sampled, strict=True):
+            sequence.token_ids.append(token_id)
+            reason = sequence.finish_reason(self.config.max_model_len)
+            tokens.append(StepToken(sequence, token_id, sequence.num_output_tokens - 1, reason))
+            if sequence.prefill_only:
+                self.scheduler.hand_off(sequence, now_s + self.config.handoff_s)
+            elif reason is not None:
+                self.scheduler.finish(sequence)
+        return tokens
+
+    def finish(self, sequence: Sequence) -> list[BlockRef]:
+        """Take a sequence out and give its blocks back, whatever it was doing. Idempotent.
+
+        Returns blocks that went into quarantine, because a peer may still write to them.
+        """
+        return self.scheduler.finish(sequence) if sequence.status is not Status.FINISHED else []

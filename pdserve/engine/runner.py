@@ -1,0 +1,74 @@
+"""Turns a plan into tensors, runs the model, and gives back one sampled token per finished chunk."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pdserve.engine.sampler import SamplingRow, sample
+from pdserve.engine.scheduler import Chunk, Plan
+from pdserve.kernels.base import Batch
+
+
+class Model(Protocol):
+    """What the runner needs of a model; `pdserve.models.decoder` has the real one."""
+
+    def forward(self, token_ids: Tensor, batch: Batch, pool: Tensor) -> Tensor:
+        """token_ids [T] -> hidden states [T, H]; appends the tokens' KV to the pool."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, H] -> float32 [R, vocab]."""
+        ...
+
+
+class Runner:
+    """Owns the KV pool's memory: `pool` is `[num_blocks, kv_heads, layers, 2, block_size, head_dim]`."""
+
+    def __init__(self, model: Model, pool: Tensor) -> None:
+        self._model = model
+        self.pool = pool
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> list[int]:
+        """Compute the plan's chunks; returns the next token of each chunk that is its sequence's last, in plan order."""
+        token_ids, batch = build_batch(plan.chunks)
+        hidden = self._model.forward(token_ids, batch, self.pool)
+        last_rows = [int(end) - 1 for chunk, end in zip(plan.chunks, batch.query_start[1:], strict=True) if chunk.last]
+        if not last_rows:
+            return []
+        if len(last_rows) < hidden.shape[0]:
+            hidden = hidden[torch.tensor(last_rows)]
+        rows = [SamplingRow(c.sequence.sampling, c.sequence.num_output_tokens) for c in plan.chunks if c.last]
+        return sample(self._model.logits(hidden), rows)
+
+
+def build_batch(chunks: tuple[Chunk, ...]) -> tuple[Tensor, Batch]:
+    """Tokens of all chunks end to end, int64 [T], and where each of them stands."""
+    num_tokens = sum(chunk.num_tokens for chunk in chunks)
+    token_ids = array("q")
+    positions = np.empty(num_tokens, np.int32)
+    query_start = np.zeros(len(chunks) + 1, np.int32)
+    context_len = np.empty(len(chunks), np.int32)
+    block_tables = np.zeros((len(chunks), max(len(chunk.sequence.block_ids) for chunk in chunks)), np.int32)
+    row = 0
+    for i, chunk in enumerate(chunks):
+        start, end = chunk.sequence.num_computed, chunk.sequence.num_computed + chunk.num_tokens
+        token_ids.extend(chunk.sequence.token_ids[start:end])
+        positions[row : row + chunk.num_tokens] = np.arange(start, end, dtype=np.int32)
+        row += chunk.num_tokens
+        query_start[i + 1] = row
+        context_len[i] = end
+        block_tables[i, : len(chunk.sequence.block_ids)] = chunk.sequence.block_ids
+    batch = Batch(
+        positions=torch.from_numpy(positions),
+        query_start=torch.from_numpy(query_start),
+        context_len=torch.from_numpy(context_len),
+        block_tables=torch.from_numpy(block_tables),
+        max_query_len=max(chunk.num_tokens for chunk in chunks),
+    )
+    return torch.frombuffer(token_ids, dtype=torch.int64), batch

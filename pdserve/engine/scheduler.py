@@ -1,0 +1,219 @@
+"""What the next step computes. Pure: works on sequences and the pool, imports no torch, asks no clock.
+
+A step has a token budget. Running sequences that decode come first (one token each), then prompts that are partly
+computed, then waiting ones in order of arrival; the last prompt to fit is cut to what is left of the budget (a chunk).
+A decode that finds no block preempts the youngest sequence, which starts over later from whatever is still cached.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from kvstore.errors import NoRoom
+from kvstore.pool import BlockPool, BlockRef, HoldKind
+from pdserve.engine.config import EngineConfig
+from pdserve.engine.sequence import Sequence, Status
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Compute `num_tokens` tokens of the sequence, from `sequence.num_computed` on."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def last(self) -> bool:
+        """After it every token has its KV, and the next one is sampled."""
+        return self.num_tokens == self.sequence.num_uncomputed
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+class Scheduler:
+    """Owns the queues; the pool owns the blocks, under the sequence's name."""
+
+    def __init__(self, config: EngineConfig, pool: BlockPool) -> None:
+        self._config = config
+        self._pool = pool
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of admission
+        self.arriving: dict[str, Sequence] = {}
+        self.num_preempted = 0
+
+    # --- coming and going --------------------------------------------------------------------------------------------
+
+    @property
+    def full(self) -> bool:
+        return len(self.waiting) >= self._config.max_waiting
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def reserve(self, sequence: Sequence, now_s: float, deadline_s: float) -> int:
+        """Take the blocks that an arriving sequence needs: cached ones first, the rest to be received.
+
+        Returns the number of leading blocks already here. Raises NoRoom when the sequence, or the growth of those that
+        run, does not fit now; nothing is taken then.
+        """
+        pool = self._pool
+        if len(self.running) + len(self.arriving) >= self._config.max_sequences:
+            raise NoRoom(f"{self._config.max_sequences} sequences are running")
+        needed = -(-len(sequence) // self._config.block_size)
+        pool.open(sequence.name, HoldKind.RECEIVE, now_s, deadline_s)
+        sequence.add_blocks(pool.acquire(sequence.name, sequence.full_block_keys()))
+        held = len(sequence.blocks)
+        growth = len(self.running) + len(self.arriving) + 1
+        if pool.num_available < needed - held + growth and self.busy:
+            self._take_back(sequence)
+            raise NoRoom(f"{needed - held} blocks wanted beside room to grow, {pool.num_available} available")
+        try:
+            sequence.add_blocks(pool.allocate(sequence.name, needed - held))
+        except NoRoom:
+            self._take_back(sequence)
+            raise
+        sequence.status = Status.ARRIVING
+        sequence.num_committed = held
+        self.arriving[sequence.name] = sequence
+        return held
+
+    def arrived(self, sequence: Sequence, token_ids: list[int]) -> None:
+        """All blocks of an arriving sequence are verified; it goes on with the tokens sampled elsewhere."""
+        del self.arriving[sequence.name]
+        self._pool.keep(sequence.name)
+        sequence.num_computed = len(sequence)
+        self._commit_full_blocks(sequence)
+        sequence.token_ids.extend(token_ids)
+        sequence.status = Status.RUNNING
+        self.running.append(sequence)
+
+    def hand_off(self, sequence: Sequence, deadline_s: float) -> None:
+        """Its prompt is computed: out of the queues, while its blocks stay held for the push until `finish`."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+        sequence.status = Status.HANDING_OFF
+        self._pool.lend(sequence.name, deadline_s)
+
+    def finish(self, sequence: Sequence) -> list[BlockRef]:
+        """Take the sequence out, whatever it was doing, and give its blocks back; returns those now in quarantine."""
+        if sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        elif sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+        elif sequence.status is Status.ARRIVING:
+            self.arriving.pop(sequence.name, None)
+        sequence.status = Status.FINISHED
+        return self._pool.release(sequence.name)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.running or self.arriving)
+
+    # --- one step ----------------------------------------------------------------------------------------------------
+
+    def schedule(self, now_s: float) -> Plan:
+        """Choose the chunks of the next step and take the blocks they write to."""
+        chunks: list[Chunk] = []
+        budget = self._config.max_batched_tokens
+        for sequence in list(self.running):
+            if sequence.decoding and sequence.status is Status.RUNNING and self._grow(sequence, 1, preempt=True):
+                chunks.append(Chunk(sequence, 1))
+                budget -= 1
+        # A preemption above may have hit a sequence that had been given its chunk already.
+        chunks = [chunk for chunk in chunks if chunk.sequence.status is Status.RUNNING]
+        for sequence in list(self.running):
+            if budget > 0 and sequence.status is Status.RUNNING and not sequence.decoding:
+                budget -= self._add_chunk(chunks, sequence, budget)
+        while budget > 0 and self.waiting and len(self.running) + len(self.arriving) < self._config.max_sequences:
+            sequence = self.waiting[0]
+            if not self._admit(sequence, now_s):
+                break
+            taken = self._add_chunk(chunks, sequence, budget)
+            budget -= taken
+            if taken == 0:
+                break
+        for chunk in chunks:
+            if chunk.sequence.scheduled_s is None:
+                chunk.sequence.scheduled_s = now_s
+        return Plan(tuple(chunks))
+
+    def commit(self, plan: Plan) -> None:
+        """The chunks are computed: advance, and make full blocks visible."""
+        for chunk in plan.chunks:
+            chunk.sequence.num_computed += chunk.num_tokens
+            self._commit_full_blocks(chunk.sequence)
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
+        """Add as much of the sequence as budget and room allow; returns the tokens taken."""
+        # Others that run need room to decode on: a prompt may not take the last blocks from them.
+        spare = self._pool.num_available - sum(1 for other in self.running if other.decoding)
+        room = (len(sequence.blocks) + max(spare, 0)) * self._config.block_size - sequence.num_computed
+        # If nobody else moves in this step, this one must, or half-computed prompts could starve each other for ever.
+        alone = not chunks
+        num_tokens = min(sequence.num_uncomputed, budget, max(room, 1) if alone else room)
+        if num_tokens <= 0 or not self._grow(sequence, num_tokens, preempt=alone):
+            return 0
+        chunks.append(Chunk(sequence, num_tokens))
+        return num_tokens
+
+    def _admit(self, sequence: Sequence, now_s: float) -> bool:
+        """Move a waiting sequence to running, with the prefix it finds; False if there is no room for a first chunk."""
+        keys = sequence.full_block_keys()
+        # The last token is always computed: its logits are what the next one is sampled from.
+        usable = keys[: (len(sequence) - 1) // self._config.block_size]
+        held = self._pool.match(usable)
+        if self._pool.num_available - held < 1 + len(self.running) and self.busy:
+            return False
+        self._pool.open(sequence.name, HoldKind.COMPUTE, now_s)
+        sequence.add_blocks(self._pool.acquire(sequence.name, usable))
+        sequence.num_computed = len(sequence.blocks) * self._config.block_size
+        sequence.num_committed = len(sequence.blocks)
+        if sequence.scheduled_s is None:
+            sequence.cached_tokens = min(sequence.num_computed, sequence.num_prompt_tokens)
+        self.waiting.popleft()
+        sequence.status = Status.RUNNING
+        self.running.append(sequence)
+        return True
+
+    def _grow(self, sequence: Sequence, num_tokens: int, *, preempt: bool) -> bool:
+        """Give the sequence blocks for `num_tokens` more tokens, at the cost of younger ones if allowed."""
+        needed = -(-(sequence.num_computed + num_tokens) // self._config.block_size) - len(sequence.blocks)
+        while needed > self._pool.num_available:
+            victim = self.running[-1]
+            if not preempt or victim is sequence:
+                if preempt and len(self.running) > 1:
+                    self._preempt(sequence)
+                return False
+            self._preempt(victim)
+        if needed > 0:
+            sequence.add_blocks(self._pool.allocate(sequence.name, needed))
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._take_back(sequence)
+        sequence.status = Status.WAITING
+        self.waiting.appendleft(sequence)
+        self.num_preempted += 1
+
+    def _take_back(self, sequence: Sequence) -> None:
+        self._pool.release(sequence.name)
+        sequence.drop_blocks()
+
+    def _commit_full_blocks(self, sequence: Sequence) -> None:
+        full = sequence.num_computed // self._config.block_size
+        if full > sequence.num_committed:
+            keys = sequence.full_block_keys()
+            for i in range(sequence.num_committed, full):
+                self._pool.commit(sequence.blocks[i], keys[i])
+            sequence.num_committed = full

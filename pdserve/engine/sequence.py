@@ -1,0 +1,96 @@
+"""A sequence: the engine's state of one request."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from enum import Enum
+
+from kvstore.keys import BlockKey, block_keys
+from kvstore.pool import BlockRef
+from pdserve.request import FinishReason, SamplingParams
+
+
+class Status(Enum):
+    """
+    WAITING ── admit ──> RUNNING ── last token ──────────────────────────> FINISHED
+       ^                  │   └─── prefill_only: its token ──> HANDING_OFF ──> FINISHED
+       └──── preempt ─────┘            abort, from anywhere ─────────────> FINISHED
+
+    ARRIVING (its blocks land from a prefill worker) ── committed ──> RUNNING
+    """
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    ARRIVING = "arriving"
+    HANDING_OFF = "handing off"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens so far, and how many of them have their KV in the pool.
+
+    Position:  0 ........ num_computed ........ len(token_ids)
+               KV in `blocks`    to compute
+    """
+
+    name: str  # request id and attempt: the owner of its blocks
+    token_ids: array[int]  # prompt and output
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    root_key: BlockKey
+    block_size: int
+    arrived_s: float
+    prefill_only: bool = False  # ends after the next token, whose KV another worker will compute
+    status: Status = Status.WAITING
+    num_computed: int = 0
+    cached_tokens: int = 0  # prompt tokens found in the pool at the first admission
+    scheduled_s: float | None = None  # first time in a step
+    blocks: list[BlockRef] = field(default_factory=list)
+    block_ids: array[int] = field(default_factory=lambda: array("i"))
+    keys: list[BlockKey] = field(default_factory=list)  # of the leading full blocks of token_ids
+    num_committed: int = 0  # leading blocks that were offered to the prefix cache
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def decoding(self) -> bool:
+        """Only the newest token is left to compute."""
+        return self.num_uncomputed == 1 and self.num_output_tokens > 0
+
+    def full_block_keys(self) -> list[BlockKey]:
+        """Keys of all full blocks of the tokens so far; extends those already derived."""
+        done = len(self.keys)
+        if (len(self.token_ids) // self.block_size) > done:
+            parent = self.keys[-1] if self.keys else self.root_key
+            tail = self.token_ids[done * self.block_size :]
+            self.keys.extend(block_keys(parent, tail, self.block_size))
+        return self.keys
+
+    def add_blocks(self, refs: list[BlockRef]) -> None:
+        self.blocks.extend(refs)
+        self.block_ids.extend(ref.block_id for ref in refs)
+
+    def drop_blocks(self) -> None:
+        """Forget the KV: the pool has taken the blocks back."""
+        self.blocks.clear()
+        del self.block_ids[:]
+        self.num_computed = self.num_committed = 0
+
+    def finish_reason(self, max_model_len: int) -> FinishReason | None:
+        """Whether the newest output token ended the sequence, and why."""
+        if self.num_output_tokens >= self.sampling.min_tokens and self.token_ids[-1] in self.sampling.stop_token_ids:
+            return FinishReason.STOP
+        if self.num_output_tokens >= self.sampling.max_tokens or len(self.token_ids) >= max_model_len:
+            return FinishReason.LENGTH
+        return None

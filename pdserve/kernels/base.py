@@ -1,0 +1,60 @@
+"""The kernel seam: the few operations that a model calls per layer, and the batch they work on.
+
+Implementations: `reference` (plain torch, the truth), `native` (a C library built once per machine). One test suite runs
+over all of them. Matrix products are not here: they are torch's.
+
+The KV pool is one tensor `[num_blocks, kv_heads, layers, 2, block_size, head_dim]` (kvstore.layout); index 2 is k, v.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The tokens of one step, all sequences laid end to end; int32, contiguous, on the pool's device.
+
+    Sequence s owns rows query_start[s] .. query_start[s+1]-1, which are the last tokens of its context: the row of offset
+    i stands at position context_len[s] - query_len + i and may attend to positions up to its own.
+    """
+
+    positions: Tensor  # [tokens]
+    query_start: Tensor  # [sequences + 1]
+    context_len: Tensor  # [sequences], tokens in the cache once this step has appended
+    block_tables: Tensor  # [sequences, max_blocks]; entries past the context are never read
+    max_query_len: int
+
+
+class Kernels(Protocol):
+    """What a model needs beside matrix products. `tokens` is T, `Hq`/`Hkv` are heads, `D` is head_dim."""
+
+    name: str
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [..., H] -> a new tensor of the same shape; the mean is taken in float32."""
+        ...
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """residual += x in place, then the norm of residual as a new tensor; both [T, H]."""
+        ...
+
+    def rope_append(self, qkv: Tensor, cos_sin: Tensor, batch: Batch, pool: Tensor, layer: int, num_heads: int) -> None:
+        """Rotate q and k of qkv [T, (Hq + 2 Hkv) * D] in place (half-split, as Llama), then write k and v to the pool.
+
+        cos_sin [max_position, D] float32: cos of D/2 frequencies, then sin.
+        """
+        ...
+
+    def attention(
+        self, qkv: Tensor, batch: Batch, pool: Tensor, layer: int, num_heads: int, scale: float
+    ) -> Tensor:
+        """Causal attention of the rotated q in qkv over the pool -> [T, Hq * D]."""
+        ...
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        """x [T, 2 I], gate first -> silu(gate) * up, [T, I]."""
+        ...

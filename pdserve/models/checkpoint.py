@@ -1,0 +1,79 @@
+"""Reading the safetensors files of a model folder; every way they can be wrong becomes one sentence."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pdserve.errors import ConfigError
+
+_SUPPORTED_DTYPES = ("BF16", "F16", "F32")
+
+
+class Checkpoint:
+    """The tensors of one or several safetensors files, read one at a time. Use as a context manager.
+
+    Raises:
+        ConfigError: on entering, a file is missing, truncated or corrupt.
+    """
+
+    def __init__(self, files: tuple[Path, ...]) -> None:
+        self._paths = files
+        self._files: dict[str, tuple[Path, Any]] = {}  # by tensor name
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Checkpoint:
+        with ExitStack() as stack:
+            for path in self._paths:
+                try:
+                    file = stack.enter_context(safe_open(path, framework="pt"))
+                except (SafetensorError, OSError) as error:
+                    raise ConfigError(f"{path} is truncated or not a safetensors file: {error}.") from error
+                self._files.update(dict.fromkeys(file.keys(), (path, file)))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Look at the header only.
+
+        Raises:
+            ConfigError: there is no such tensor, or it has another shape or an unsupported dtype.
+        """
+        path, file = self._find(name)
+        entry = file.get_slice(name)
+        if tuple(entry.get_shape()) != shape:
+            raise ConfigError(f"{path}: {name} has shape {entry.get_shape()}, the config makes it {list(shape)}.")
+        if entry.get_dtype() not in _SUPPORTED_DTYPES:
+            raise ConfigError(
+                f"{path}: {name} is stored as {entry.get_dtype()}; supported: {', '.join(_SUPPORTED_DTYPES)}."
+            )
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as stored.
+
+        Raises:
+            ConfigError: it is missing or cannot be read.
+        """
+        path, file = self._find(name)
+        try:
+            tensor: Tensor = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path}: {name} cannot be read: {error}.") from error
+        return tensor
+
+    def _find(self, name: str) -> tuple[Path, Any]:
+        found = self._files.get(name)
+        if found is None:
+            where = self._paths[0] if len(self._paths) == 1 else self._paths[0].parent
+            raise ConfigError(f"{where} lacks the tensor {name}, which the config asks for.")
+        return found

@@ -1,0 +1,196 @@
+"""The weights as the decoder uses them: projections fused, in the serving dtype, mapped and shared.
+
+A Hugging Face folder is packed once per machine into the cache; every worker maps that file. The packed file records
+what it was made from (path, size and time of each source file, and the config), and is made again when that changes or
+when its own bytes are damaged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from kvstore.layout import KvDtype
+from pdserve.errors import ConfigError
+from pdserve.models.checkpoint import Checkpoint
+from pdserve.models.config import ModelConfig
+from pdserve.models.folder import weight_files
+from pdserve.models.packed import Damaged, Packed, Shape, map_packed, tensor_bytes, write_packed
+
+TORCH_DTYPES: dict[KvDtype, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+PACK_TIMEOUT_S = 1800.0
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer; H hidden, I intermediate, Q = num_heads * head_dim, K = num_kv_heads * head_dim."""
+
+    attention_norm: Tensor  # [H]
+    qkv: Tensor  # [Q + 2 K, H], rows of q, then k, then v
+    qkv_bias: Tensor | None  # [Q + 2 K]
+    output: Tensor  # [H, Q]
+    output_bias: Tensor | None  # [H]
+    mlp_norm: Tensor  # [H]
+    gate_up: Tensor  # [2 I, H], rows of gate, then up
+    gate_up_bias: Tensor | None  # [2 I]
+    down: Tensor  # [H, I]
+    down_bias: Tensor | None  # [H]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    identity: str  # hex; equal only for equal tensors under an equal config
+    embedding: Tensor  # [vocab, H]
+    layers: tuple[LayerWeights, ...]
+    final_norm: Tensor  # [H]
+    head: Tensor  # [vocab, H]; the embedding itself where the config ties them
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A packed tensor: the source tensors whose rows are laid one after the other, with the rows of each."""
+
+    name: str
+    sources: tuple[str, ...]
+    rows: tuple[int, ...]
+    columns: int | None  # None for a vector
+
+    @property
+    def shape(self) -> Shape:
+        return (sum(self.rows),) if self.columns is None else (sum(self.rows), self.columns)
+
+    def source_shape(self, index: int) -> Shape:
+        return (self.rows[index],) if self.columns is None else (self.rows[index], self.columns)
+
+
+def open_weights(folder: Path, config: ModelConfig, dtype: KvDtype, cache_dir: Path) -> Weights:
+    """Map the packed weights of `folder`, packing them first where that has not been done.
+
+    Raises:
+        ConfigError: a weight file is missing, truncated or corrupt; a tensor is missing or has another shape or an
+            unsupported dtype; the cache cannot be written.
+    """
+    files = weight_files(folder)
+    name = sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    path = cache_dir / "weights" / f"{name}-{dtype}.safetensors"
+    try:
+        packed = _ensure_packed(path, files, config, TORCH_DTYPES[dtype])
+    except Timeout as error:
+        raise ConfigError(f"Another process has held the lock of {path} for {PACK_TIMEOUT_S:.0f} s.") from error
+    except Damaged as error:
+        raise ConfigError(f"The packed weights changed as they were written: {error}; check the disk.") from error
+    except OSError as error:
+        raise ConfigError(f"The packed weights cannot be kept in {path.parent}: {error.strerror}.") from error
+    return _assemble(config, packed.tensors, packed.metadata["identity"])
+
+
+def random_weights(config: ModelConfig, dtype: KvDtype, seed: int) -> Weights:
+    """Weights of a plausible scale for tests and dry runs: equal seeds give equal weights."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for part in _parts(config):
+        scale = 1.0 if part.columns is None else part.columns**-0.5
+        tensors[part.name] = (torch.randn(part.shape, generator=generator) * scale).to(TORCH_DTYPES[dtype])
+        if part.name.endswith("norm"):
+            tensors[part.name].fill_(1.0)
+    identity = sha256(f"random {seed} {dtype} {_config_stamp(config)}".encode()).hexdigest()
+    return _assemble(config, tensors, identity)
+
+
+def _parts(config: ModelConfig) -> list[_Part]:
+    """The packed tensors in file order, which is the order of use."""
+    hidden, q, kv, inner = config.hidden_size, config.q_size, config.kv_size, config.intermediate_size
+    parts = [_Part("embedding", ("model.embed_tokens.weight",), (config.vocab_size,), hidden)]
+    for i in range(config.num_layers):
+        attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+        projections = (
+            ("qkv", tuple(f"{attention}.{x}_proj" for x in "qkv"), (q, kv, kv), hidden, config.attention_bias),
+            ("output", (f"{attention}.o_proj",), (hidden,), q, config.attention_bias),
+            ("gate_up", (f"{mlp}.gate_proj", f"{mlp}.up_proj"), (inner, inner), hidden, config.mlp_bias),
+            ("down", (f"{mlp}.down_proj",), (hidden,), inner, config.mlp_bias),
+        )
+        for name, sources, rows, columns, bias in projections:
+            parts.append(_Part(f"layers.{i}.{name}", tuple(f"{s}.weight" for s in sources), rows, columns))
+            if bias:
+                parts.append(_Part(f"layers.{i}.{name}_bias", tuple(f"{s}.bias" for s in sources), rows, None))
+        for name, source in (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")):
+            parts.append(_Part(f"layers.{i}.{name}", (f"model.layers.{i}.{source}.weight",), (hidden,), None))
+    parts.append(_Part("final_norm", ("model.norm.weight",), (hidden,), None))
+    if not config.tie_word_embeddings:
+        parts.append(_Part("head", ("lm_head.weight",), (config.vocab_size,), hidden))
+    return parts
+
+
+def _ensure_packed(path: Path, files: tuple[Path, ...], config: ModelConfig, dtype: torch.dtype) -> Packed:
+    source = _source_stamp(files, config)
+    packed = _map_current(path, source)
+    if packed is not None:
+        return packed
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock"), timeout=PACK_TIMEOUT_S):
+        packed = _map_current(path, source)  # another process may have packed meanwhile
+        if packed is not None:
+            return packed
+        _pack(path, files, config, dtype, source)
+        return map_packed(path)
+
+
+def _pack(path: Path, files: tuple[Path, ...], config: ModelConfig, dtype: torch.dtype, source: str) -> None:
+    parts = _parts(config)
+    digest = sha256(_config_stamp(config).encode())
+
+    def fused() -> Iterator[Tensor]:
+        for part in parts:
+            pieces = [checkpoint.read(name).to(dtype) for name in part.sources]
+            tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0].contiguous()
+            digest.update(f"{part.name} {dtype} {tensor.shape}".encode())
+            digest.update(tensor_bytes(tensor))
+            yield tensor
+
+    with Checkpoint(files) as checkpoint:
+        for part in parts:
+            for i, name in enumerate(part.sources):
+                checkpoint.check(name, part.source_shape(i))
+        shapes = {part.name: part.shape for part in parts}
+        write_packed(path, shapes, dtype, fused(), lambda: {"source": source, "identity": digest.hexdigest()})
+
+
+def _map_current(path: Path, source: str) -> Packed | None:
+    """The packed file, or None where there is none, it is damaged, or it was made from something else."""
+    try:
+        packed = map_packed(path)
+    except (FileNotFoundError, Damaged):
+        return None
+    return packed if packed.metadata.get("source") == source else None
+
+
+def _assemble(config: ModelConfig, tensors: dict[str, Tensor], identity: str) -> Weights:
+    fields = LayerWeights.__dataclass_fields__
+    layers = tuple(
+        LayerWeights(**{field: tensors.get(f"layers.{i}.{field}") for field in fields})  # type: ignore[arg-type]
+        for i in range(config.num_layers)
+    )
+    embedding = tensors["embedding"]
+    return Weights(identity, embedding, layers, tensors["final_norm"], tensors.get("head", embedding))
+
+
+def _source_stamp(files: tuple[Path, ...], config: ModelConfig) -> str:
+    stats = [(str(file.resolve()), file.stat()) for file in files]
+    listed = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return json.dumps([_FORMAT, listed, _config_stamp(config)])
+
+
+def _config_stamp(config: ModelConfig) -> str:
+    """The numbers that shape the KV; which tokens end a text is not among them."""
+    numbers = asdict(config)
+    for name in ("bos_token_id", "eos_token_ids", "max_position_embeddings"):
+        del numbers[name]
+    return json.dumps(numbers, sort_keys=True)

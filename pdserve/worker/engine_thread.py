@@ -1,0 +1,221 @@
+"""The engine's thread: runs commands between steps, and steps while there is work.
+
+Everything that touches the pool or the scheduler happens here, as a function posted from outside. Results go back to the
+asyncio loop, one call per step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from kvstore.pool import PoolEvents
+from pdserve.engine.engine import Engine, StepToken
+from pdserve.engine.scheduler import Plan
+from pdserve.engine.sequence import Sequence
+
+T = TypeVar("T")
+Command = Callable[[Engine, float], None]
+
+log = logging.getLogger(__name__)
+
+_EMPTY_PLAN_WAIT_S = 0.25  # blocks are all in transit: only a command can help, but look at deadlines now and then
+_MAX_FAILED_STEPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """Blocks of a sequence to be handed over whose KV is complete, in order of position, counted from its first block."""
+
+    sequence: Sequence
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    waiting_sequences: int
+    running_sequences: int
+    waiting_tokens: int  # of prompts, not yet computed
+    context_tokens: int  # read by a decode step
+    available_blocks: int
+    preempted: int  # since start
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one step, or commands between steps, changed."""
+
+    tokens: tuple[StepToken, ...]
+    computed: tuple[Computed, ...]  # prompts now complete, to be handed over
+    failed: tuple[Sequence, ...]  # a bug of ours: their step raised
+    events: PoolEvents
+    load: Load
+    num_tokens: int  # computed in the step; 0 if there was none
+    step_s: float
+
+
+class Listener(Protocol):
+    """Called on the asyncio loop, in order."""
+
+    def on_last_chunks(self, computed: list[Computed]) -> None:
+        """The last chunk of these prompts is about to be computed; the blocks before it are ready."""
+        ...
+
+    def on_step(self, report: StepReport) -> None: ...
+
+
+class EngineThread:
+    """`post` and `ask` may be called from any thread; `ask` from the loop only."""
+
+    def __init__(self, engine: Engine, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
+        self._engine = engine
+        self._listener = listener
+        self._loop = loop
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._step_began_s: float | None = None
+        self._failed_steps = 0
+        self.died = asyncio.Event()
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """Ends after the step in progress."""
+        self._commands.put(None)
+        self._thread.join(timeout_s)
+
+    def post(self, command: Command) -> None:
+        """Run `command(engine, now_s)` before the next step."""
+        self._commands.put(command)
+
+    def ask(self, question: Callable[[Engine, float], T]) -> asyncio.Future[T]:
+        """Like `post`, with the result or the exception as a future."""
+        future: asyncio.Future[T] = self._loop.create_future()
+
+        def settle(result: T | None, error: Exception | None) -> None:
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)  # type: ignore[arg-type]
+
+        def command(engine: Engine, now_s: float) -> None:
+            try:
+                result = question(engine, now_s)
+            except Exception as error:
+                self._call(settle, None, error)
+            else:
+                self._call(settle, result, None)
+
+        self._commands.put(command)
+        return future
+
+    def stalled_s(self, now_s: float) -> float:
+        """How long the step in progress has been running; 0 between steps."""
+        began = self._step_began_s
+        return 0.0 if began is None else now_s - began
+
+    # --- on the thread -----------------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            self._run()
+        except Exception:
+            log.critical("the engine thread died", exc_info=True)
+        finally:
+            self._call(self.died.set)
+
+    def _run(self) -> None:
+        stuck = False
+        while True:
+            ran = self._run_commands(wait_s=None if self._engine.idle else _EMPTY_PLAN_WAIT_S if stuck else 0.0)
+            if ran is None:
+                return
+            plan = self._engine.schedule(time.monotonic())
+            stuck = not plan.chunks
+            if plan.chunks:
+                self._step(plan)
+            elif ran:
+                self._report((), (), (), 0, 0.0)
+
+    def _run_commands(self, wait_s: float | None) -> int | None:
+        """Run all commands there are, waiting for a first one at most `wait_s`; None means stop."""
+        ran = 0
+        try:
+            command = self._commands.get(wait_s != 0.0, wait_s or None)
+            while True:
+                if command is None:
+                    return None
+                command(self._engine, time.monotonic())
+                ran += 1
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            return ran
+
+    def _step(self, plan: Plan) -> None:
+        block_size = self._engine.config.block_size
+        last = [
+            Computed(c.sequence, tuple(c.sequence.block_ids[: c.sequence.num_computed // block_size]))
+            for c in plan.chunks
+            if c.last and c.sequence.prefill_only
+        ]
+        if last:
+            self._call(self._listener.on_last_chunks, last)
+        self._step_began_s = began_s = time.monotonic()
+        try:
+            tokens = self._engine.execute(plan, began_s)
+        except Exception:
+            log.exception("a step failed; its %d sequences end with an error", len(plan.chunks))
+            failed = tuple(chunk.sequence for chunk in plan.chunks)
+            for sequence in failed:
+                self._engine.finish(sequence)
+            self._failed_steps += 1
+            if self._failed_steps >= _MAX_FAILED_STEPS:
+                raise
+            self._report((), (), failed, 0, 0.0)
+            return
+        finally:
+            self._step_began_s = None
+        self._failed_steps = 0
+        computed = tuple(
+            Computed(token.sequence, tuple(token.sequence.block_ids)) for token in tokens if token.sequence.prefill_only
+        )
+        self._report(tuple(tokens), computed, (), plan.num_tokens, time.monotonic() - began_s)
+
+    def _report(
+        self,
+        tokens: tuple[StepToken, ...],
+        computed: tuple[Computed, ...],
+        failed: tuple[Sequence, ...],
+        num_tokens: int,
+        step_s: float,
+    ) -> None:
+        events = self._engine.pool.drain_events()
+        self._call(
+            self._listener.on_step, StepReport(tokens, computed, failed, events, self._load(), num_tokens, step_s)
+        )
+
+    def _load(self) -> Load:
+        scheduler = self._engine.scheduler
+        prompts = [*scheduler.waiting, *(s for s in scheduler.running if not s.decoding)]
+        return Load(
+            waiting_sequences=len(scheduler.waiting),
+            running_sequences=len(scheduler.running) + len(scheduler.arriving),
+            waiting_tokens=sum(s.num_uncomputed for s in prompts),
+            context_tokens=sum(s.num_computed for s in scheduler.running if s.decoding),
+            available_blocks=self._engine.pool.num_available,
+            preempted=scheduler.num_preempted,
+        )
+
+    def _call(self, function: Callable[..., None], *args: object) -> None:
+        # The loop may be gone while the process ends; nobody is left to tell then.
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *args)

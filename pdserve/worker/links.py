@@ -1,0 +1,292 @@
+"""Links to peer workers: prefill dials decode, both watch each other, and a link that fails is closed and dialled anew.
+
+    DIALLING ── Connect answered, probe arrived ──> UP ── peer died, operation failed, peer unlisted ──> CLOSED
+        └──────────── refused or late: backoff ────────────────────────────────────────────────────────────┘
+
+Closing is the proof that nothing lands any more, so every open operation of a closed link completes as FAILED first. On one
+machine the peer's death is learnt from its pidfd at once; between machines from UCX's own keep-alive and from deadlines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import grpc
+import grpc.aio
+import numpy as np
+
+from kvstore.errors import LinkClosed, TransferError
+from kvstore.transfer.tags import make_tag
+from kvstore.transfer.transport import Buffer, Completion, Link, Outcome, Transport
+from pdserve.protocol import worker_pb2 as pb
+from pdserve.protocol.worker_pb2_grpc import WorkerStub
+
+log = logging.getLogger(__name__)
+
+PROBE_TICKET = 0  # real tickets count from 1
+_PROBE_BYTES = 8 << 20
+_PROBES = 3  # the first one warms the connection up
+_DIAL_TIMEOUT_S = 5.0
+_BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+CHANNEL_OPTIONS = (
+    ("grpc.keepalive_time_ms", 2000),
+    ("grpc.keepalive_timeout_ms", 2000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What this worker tells its peers about itself."""
+
+    worker_id: str
+    incarnation: int
+    address: str
+    host_id: str
+    fingerprint: bytes
+    block_bytes: int
+
+
+@dataclass(slots=True, eq=False)
+class PeerLink:
+    """One link as this worker sees it. Use on the asyncio loop only."""
+
+    peer_id: str
+    incarnation: int
+    address: str
+    link: Link
+    transport: str = ""
+    bytes_per_second: float = 0.0
+    closing: asyncio.Future[None] | None = None  # set once the link is being closed; done when that is proven
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+    pidfd: int | None = None
+    _waiting: dict[int, Callable[[Completion], None]] = field(default_factory=dict)
+
+    def send(self, tag: int, data: Buffer, done: Callable[[Completion], None]) -> int:
+        """Raises LinkClosed. `done` is called on the loop, exactly once, after this returned."""
+        if self.closing is not None:
+            raise LinkClosed(f"the link to {self.peer_id} is closed")
+        operation = self.link.send(tag, data)
+        self._waiting[operation] = done
+        return operation
+
+    def receive(self, tag: int, into: Buffer, done: Callable[[Completion], None]) -> int:
+        """Raises LinkClosed. `done` is called on the loop, exactly once, after this returned."""
+        if self.closing is not None:
+            raise LinkClosed(f"the link to {self.peer_id} is closed")
+        operation = self.link.receive(tag, into)
+        self._waiting[operation] = done
+        return operation
+
+    def cancel(self, operation: int) -> None:
+        if operation in self._waiting:
+            self.link.cancel(operation)
+
+    def complete(self, completion: Completion) -> None:
+        done = self._waiting.pop(completion.operation, None)
+        if done is not None:
+            done(completion)
+
+
+ReportSink = Callable[[pb.LinkReport], None]
+
+
+class LinkTable:
+    """All links of this worker, by peer. Use on the asyncio loop only."""
+
+    def __init__(self, identity: Identity, transport: Transport, report: ReportSink) -> None:
+        self._identity = identity
+        self._transport = transport
+        self._report = report
+        self._loop = asyncio.get_running_loop()
+        self._links: dict[str, PeerLink] = {}
+        self._dialers: dict[str, tuple[pb.Peer, asyncio.Task[None]]] = {}
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._closing: set[asyncio.Future[None]] = set()
+        self._last_report: dict[str, pb.LinkReport] = {}
+
+    def get(self, peer_id: str, incarnation: int) -> PeerLink | None:
+        link = self._links.get(peer_id)
+        return link if link is not None and link.incarnation == incarnation else None
+
+    def reports(self) -> Iterable[pb.LinkReport]:
+        """The latest state of every link, for a router that has just joined."""
+        return self._last_report.values()
+
+    def stub(self, address: str) -> WorkerStub:
+        """A client for a peer's control service."""
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        return WorkerStub(channel)
+
+    # --- prefill dials -----------------------------------------------------------------------------------------------
+
+    def set_peers(self, peers: Iterable[pb.Peer]) -> None:
+        """Be linked to exactly these decode workers."""
+        wanted = {peer.worker_id: peer for peer in peers if peer.worker_id != self._identity.worker_id}
+        for peer_id, (peer, task) in list(self._dialers.items()):
+            if wanted.get(peer_id) != peer:
+                task.cancel()
+                del self._dialers[peer_id]
+                self._last_report.pop(peer_id, None)
+                if peer_id in self._links:
+                    self.close(self._links[peer_id], "no longer listed")
+        for peer_id, peer in wanted.items():
+            if peer_id not in self._dialers:
+                task = self._loop.create_task(self._keep_linked(peer), name=f"link to {peer_id}")
+                self._dialers[peer_id] = (peer, task)
+
+    async def _keep_linked(self, peer: pb.Peer) -> None:
+        """Dial until it works, and again whenever the link has closed."""
+        attempt = 0
+        while True:
+            try:
+                link = await self._dial(peer)
+            except (grpc.aio.AioRpcError, TransferError, TimeoutError) as error:
+                reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
+                self._publish(peer, error=reason or type(error).__name__)
+                await asyncio.sleep(_BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)])
+                attempt += 1
+                continue
+            attempt = 0
+            log.info(
+                "link to %s is up: %s, %.1f GB/s in a probe", peer.worker_id, link.transport, link.bytes_per_second / 1e9
+            )
+            self._publish(peer, link=link)
+            await link.gone.wait()
+
+    async def _dial(self, peer: pb.Peer) -> PeerLink:
+        mine = self._identity
+        link = self._open(peer.worker_id, peer.incarnation, peer.address, same_host=peer.host_id == mine.host_id)
+        try:
+            request = pb.ConnectRequest(
+                worker_id=mine.worker_id,
+                incarnation=mine.incarnation,
+                address=mine.address,
+                fingerprint=mine.fingerprint,
+                block_bytes=mine.block_bytes,
+                host_id=mine.host_id,
+                link_address=link.link.address,
+                transport=self._transport.name,
+                pid=os.getpid(),
+            )
+            reply = await self.stub(peer.address).Connect(request, timeout=_DIAL_TIMEOUT_S)
+            if reply.incarnation != peer.incarnation:
+                raise TransferError(f"{peer.worker_id} has restarted since it was listed")
+            link.link.connect(reply.link_address)
+            if peer.host_id == mine.host_id:
+                self._watch(link, reply.pid)
+            link.bytes_per_second = await asyncio.wait_for(self._probe(link), _DIAL_TIMEOUT_S)
+            link.transport = link.link.describe()
+        except BaseException:
+            await self.close(link, "dialling failed")
+            raise
+        return link
+
+    async def _probe(self, link: PeerLink) -> float:
+        """Bytes a second to a peer that has posted `_PROBES` receives."""
+        data = np.zeros(_PROBE_BYTES, np.uint8)
+        seconds = float("inf")
+        for number in range(_PROBES):
+            done: asyncio.Future[Completion] = self._loop.create_future()
+            began_s = time.monotonic()
+            link.send(make_tag(PROBE_TICKET, number), data, lambda c, f=done: f.done() or f.set_result(c))  # type: ignore[misc]
+            completion = await done
+            if completion.outcome is not Outcome.DONE:
+                raise TransferError(f"the probe to {link.peer_id} failed: {completion.error}")
+            seconds = min(seconds, time.monotonic() - began_s)
+        return _PROBE_BYTES / seconds
+
+    def _publish(self, peer: pb.Peer, link: PeerLink | None = None, error: str = "") -> None:
+        report = pb.LinkReport(peer_id=peer.worker_id, peer_incarnation=peer.incarnation, up=link is not None, error=error)
+        if link is not None:
+            report.transport, report.bytes_per_second = link.transport, link.bytes_per_second
+        if self._last_report.get(peer.worker_id) != report:
+            if error:
+                log.warning("no link to %s: %s", peer.worker_id, error)
+            self._last_report[peer.worker_id] = report
+            self._report(report)
+
+    # --- decode accepts ----------------------------------------------------------------------------------------------
+
+    async def accept(self, request: pb.ConnectRequest) -> pb.ConnectReply:
+        """Raises TransferError, with what differs, if the two workers cannot exchange blocks."""
+        mine = self._identity
+        if request.transport != self._transport.name:
+            raise TransferError(f"{mine.worker_id} moves blocks by {self._transport.name}, the peer by {request.transport}")
+        if request.fingerprint != mine.fingerprint or request.block_bytes != mine.block_bytes:
+            raise TransferError(
+                f"{request.worker_id} and {mine.worker_id} differ in model, dtype or block layout "
+                f"(blocks of {request.block_bytes} and {mine.block_bytes} bytes): start both with the same settings"
+            )
+        older = self._links.get(request.worker_id)
+        if older is not None:
+            await self.close(older, "the peer dials again")
+        same_host = request.host_id == mine.host_id
+        link = self._open(request.worker_id, request.incarnation, request.address, same_host=same_host)
+        try:
+            scratch = np.empty(_PROBE_BYTES, np.uint8)
+            for number in range(_PROBES):
+                link.receive(make_tag(PROBE_TICKET, number), scratch, lambda completion: None)
+            link.link.connect(request.link_address)
+        except TransferError:
+            await self.close(link, "connecting back failed")
+            raise
+        if same_host:
+            self._watch(link, request.pid)
+        return pb.ConnectReply(
+            worker_id=mine.worker_id, incarnation=mine.incarnation, link_address=link.link.address, pid=os.getpid()
+        )
+
+    # --- one link ----------------------------------------------------------------------------------------------------
+
+    def _open(self, peer_id: str, incarnation: int, address: str, *, same_host: bool) -> PeerLink:
+        def on_transport_thread(completion: Completion) -> None:
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(link.complete, completion)
+
+        link = PeerLink(peer_id, incarnation, address, self._transport.open(on_transport_thread, same_host=same_host))
+        self._links[peer_id] = link
+        return link
+
+    def _watch(self, link: PeerLink, pid: int) -> None:
+        """Close the link as soon as the peer's process is gone."""
+        try:
+            link.pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            raise TransferError(f"the process of {link.peer_id} (pid {pid}) is gone") from error
+        self._loop.add_reader(link.pidfd, self.close, link, "the peer's process has ended")
+
+    def close(self, link: PeerLink, reason: str) -> asyncio.Future[None]:
+        """Close for good; done when it is proven that nothing lands any more. Its open operations complete as FAILED."""
+        if link.closing is None:
+            log.info("closing the link with %s: %s", link.peer_id, reason)
+            if link.pidfd is not None:
+                self._loop.remove_reader(link.pidfd)
+                os.close(link.pidfd)
+            if self._links.get(link.peer_id) is link:
+                del self._links[link.peer_id]
+            dialled = self._dialers.get(link.peer_id)
+            if dialled is not None:
+                self._publish(dialled[0], error=reason)
+            link.closing = self._loop.run_in_executor(None, link.link.close)
+            self._closing.add(link.closing)
+            link.closing.add_done_callback(self._closing.discard)
+            link.gone.set()
+        return link.closing
+
+    async def shut_down(self) -> None:
+        """Close all links and channels."""
+        self.set_peers(())
+        for link in list(self._links.values()):
+            self.close(link, "this worker is ending")
+        await asyncio.gather(*self._closing, return_exceptions=True)
+        for channel in self._channels.values():
+            await channel.close()

@@ -1,0 +1,1 @@
+"""Front door and brain: HTTP, tokeniser, policy, prefix index, fleet. Imports neither torch nor UCX."""

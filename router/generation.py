@@ -1,0 +1,42 @@
+"""A running request as the HTTP layer sees it: an asynchronous iterator of tokens that ends exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from pdserve.request import FinishReason, Request
+from pdserve.timeline import Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What arrived since the last item; `finish_reason` is set on the last item, whose `token_ids` may be empty."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+
+
+class Generation(Protocol):
+    """Tokens are contiguous and exactly the undisturbed run's, whatever worker made them (design invariant I3)."""
+
+    request: Request
+    timeline: Timeline
+    cached_tokens: int  # prompt tokens not computed; known with the first token
+
+    def __aiter__(self) -> AsyncIterator[Tokens]:
+        """Raises a `pdserve.errors.ServeError` if the request fails."""
+        ...
+
+    def abort(self) -> None:
+        """Stop on all workers and release everything. Idempotent, returns at once; the iterator ends with ABORT."""
+        ...
+
+
+class Dispatcher(Protocol):
+    """Turns requests into generations. Implemented by `router.dispatch`."""
+
+    def start(self, request: Request, timeline: Timeline) -> Generation:
+        """Raises `pdserve.errors.Overloaded` when no worker can take the request."""
+        ...
