@@ -1,8 +1,8 @@
 """Block geometry: what the bytes of one block mean.
 
 A block is the KV of `block_size` tokens for all layers, one contiguous range of bytes ordered
-`[kv_head, layer, k|v, token, head_dim]`. So a block is one descriptor on the wire, the same bytes in every tier, and the
-shard of a tensor-parallel rank is one contiguous slice of it.
+`[kv_head, layer, k|v, token, head_dim]`. So a block is one descriptor on the wire, the same bytes in every tier, and
+the shard of a tensor-parallel rank is one contiguous slice of it.
 """
 
 from __future__ import annotations

@@ -10,12 +10,13 @@
                │  drained         │ release: an abort or a lost peer
                └─────────── QUARANTINED
 
-`allocate` raises the generation, so a reference to an earlier life of the block is stale and refused (invariant I2). Only
-COMMITTED blocks with a key are found by `match` (I7). QUARANTINED leaves by `drained` alone, which the transfer plane calls
-when its own posted receive has completed or the link is proven closed: never by time.
+`allocate` raises the generation, so a reference to an earlier life of the block is stale and refused (invariant I2).
+Only COMMITTED blocks with a key are found by `match` (I7). QUARANTINED leaves by `drained` alone, which the transfer
+plane calls when its own posted receive has completed or the link is proven closed: never by time.
 
-Every reference is counted under an owner. `release(owner)` is the one exit: idempotent, right for each state. Cached blocks
-are evicted least recently released first, and a sequence releases its tail first, so a child never outlives its parent.
+Every reference is counted under an owner. `release(owner)` is the one exit: idempotent, right for each state. Cached
+blocks are evicted least recently released first, and a sequence releases its tail first, so a child never outlives its
+parent; of a block computed twice, `commit` leaves one, which all owners hold.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True)
 class PoolEvents:
-    """Keys that became visible or vanished since the last drain, in no order between the two; a key is in one of them."""
+    """Keys that became visible or vanished since the last drain, in no order; a key is in one of the two."""
 
     stored: tuple[BlockKey, ...]
     removed: tuple[BlockKey, ...]
@@ -146,7 +147,7 @@ class BlockPool:
         return [owner for owner, h in self._holds.items() if h.deadline_s is not None and h.deadline_s <= now_s]
 
     def release(self, owner: str) -> list[BlockRef]:
-        """Give back all that `owner` holds; nothing if it holds nothing. Returns the blocks that went into quarantine."""
+        """Give back all that `owner` holds; nothing if it holds nothing. Returns the blocks now in quarantine."""
         hold = self._holds.pop(owner, None)
         if hold is None:
             return []
@@ -207,19 +208,20 @@ class BlockPool:
 
     # --- what a block holds ------------------------------------------------------------------------------------------
 
-    def commit(self, ref: BlockRef, key: BlockKey) -> bool:
-        """The block is full and computed: make it visible under `key`.
+    def commit(self, owner: str, ref: BlockRef, key: BlockKey) -> BlockRef:
+        """The block is full and computed: make it visible under `key`. Returns the block that `owner` has from now on.
 
-        False if another block has that key already: this one stays private to its owner. Raises StaleBlock.
+        If another block has that key already, the owner gets that one in its place, and this one is freed.
+        Raises StaleBlock.
         """
         self._check(ref, BlockState.ALLOCATED)
         if key in self._by_key:
-            return False
+            return self._exchange(self._holds[owner], ref, self._by_key[key])
         self._state[ref.block_id] = BlockState.COMMITTED
         self._key[ref.block_id] = key
         self._by_key[key] = ref.block_id
         self._note(key, was_visible=False)
-        return True
+        return ref
 
     def receive(self, refs: Iterable[BlockRef]) -> None:
         """Bytes from a peer may land in these blocks from now on. Raises StaleBlock."""
@@ -295,6 +297,16 @@ class BlockPool:
         self._ref_count[block] += 1
         hold.blocks.append(ref)
         return ref
+
+    def _exchange(self, hold: Hold, ref: BlockRef, block: int) -> BlockRef:
+        """Hold the committed `block` in the place of a private one, which is freed."""
+        self._cached.pop(block, None)
+        twin = BlockRef(block, self._generation[block])
+        hold.blocks[hold.blocks.index(ref)] = twin
+        self._ref_count[block] += 1
+        self._ref_count[ref.block_id] -= 1
+        self._set_free(ref.block_id)
+        return twin
 
     def _check(self, ref: BlockRef, *states: BlockState) -> None:
         block = ref.block_id

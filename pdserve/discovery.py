@@ -56,6 +56,7 @@ class Endpoint:
     address: str  # host:port of its gRPC or HTTP service
     incarnation: int = 0  # 0: not known before the handshake
     role: str = ""
+    admin_address: str = ""  # host:port of metrics, ledger and health; a worker's only
 
     @property
     def record_key(self) -> str:
@@ -70,7 +71,8 @@ class Endpoint:
         value = json.loads(text)
         if not isinstance(value, dict):
             raise ValueError("an endpoint record is a JSON object")
-        strings = {name: value.get(name, "") for name in ("namespace", "component", "endpoint_id", "address", "role")}
+        names = ("namespace", "component", "endpoint_id", "address", "role", "admin_address")
+        strings = {name: value.get(name, "") for name in names}
         incarnation = value.get("incarnation", 0)
         if not all(isinstance(field, str) for field in strings.values()) or not isinstance(incarnation, int):
             raise ValueError("an endpoint record has a field of the wrong type")

@@ -1,7 +1,7 @@
 """The timeline of one request: stages that sum to its TTFT by construction (design section 7).
 
-The router marks the points it sees itself; workers report durations of the stages inside them. What is left between two
-points of the router after the reported durations is its own stage (`deliver`, `resume`), so nothing is ever unexplained.
+The router marks the points it sees itself; workers report durations of the stages inside them. What is left between
+two points of the router after the reported durations is its own stage (`deliver`, `resume`): nothing is unexplained.
 
     received ── tokenise ── route ── [queue, compute: prefill] ── deliver ──> first token
     first token ── [reserve, transfer, commit: hand-over] ── resume ──> second token
@@ -74,12 +74,13 @@ class Timeline:
     def _split(self, total_s: float, stages: tuple[str, ...], rest: str) -> dict[str, float]:
         """Reported durations, last stage first, cut to what fits into `total_s`; the remainder goes to `rest`.
 
-        A stage may have begun before the first point (a hand-over starts while the prompt is still computed), so only the
-        part that could have delayed the second point counts.
+        A stage may have begun before the first point (a hand-over starts while the prompt is still computed), so only
+        the part that could have delayed the second point counts.
         """
         left = total_s
         out: dict[str, float] = {}
         for stage in reversed(stages):
-            out[stage] = min(max(self.reported.get(stage, 0.0), 0.0), left)
+            # In this order `max` turns the NaN that a peer may report into 0.
+            out[stage] = min(max(0.0, self.reported.get(stage, 0.0)), left)
             left -= out[stage]
         return {**{stage: out[stage] for stage in stages}, rest: left}

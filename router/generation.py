@@ -38,5 +38,8 @@ class Dispatcher(Protocol):
     """Turns requests into generations. Implemented by `router.dispatch`."""
 
     def start(self, request: Request, timeline: Timeline) -> Generation:
-        """Raises `pdserve.errors.Overloaded` when no worker can take the request."""
+        """Raises `pdserve.errors.Overloaded` when no worker can take the request.
+
+        From here on it marks the timeline, and each output token as it arrives from a worker.
+        """
         ...

@@ -2,8 +2,8 @@
 
     Transport ── open() ──> Link ── connect(peer address) ── send / receive / cancel ──> Completion ── close()
 
-A link joins two processes and is isolated from every other link: once `close` has returned, nothing that the peer sent or
-will send can land in memory posted through it. That is the "proven closed connection" which frees quarantined blocks.
+A link joins two processes and is isolated from every other link: once `close` has returned, nothing that the peer sent
+or will send can land in memory posted through it. This is the "proven closed connection" that frees quarantined blocks.
 
 Receives are posted by the receiver and matched by tag; a sender cannot write where nothing was posted. All calls are
 thread-safe, return at once and do no I/O of their own, `close` excepted. Completions arrive on the transport's thread,
@@ -55,7 +55,7 @@ class Link(Protocol):
         ...
 
     def send(self, tag: int, data: Buffer) -> int:
-        """Start sending; returns the operation. The buffer must stay unchanged until its completion. Raises LinkClosed."""
+        """Start sending; returns the operation. The buffer stays unchanged until its completion. Raises LinkClosed."""
         ...
 
     def receive(self, tag: int, into: Buffer) -> int:
@@ -71,7 +71,7 @@ class Link(Protocol):
         ...
 
     def close(self) -> None:
-        """Complete every open operation (FAILED), then let go of the connection. Idempotent; returns when it is proven."""
+        """Complete every open operation (FAILED) and let go of the connection. Idempotent; returns when proven."""
         ...
 
 

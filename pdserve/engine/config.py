@@ -25,8 +25,8 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         if self.max_batched_tokens < self.max_sequences:
             raise ConfigError(
-                f"max_batched_tokens ({self.max_batched_tokens}) must be at least max_sequences ({self.max_sequences}), "
-                "or a step cannot decode every running sequence"
+                f"max_batched_tokens ({self.max_batched_tokens}) must be at least max_sequences "
+                f"({self.max_sequences}), or a step cannot decode every running sequence"
             )
         if self.num_blocks * self.block_size < self.max_model_len:
             raise ConfigError(

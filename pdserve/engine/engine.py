@@ -5,14 +5,16 @@ A step is `schedule` then `execute`; between the two the caller knows which prom
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
+from kvstore.keys import root_key
 from kvstore.pool import BlockPool, BlockRef
 from pdserve.engine.config import EngineConfig
 from pdserve.engine.runner import Runner
 from pdserve.engine.scheduler import Plan, Scheduler
 from pdserve.engine.sequence import Sequence, Status
-from pdserve.request import FinishReason
+from pdserve.request import FinishReason, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +41,30 @@ class Engine:
         """No sequence that a step could advance."""
         return not self.scheduler.running and not self.scheduler.waiting
 
+    def warm_up(self) -> None:
+        """Run the largest prefill chunk and a decode step once: the first request shall not pay for first calls."""
+        length = max(1, min(self.config.max_batched_tokens, self.config.max_model_len - 2))
+        sequence = Sequence(
+            name="warm-up",
+            token_ids=array("I", [0]) * length,
+            num_prompt_tokens=length,
+            sampling=SamplingParams(max_tokens=2, seed=0, temperature=0.0),
+            root_key=root_key(b"warm-up"),
+            block_size=self.config.block_size,
+            arrived_s=0.0,
+        )
+        self.scheduler.add(sequence)
+        while not self.idle:
+            self.execute(self.schedule(0.0), 0.0)
+        self.pool.clear_cached()
+        self.pool.drain_events()
+
     def schedule(self, now_s: float) -> Plan:
         return self.scheduler.schedule(now_s)
 
     def execute(self, plan: Plan, now_s: float) -> list[StepToken]:
-        """Run the plan. A sequence that ended has left and given its blocks back; one that is `prefill_only` is HANDING_OFF,
-        with all its blocks, until the caller has seen to the push and calls `finish`."""
+        """Run the plan. A sequence that ended has left and given its blocks back; one that is `prefill_only`, ended or
+        not, is HANDING_OFF, with all its blocks, until the caller has seen to the push and calls `finish`."""
         sampled = self.runner.run(plan)
         ready = [chunk.sequence for chunk in plan.chunks if chunk.last]
         self.scheduler.commit(plan)

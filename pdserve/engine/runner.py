@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from typing import Protocol
 
 import numpy as np
@@ -35,7 +34,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[int]:
-        """Compute the plan's chunks; returns the next token of each chunk that is its sequence's last, in plan order."""
+        """Compute the plan's chunks; returns the next token of each chunk that is its sequence's last, in order."""
         token_ids, batch = build_batch(plan.chunks)
         hidden = self._model.forward(token_ids, batch, self.pool)
         last_rows = [int(end) - 1 for chunk, end in zip(plan.chunks, batch.query_start[1:], strict=True) if chunk.last]
@@ -50,7 +49,7 @@ class Runner:
 def build_batch(chunks: tuple[Chunk, ...]) -> tuple[Tensor, Batch]:
     """Tokens of all chunks end to end, int64 [T], and where each of them stands."""
     num_tokens = sum(chunk.num_tokens for chunk in chunks)
-    token_ids = array("q")
+    token_ids = np.empty(num_tokens, np.int64)
     positions = np.empty(num_tokens, np.int32)
     query_start = np.zeros(len(chunks) + 1, np.int32)
     context_len = np.empty(len(chunks), np.int32)
@@ -58,7 +57,7 @@ def build_batch(chunks: tuple[Chunk, ...]) -> tuple[Tensor, Batch]:
     row = 0
     for i, chunk in enumerate(chunks):
         start, end = chunk.sequence.num_computed, chunk.sequence.num_computed + chunk.num_tokens
-        token_ids.extend(chunk.sequence.token_ids[start:end])
+        token_ids[row : row + chunk.num_tokens] = chunk.sequence.token_ids[start:end]
         positions[row : row + chunk.num_tokens] = np.arange(start, end, dtype=np.int32)
         row += chunk.num_tokens
         query_start[i + 1] = row
@@ -71,4 +70,4 @@ def build_batch(chunks: tuple[Chunk, ...]) -> tuple[Tensor, Batch]:
         block_tables=torch.from_numpy(block_tables),
         max_query_len=max(chunk.num_tokens for chunk in chunks),
     )
-    return torch.frombuffer(token_ids, dtype=torch.int64), batch
+    return torch.from_numpy(token_ids), batch

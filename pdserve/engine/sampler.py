@@ -1,11 +1,12 @@
-"""The next token from logits. Counter-based: the choice depends on the logits, the parameters, the seed and the index of the
-output token, and on nothing else: not on the batch, the worker, or what was sampled before.
+"""The next token from logits. Counter-based: the choice depends on the logits, the parameters, the seed and the index
+of the output token, and on nothing else: not on the batch, the worker, or what was sampled before.
 
 A row is sampled by inverting its cumulative distribution at one uniform number u(seed, index).
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 from pdserve.request import SamplingParams
 
 _COUNTER = struct.Struct("<QQ")
-# Most of the mass of a usual distribution lies in so few tokens; sorting only these is 20 times cheaper than sorting all.
+# Most of the mass of a usual distribution lies in so few tokens; sorting these alone is 20 times cheaper.
 _TOP_P_FIRST_LOOK = 512
 
 
@@ -50,7 +51,8 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
 def _sample_row(logits: Tensor, params: SamplingParams, u: float) -> int:
     """logits [vocab]; top_k is applied before top_p, as OpenAI-compatible servers do."""
     # Shifting by the maximum before dividing keeps a tiny temperature from overflowing to inf - inf.
-    scaled = (logits - logits.max()) / max(params.temperature, 1e-6)
+    # An infinite maximum, or a row masked everywhere, gives inf - inf: those entries are the maximum, so they are 0.
+    scaled = (logits - logits.max()).nan_to_num_(nan=0.0, neginf=-math.inf) / max(params.temperature, 1e-6)
     if 0 < params.top_k < scaled.numel():
         scaled, candidates = _largest(scaled, params.top_k)
     elif params.top_p < 1.0:
@@ -69,7 +71,7 @@ def _sample_row(logits: Tensor, params: SamplingParams, u: float) -> int:
 
 
 def _largest(scaled: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest, in falling order, equal ones in order of token id (as a stable sort of all would have it)."""
+    """The `count` largest, in falling order, equal ones in order of token id, as in a stable sort of all."""
     values, ids = torch.topk(scaled, count)
     # topk breaks ties at will: take those above the smallest kept value, then the first ids that equal it.
     floor = values[-1]
@@ -81,7 +83,7 @@ def _largest(scaled: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _nucleus_candidates(scaled: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Enough of the largest to cover top_p of the mass, with the mass of the rest appended so that proportions stay true."""
+    """Enough of the largest to cover top_p of the mass; the mass of the rest is appended, to keep proportions true."""
     total = torch.exp(scaled.double()).sum()
     count = min(_TOP_P_FIRST_LOOK, scaled.numel())
     values, ids = _largest(scaled, count)

@@ -8,7 +8,9 @@ A decode that finds no block preempts the youngest sequence, which starts over l
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 from kvstore.errors import NoRoom
 from kvstore.pool import BlockPool, BlockRef, HoldKind
@@ -56,27 +58,31 @@ class Scheduler:
         return len(self.waiting) >= self._config.max_waiting
 
     def add(self, sequence: Sequence) -> None:
+        sequence.status = Status.WAITING
         self.waiting.append(sequence)
 
     def reserve(self, sequence: Sequence, now_s: float, deadline_s: float) -> int:
         """Take the blocks that an arriving sequence needs: cached ones first, the rest to be received.
 
-        Returns the number of leading blocks already here. Raises NoRoom when the sequence, or the growth of those that
-        run, does not fit now; nothing is taken then.
+        Returns the number of leading blocks already here. Raises NoRoom when the sequence, or what those before it
+        still need, does not fit now; nothing is taken then.
         """
         pool = self._pool
-        if len(self.running) + len(self.arriving) >= self._config.max_sequences:
+        # The first in the queue comes before it, or a stream of reservations could starve what was preempted.
+        others = [*self.running, *self.arriving.values(), *islice(self.waiting, 1)]
+        if len(others) >= self._config.max_sequences:
             raise NoRoom(f"{self._config.max_sequences} sequences are running")
-        needed = -(-len(sequence) // self._config.block_size)
         pool.open(sequence.name, HoldKind.RECEIVE, now_s, deadline_s)
         sequence.add_blocks(pool.acquire(sequence.name, sequence.full_block_keys()))
         held = len(sequence.blocks)
-        growth = len(self.running) + len(self.arriving) + 1
-        if pool.num_available < needed - held + growth and self.busy:
+        missing = sequence.num_missing_blocks
+        # The rest of their prompts, and a block for everybody to decode on.
+        owed = sum(other.num_missing_blocks + 1 for other in others) + 1
+        if others and pool.num_available < missing + owed:
             self._take_back(sequence)
-            raise NoRoom(f"{needed - held} blocks wanted beside room to grow, {pool.num_available} available")
+            raise NoRoom(f"{missing} blocks wanted beside the {owed} that others need, {pool.num_available} available")
         try:
-            sequence.add_blocks(pool.allocate(sequence.name, needed - held))
+            sequence.add_blocks(pool.allocate(sequence.name, missing))
         except NoRoom:
             self._take_back(sequence)
             raise
@@ -85,7 +91,7 @@ class Scheduler:
         self.arriving[sequence.name] = sequence
         return held
 
-    def arrived(self, sequence: Sequence, token_ids: list[int]) -> None:
+    def arrived(self, sequence: Sequence, token_ids: Iterable[int]) -> None:
         """All blocks of an arriving sequence are verified; it goes on with the tokens sampled elsewhere."""
         del self.arriving[sequence.name]
         self._pool.keep(sequence.name)
@@ -123,12 +129,11 @@ class Scheduler:
         """Choose the chunks of the next step and take the blocks they write to."""
         chunks: list[Chunk] = []
         budget = self._config.max_batched_tokens
+        # A preemption hits younger ones only, so never one that has its chunk already.
         for sequence in list(self.running):
             if sequence.decoding and sequence.status is Status.RUNNING and self._grow(sequence, 1, preempt=True):
                 chunks.append(Chunk(sequence, 1))
                 budget -= 1
-        # A preemption above may have hit a sequence that had been given its chunk already.
-        chunks = [chunk for chunk in chunks if chunk.sequence.status is Status.RUNNING]
         for sequence in list(self.running):
             if budget > 0 and sequence.status is Status.RUNNING and not sequence.decoding:
                 budget -= self._add_chunk(chunks, sequence, budget)
@@ -171,11 +176,11 @@ class Scheduler:
         keys = sequence.full_block_keys()
         # The last token is always computed: its logits are what the next one is sampled from.
         usable = keys[: (len(sequence) - 1) // self._config.block_size]
-        held = self._pool.match(usable)
-        if self._pool.num_available - held < 1 + len(self.running) and self.busy:
-            return False
         self._pool.open(sequence.name, HoldKind.COMPUTE, now_s)
         sequence.add_blocks(self._pool.acquire(sequence.name, usable))
+        if self._pool.num_available < 1 + len(self.running) and self.busy:
+            self._take_back(sequence)
+            return False
         sequence.num_computed = len(sequence.blocks) * self._config.block_size
         sequence.num_committed = len(sequence.blocks)
         if sequence.scheduled_s is None:
@@ -215,5 +220,5 @@ class Scheduler:
         if full > sequence.num_committed:
             keys = sequence.full_block_keys()
             for i in range(sequence.num_committed, full):
-                self._pool.commit(sequence.blocks[i], keys[i])
+                sequence.replace_block(i, self._pool.commit(sequence.name, sequence.blocks[i], keys[i]))
             sequence.num_committed = full

@@ -13,13 +13,14 @@ from pdserve.request import FinishReason, SamplingParams
 
 class Status(Enum):
     """
-    WAITING ── admit ──> RUNNING ── last token ──────────────────────────> FINISHED
-       ^                  │   └─── prefill_only: its token ──> HANDING_OFF ──> FINISHED
-       └──── preempt ─────┘            abort, from anywhere ─────────────> FINISHED
-
-    ARRIVING (its blocks land from a prefill worker) ── committed ──> RUNNING
+    NEW ── add ──> WAITING ── admit ──> RUNNING ── last token ──────────────────────────> FINISHED
+     │                ^                  │ ^ └─── prefill_only: its token ──> HANDING_OFF ──> FINISHED
+     │                └──── preempt ─────┘ │          abort, from anywhere ─────────────> FINISHED
+     └── reserve ──> ARRIVING ── committed ┘
+                     (its blocks land from a prefill worker)
     """
 
+    NEW = "new"
     WAITING = "waiting"
     RUNNING = "running"
     ARRIVING = "arriving"
@@ -43,7 +44,7 @@ class Sequence:
     block_size: int
     arrived_s: float
     prefill_only: bool = False  # ends after the next token, whose KV another worker will compute
-    status: Status = Status.WAITING
+    status: Status = Status.NEW
     num_computed: int = 0
     cached_tokens: int = 0  # prompt tokens found in the pool at the first admission
     scheduled_s: float | None = None  # first time in a step
@@ -80,6 +81,15 @@ class Sequence:
     def add_blocks(self, refs: list[BlockRef]) -> None:
         self.blocks.extend(refs)
         self.block_ids.extend(ref.block_id for ref in refs)
+
+    def replace_block(self, index: int, ref: BlockRef) -> None:
+        self.blocks[index] = ref
+        self.block_ids[index] = ref.block_id
+
+    @property
+    def num_missing_blocks(self) -> int:
+        """Blocks that the tokens so far need beside those it has."""
+        return -(-len(self.token_ids) // self.block_size) - len(self.blocks)
 
     def drop_blocks(self) -> None:
         """Forget the KV: the pool has taken the blocks back."""

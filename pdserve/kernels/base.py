@@ -1,7 +1,7 @@
 """The kernel seam: the few operations that a model calls per layer, and the batch they work on.
 
-Implementations: `reference` (plain torch, the truth), `native` (a C library built once per machine). One test suite runs
-over all of them. Matrix products are not here: they are torch's.
+Implementations: `reference` (plain torch, the truth), `native` (a C library built once per machine). One test suite
+runs over all of them.
 
 The KV pool is one tensor `[num_blocks, kv_heads, layers, 2, block_size, head_dim]` (kvstore.layout); index 2 is k, v.
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 class Batch:
     """The tokens of one step, all sequences laid end to end; int32, contiguous, on the pool's device.
 
-    Sequence s owns rows query_start[s] .. query_start[s+1]-1, which are the last tokens of its context: the row of offset
-    i stands at position context_len[s] - query_len + i and may attend to positions up to its own.
+    Sequence s owns rows query_start[s] .. query_start[s+1]-1, which are the last tokens of its context: the row of
+    offset i stands at position context_len[s] - query_len + i and may attend to positions up to its own.
     """
 
     positions: Tensor  # [tokens]
@@ -49,10 +49,12 @@ class Kernels(Protocol):
         """
         ...
 
-    def attention(
-        self, qkv: Tensor, batch: Batch, pool: Tensor, layer: int, num_heads: int, scale: float
-    ) -> Tensor:
+    def attention(self, qkv: Tensor, batch: Batch, pool: Tensor, layer: int, num_heads: int, scale: float) -> Tensor:
         """Causal attention of the rotated q in qkv over the pool -> [T, Hq * D]."""
+        ...
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., K] times the transpose of weight [N, K], plus bias [N] -> [..., N]; summed in float32."""
         ...
 
     def silu_and_mul(self, x: Tensor) -> Tensor:

@@ -53,6 +53,9 @@ class ReferenceKernels:
             out[rows] = _attend(q, k, v, scale).flatten(1)
         return out
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return functional.linear(x, weight, bias)
+
     def silu_and_mul(self, x: Tensor) -> Tensor:
         gate, up = x.float().chunk(2, dim=-1)
         return (functional.silu(gate) * up).to(x.dtype)

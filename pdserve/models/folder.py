@@ -6,6 +6,7 @@ Weights in pickle-based formats (`*.bin`, `*.pt`) are never read: loading one ru
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
     return value
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or the renames in a folder, survive a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

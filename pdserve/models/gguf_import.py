@@ -3,8 +3,8 @@
 Needs `gguf`, `tokenizers` and torch, so it is imported where a conversion really happens, not at every start. Only what
 the default model uses is covered: a byte-level BPE tokeniser with single digits (`smollm`), tied embeddings, no biases.
 
-Llama GGUF files store the rows of q and k interleaved (pairs next to each other); config.json's `rotate half` convention
-wants the first elements of all pairs, then the second ones: `_unpermute` undoes it.
+Llama GGUF files store the rows of q and k with the two elements of a rotated pair next to each other; the Hugging Face
+convention wants the first elements of all pairs, then the second ones: `_unpermute` undoes it.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from pdserve.models.folder import sync
+
 _LENGTH = struct.Struct("<Q")
 _ALIGN_BYTES = 64
 _CODES = {torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -75,7 +77,7 @@ def write_packed(
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def map_packed(path: Path) -> Packed:
@@ -106,15 +108,6 @@ def map_packed(path: Path) -> Packed:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a CPU tensor, without a copy where it is contiguous."""
     return tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _header(shapes: Mapping[str, Shape], dtype: torch.dtype, metadata: dict[str, str]) -> bytes:

@@ -8,6 +8,7 @@ when its own bytes are damaged.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -27,6 +28,8 @@ from pdserve.models.packed import Damaged, Packed, Shape, map_packed, tensor_byt
 TORCH_DTYPES: dict[KvDtype, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PACK_TIMEOUT_S = 1800.0
 _FORMAT = 1
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,7 @@ def _ensure_packed(path: Path, files: tuple[Path, ...], config: ModelConfig, dty
         packed = _map_current(path, source)  # another process may have packed meanwhile
         if packed is not None:
             return packed
+        _log.info("packing %s into %s, once for this machine", files[0].parent, path)
         _pack(path, files, config, dtype, source)
         return map_packed(path)
 

@@ -52,6 +52,8 @@ def sampling_from_proto(message: pb.Sampling, vocab_size: int) -> SamplingParams
         raise InvalidRequest("top_p must lie in (0, 1]", param="top_p")
     if any(token_id >= vocab_size for token_id in message.stop_token_ids):
         raise InvalidRequest(f"stop_token_ids must lie below {vocab_size}", param="stop_token_ids")
+    if len(message.stop_token_ids) >= vocab_size:
+        raise InvalidRequest("stop_token_ids must leave a token that can be sampled", param="stop_token_ids")
     return SamplingParams(
         max_tokens=message.max_tokens,
         seed=message.seed,

@@ -392,9 +392,7 @@ class FenceRequest(_message.Message):
     def __init__(self, decode_worker_id: _Optional[str] = ..., decode_incarnation: _Optional[int] = ..., ticket_id: _Optional[int] = ...) -> None: ...
 
 class FenceReply(_message.Message):
-    __slots__ = ("sent_ordinals", "manifest_sent")
+    __slots__ = ("sent_ordinals",)
     SENT_ORDINALS_FIELD_NUMBER: _ClassVar[int]
-    MANIFEST_SENT_FIELD_NUMBER: _ClassVar[int]
     sent_ordinals: _containers.RepeatedScalarFieldContainer[int]
-    manifest_sent: bool
-    def __init__(self, sent_ordinals: _Optional[_Iterable[int]] = ..., manifest_sent: _Optional[bool] = ...) -> None: ...
+    def __init__(self, sent_ordinals: _Optional[_Iterable[int]] = ...) -> None: ...

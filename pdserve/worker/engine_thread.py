@@ -7,6 +7,7 @@ asyncio loop, one call per step.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -21,7 +22,7 @@ from pdserve.engine.scheduler import Plan
 from pdserve.engine.sequence import Sequence
 
 T = TypeVar("T")
-Command = Callable[[Engine, float], None]
+Command = Callable[[Engine, float], object]  # what it returns is dropped
 
 log = logging.getLogger(__name__)
 
@@ -73,23 +74,25 @@ class Listener(Protocol):
 class EngineThread:
     """`post` and `ask` may be called from any thread; `ask` from the loop only."""
 
-    def __init__(self, engine: Engine, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
         self._engine = engine
-        self._listener = listener
         self._loop = loop
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._step_began_s: float | None = None
         self._failed_steps = 0
         self.died = asyncio.Event()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+        self._listener: Listener
 
-    def start(self) -> None:
+    def start(self, listener: Listener) -> None:
+        self._listener = listener
         self._thread.start()
 
-    def stop(self, timeout_s: float) -> None:
+    async def stop(self, timeout_s: float) -> None:
         """Ends after the step in progress."""
         self._commands.put(None)
-        self._thread.join(timeout_s)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.died.wait(), timeout_s)
 
     def post(self, command: Command) -> None:
         """Run `command(engine, now_s)` before the next step."""

@@ -21,7 +21,7 @@ import grpc.aio
 import numpy as np
 
 from kvstore.errors import LinkClosed, TransferError
-from kvstore.transfer.tags import make_tag
+from kvstore.transfer.tags import message_tag
 from kvstore.transfer.transport import Buffer, Completion, Link, Outcome, Transport
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.protocol.worker_pb2_grpc import WorkerStub
@@ -94,16 +94,13 @@ class PeerLink:
             done(completion)
 
 
-ReportSink = Callable[[pb.LinkReport], None]
-
-
 class LinkTable:
     """All links of this worker, by peer. Use on the asyncio loop only."""
 
-    def __init__(self, identity: Identity, transport: Transport, report: ReportSink) -> None:
+    def __init__(self, identity: Identity, transport: Transport) -> None:
         self._identity = identity
         self._transport = transport
-        self._report = report
+        self.on_report: Callable[[pb.LinkReport], None] = lambda report: None
         self._loop = asyncio.get_running_loop()
         self._links: dict[str, PeerLink] = {}
         self._dialers: dict[str, tuple[pb.Peer, asyncio.Task[None]]] = {}
@@ -197,7 +194,7 @@ class LinkTable:
         for number in range(_PROBES):
             done: asyncio.Future[Completion] = self._loop.create_future()
             began_s = time.monotonic()
-            link.send(make_tag(PROBE_TICKET, number), data, lambda c, f=done: f.done() or f.set_result(c))  # type: ignore[misc]
+            link.send(message_tag(PROBE_TICKET, number), data, lambda c, f=done: f.done() or f.set_result(c))  # type: ignore[misc]
             completion = await done
             if completion.outcome is not Outcome.DONE:
                 raise TransferError(f"the probe to {link.peer_id} failed: {completion.error}")
@@ -212,7 +209,7 @@ class LinkTable:
             if error:
                 log.warning("no link to %s: %s", peer.worker_id, error)
             self._last_report[peer.worker_id] = report
-            self._report(report)
+            self.on_report(report)
 
     # --- decode accepts ----------------------------------------------------------------------------------------------
 
@@ -234,7 +231,7 @@ class LinkTable:
         try:
             scratch = np.empty(_PROBE_BYTES, np.uint8)
             for number in range(_PROBES):
-                link.receive(make_tag(PROBE_TICKET, number), scratch, lambda completion: None)
+                link.receive(message_tag(PROBE_TICKET, number), scratch, lambda completion: None)
             link.link.connect(request.link_address)
         except TransferError:
             await self.close(link, "connecting back failed")
@@ -289,4 +286,4 @@ class LinkTable:
             self.close(link, "this worker is ending")
         await asyncio.gather(*self._closing, return_exceptions=True)
         for channel in self._channels.values():
-            await channel.close()
+            await channel.close(None)

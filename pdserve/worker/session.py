@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Sequence
 
+from kvstore.keys import BlockKey
 from kvstore.pool import PoolEvents
 from pdserve.protocol import worker_pb2 as pb
 
@@ -15,17 +18,22 @@ class RouterSession:
 
     def __init__(self, router_id: str) -> None:
         self.router_id = router_id
-        self.subscribed = False  # to KV events: from the snapshot on
-        self._events_sequence = 0
+        self._events_sequence: int | None = None  # None until the snapshot has gone out
         self._outbox: asyncio.Queue[pb.WorkerMessage | None] = asyncio.Queue(_MAX_QUEUED_MESSAGES)
         self._step: list[pb.TokenEvent] = []
-        self.overflowed = False
+        self._ended = False
 
     def send(self, message: pb.WorkerMessage) -> None:
         try:
             self._outbox.put_nowait(message)
         except asyncio.QueueFull:
-            self.overflowed = True
+            self._ended = True
+
+    def end(self) -> None:
+        """Let the stream end: `next` gives nothing more."""
+        self._ended = True
+        with contextlib.suppress(asyncio.QueueFull):
+            self._outbox.put_nowait(None)  # wakes a waiting `next`; a full queue has none waiting
 
     def add_token(self, event: pb.TokenEvent) -> None:
         """Leaves with the next `flush`."""
@@ -37,18 +45,22 @@ class RouterSession:
             self.send(pb.WorkerMessage(step=pb.StepOutput(tokens=self._step)))
             self._step.clear()
 
-    def send_events(self, events: PoolEvents, *, snapshot: bool = False) -> None:
-        if not (events.stored or events.removed or snapshot):
-            return
-        message = pb.KvEvents(
-            sequence=self._events_sequence,
-            snapshot=snapshot,
-            stored=b"".join(events.stored),
-            removed=b"".join(events.removed),
-        )
-        self._events_sequence += 1
+    def subscribe(self, visible: Sequence[BlockKey]) -> None:
+        """KV events from here on, beginning with a snapshot of what is visible now."""
+        self._events_sequence = 0
+        self._send_events(pb.KvEvents(sequence=0, snapshot=True, stored=b"".join(visible)))
+
+    def send_events(self, events: PoolEvents) -> None:
+        if self._events_sequence is not None and (events.stored or events.removed):
+            self._events_sequence += 1
+            message = pb.KvEvents(
+                sequence=self._events_sequence, stored=b"".join(events.stored), removed=b"".join(events.removed)
+            )
+            self._send_events(message)
+
+    def _send_events(self, message: pb.KvEvents) -> None:
         self.send(pb.WorkerMessage(kv_events=message))
 
     async def next(self) -> pb.WorkerMessage | None:
         """The next message to write; None when the stream must end."""
-        return None if self.overflowed else await self._outbox.get()
+        return None if self._ended else await self._outbox.get()

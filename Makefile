@@ -1,0 +1,92 @@
+# make serve   one command to a running server        make test   every check
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+# One compute thread a process: more OpenMP threads than free cores stall badly.
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+CODE := kvstore pdserve router tests
+
+# Of pip's talk, what takes time.
+SHOW := sed -unE 's/^ *(Downloading|Using cached|Processing) ([^ ]*\/)?([^ ]+)(.*)/    \3\4/p; \
+	s/^Installing collected packages.*/    installing .../p'
+# Runs $(1), as root from a package of Debian/Ubuntu if $(2) is missing, else says what to do.
+define need
+	if ! $(1); then \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			echo "==> apt-get install $(2)"; \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(2) >/dev/null; \
+		else echo "$(3): apt-get install $(2)" >&2; $(4); fi; \
+	fi
+endef
+
+.PHONY: help
+help: ## this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+.PHONY: serve
+serve: $(VENV)/.serve ## install what is missing, then serve the default model on 127.0.0.1:8000 (UP="--port 9000 ..." adds options)
+	@exec $(BIN)/pdserve up $(UP)
+
+.PHONY: test
+test: lint types ## every check: lint, types, tests (PYTEST="-k pool" adds options)
+	@$(call need,command -v c++ >/dev/null,g++,The tests of the native kernels need a C++ compiler,exit 1)
+	@$(BIN)/pytest -q $(PYTEST)
+
+.PHONY: lint
+lint: $(VENV)/.dev ## ruff: rules and format
+	@$(BIN)/ruff check --quiet $(CODE)
+	@$(BIN)/ruff format --quiet --check $(CODE) || { echo "run: $(BIN)/ruff format $(CODE)" >&2; exit 1; }
+
+.PHONY: types
+types: $(VENV)/.dev ## mypy --strict
+	@$(BIN)/mypy --no-error-summary
+
+.PHONY: bench
+bench: $(VENV)/.serve ## every benchmark, one after the other; JSON lines (BENCH="engine transfer" chooses)
+	@for name in $${BENCH:-$$($(BIN)/pdserve bench | cut -d' ' -f1)}; do $(BIN)/pdserve bench $$name; done
+
+.PHONY: proto
+proto: $(VENV)/.dev ## generate pdserve/protocol/*_pb2* from worker.proto
+	@$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. pdserve/protocol/worker.proto
+
+.PHONY: clean
+clean: ## remove the virtual environment and what tools left; the model cache stays
+	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
+
+# Stamps: a second run finds them and installs nothing.
+$(VENV)/.made:
+	@$(call need,command -v c++ >/dev/null,g++,Without a C++ compiler attention is several times slower,true)
+	@for python in "$(PYTHON)" python3 python3.13 python3.12 python3.11; do \
+		if $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$${found:-}" ]; then \
+		echo "No Python 3.11, 3.12 or 3.13 was found: apt-get install python3 python3-venv, or make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; \
+	fi; \
+	$(call need,$$found -c 'import ensurepip' 2>/dev/null,python3-venv python3-pip,Python lacks venv,exit 1); \
+	echo "==> $(VENV) with $$($$found --version)"; \
+	$$found -m venv $(VENV)
+	@touch $@
+
+# First and alone: a range that some other package asks for would bring a larger build of another version.
+$(VENV)/.torch: $(VENV)/.made requirements/serve.txt
+	@echo "==> torch"
+	@$(BIN)/pip install "$$(grep '^torch==' requirements/serve.txt)" | $(SHOW)
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.torch requirements/serve.txt pyproject.toml
+	@echo "==> packages for serving"
+	@$(BIN)/pip install -r requirements/serve.txt | $(SHOW)
+	@$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.serve requirements/dev.txt
+	@echo "==> packages for lint, types and tests"
+	@$(BIN)/pip install -r requirements/dev.txt | $(SHOW)
+	@touch $@

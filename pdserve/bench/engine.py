@@ -1,0 +1,135 @@
+"""`python -m pdserve.bench.engine`: a whole engine step against the bare weight GEMMs of the same shapes, in one run, one thread.
+
+The engine is the real one: scheduler, batch building, model, sampling. The GEMMs are `torch.nn.functional.linear` with the
+model's own weights and nothing else. The two alternate, and medians are compared, because small machines are noisy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn.functional import linear
+
+from kvstore.keys import root_key
+from pdserve.engine.engine import Engine
+from pdserve.engine.sequence import Sequence
+from pdserve.launch.folders import cache_folder
+from pdserve.models.config import load_config
+from pdserve.models.default_model import ensure_default_model
+from pdserve.models.weights import Weights, open_weights
+from pdserve.request import SamplingParams
+from pdserve.worker.config import Role, WorkerConfig
+from pdserve.worker.process import build_engine
+
+CONTEXT = 512
+
+
+def gemms(weights: Weights, rows: int, head_rows: int) -> Callable[[], None]:
+    """All matrix products of a step over `rows` tokens of which `head_rows` are sampled from."""
+    first = weights.layers[0]
+    x = torch.randn(rows, first.qkv.shape[1]).to(first.qkv.dtype)
+    attended = torch.randn(rows, first.output.shape[1]).to(x.dtype)
+    inner = torch.randn(rows, first.down.shape[1]).to(x.dtype)
+
+    @torch.inference_mode()
+    def run() -> None:
+        for layer in weights.layers:
+            linear(x, layer.qkv)
+            linear(attended, layer.output)
+            linear(x, layer.gate_up)
+            linear(inner, layer.down)
+        linear(x[:head_rows], weights.head)
+
+    return run
+
+
+def add(engine: Engine, name: str, num_tokens: int, max_tokens: int) -> Sequence:
+    """A sequence of random tokens; the salt keeps prompts from sharing a prefix."""
+    generator = torch.Generator().manual_seed(hash(name) & 0xFFFF)
+    sequence = Sequence(
+        name=name,
+        token_ids=array("I", torch.randint(100, 40_000, (num_tokens,), generator=generator).tolist()),
+        num_prompt_tokens=num_tokens,
+        sampling=SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0),
+        root_key=root_key(name.encode()),
+        block_size=engine.config.block_size,
+        arrived_s=0.0,
+    )
+    engine.scheduler.add(sequence)
+    return sequence
+
+
+def step(engine: Engine) -> None:
+    engine.execute(engine.schedule(0.0), 0.0)
+
+
+def alternate(subject: Callable[[], None], baseline: Callable[[], None], rounds: int) -> dict[str, float]:
+    """Medians in milliseconds of both, taken in turn, and their ratio."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for function, into in zip((subject, baseline), times, strict=True):
+            began_s = time.perf_counter()
+            function()
+            into.append((time.perf_counter() - began_s) * 1e3)
+    step_ms, gemm_ms = (statistics.median(values[1:]) for values in times)
+    return {"step_ms": round(step_ms, 2), "gemm_ms": round(gemm_ms, 2), "ratio": round(step_ms / gemm_ms, 3)}
+
+
+def decode(engine: Engine, weights: Weights, batch: int, rounds: int) -> dict[str, float]:
+    sequences = [add(engine, f"decode {batch}/{i}", CONTEXT, rounds + 16) for i in range(batch)]
+    while not all(sequence.decoding for sequence in sequences):
+        step(engine)
+    result = alternate(lambda: step(engine), gemms(weights, batch, batch), rounds)
+    for sequence in sequences:
+        engine.finish(sequence)
+    engine.pool.clear_cached()
+    return result
+
+
+def prefill(engine: Engine, weights: Weights, num_tokens: int, rounds: int) -> dict[str, float]:
+    names = iter(range(rounds))
+
+    def run() -> None:
+        add(engine, f"prefill {next(names)}", num_tokens, 1)
+        step(engine)
+
+    return alternate(run, gemms(weights, num_tokens, 1), rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, help="default: the default model")
+    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    folder = args.model or ensure_default_model(cache_folder(), lambda text, share: None)
+    config = WorkerConfig(
+        role=Role.MIXED, worker_id="bench", model=folder, kv_bytes=1 << 30, max_model_len=4096, kernels=args.kernels
+    )
+    engine = build_engine(config, lambda text: None).engine
+    weights = open_weights(folder, load_config(folder), config.dtype, cache_folder())
+    result: dict[str, object] = {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "context_tokens": CONTEXT,
+    }
+    for batch in (1, 8, 16):
+        result[f"decode_batch_{batch}"] = decode(engine, weights, batch, args.rounds)
+    result["prefill_512"] = prefill(engine, weights, 512, args.rounds)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if args.json:
+        args.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

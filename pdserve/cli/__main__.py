@@ -1,0 +1,5 @@
+"""`python -m pdserve.cli` is `pdserve`."""
+
+from pdserve.cli import main
+
+main()

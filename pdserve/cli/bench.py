@@ -1,0 +1,53 @@
+"""`pdserve bench`: the benchmarks, each a module of its own that prints JSON."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import Annotated
+
+import typer
+
+from pdserve.cli.forward import become
+
+# name: module, and what it measures
+BENCHMARKS = {
+    "engine": ("pdserve.bench.engine", "engine step against the bare weight products of the same shape"),
+    "serve": ("pdserve.bench.serve", "disaggregated against mixed workers: tokens/s, TTFT, ITL, goodput"),
+    "startup": ("pdserve.bench.startup", "time to ready and memory of each process"),
+    "transfer": ("kvstore.transfer.bench", "KV push against memcpy, shared memory and TCP"),
+    "router": ("router.bench", "router overhead per request and per token"),
+}
+
+
+def register(app: typer.Typer) -> None:
+    @app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+    def bench(
+        context: typer.Context,
+        name: Annotated[str | None, typer.Argument(help="Which one; none lists them.")] = None,
+    ) -> None:
+        """Run a benchmark; what follows NAME goes to it (try --help there)."""
+        if name is None:
+            for listed, (_, text) in available().items():
+                print(f"{listed:<10} {text}")
+            return
+        if name not in available():
+            print(f"pdserve: no benchmark is named {name}; there are {', '.join(available())}.", file=sys.stderr)
+            raise typer.Exit(2)
+        become(BENCHMARKS[name][0], context.args)
+
+
+def available() -> dict[str, tuple[str, str]]:
+    """Those of `BENCHMARKS` that are installed; looked up without importing them."""
+    return {name: entry for name, entry in BENCHMARKS.items() if _exists(entry[0])}
+
+
+def _exists(module: str) -> bool:
+    """Whether `python -m MODULE` would find something to run."""
+    try:
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{module}.__main__")
+    except ModuleNotFoundError:
+        return False
+    return spec is not None

@@ -1,0 +1,73 @@
+"""`pdserve up`: everything on one machine."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from pdserve.errors import ConfigError
+from pdserve.launch.plan import UpOptions, counted
+from pdserve.launch.steps import Steps
+from pdserve.launch.supervisor import up as start_up
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_bytes(text: str) -> int:
+    """`512M` to bytes, in powers of 1024. Raises typer.BadParameter."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is no size; write 1073741824, 512M or 1.5G")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def register(app: typer.Typer) -> None:
+    @app.command("up")
+    def up(
+        prefill: Annotated[int | None, typer.Option(help="Prefill workers; 1 where no count is given.")] = None,
+        decode: Annotated[int | None, typer.Option(help="Decode workers; 1 where no count is given.")] = None,
+        mixed: Annotated[int | None, typer.Option(help="Workers that do both.")] = None,
+        model: Annotated[
+            Path | None, typer.Option(help="A Hugging Face style folder; the default is SmolLM2-135M-Instruct.")
+        ] = None,
+        host: Annotated[str, typer.Option(help="Where the HTTP server listens.")] = "127.0.0.1",
+        port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+        dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of weights and KV.")] = "bfloat16",
+        threads: Annotated[int, typer.Option(min=1, help="Compute threads of each worker.")] = 1,
+        kv_bytes: Annotated[
+            int | None, typer.Option(parser=parse_bytes, metavar="SIZE", help="KV pool of each worker: 512M, 2G.")
+        ] = None,
+        kernels: Annotated[Literal["auto", "native", "reference"], typer.Option()] = "auto",
+        policy: Annotated[str | None, typer.Option(help="How the router chooses workers.")] = None,
+        redis: Annotated[str | None, typer.Option(metavar="URL", help="A running Redis; else one is embedded.")] = None,
+        namespace: Annotated[str, typer.Option(help="Separates fleets that share a Redis.")] = "default",
+        worker_arguments: Annotated[
+            list[str] | None, typer.Argument(metavar="[-- WORKER OPTIONS]", help="Further options of every worker.")
+        ] = None,
+    ) -> None:
+        """Start prefill and decode workers, the router and a Redis on this machine; Ctrl-C ends all of it."""
+        prefill_count, decode_count, mixed_count = counted(prefill, decode, mixed)
+        if model is not None and not model.is_dir():
+            raise ConfigError(f"The model folder {model} does not exist or is not a folder.")
+        options = UpOptions(
+            prefill=prefill_count,
+            decode=decode_count,
+            mixed=mixed_count,
+            model=model,
+            host=host,
+            port=port,
+            dtype=dtype,
+            threads=threads,
+            kv_bytes=kv_bytes,
+            kernels=kernels,
+            policy=policy,
+            redis_url=redis,
+            namespace=namespace,
+            worker_arguments=tuple(worker_arguments or ()),
+        )
+        raise typer.Exit(asyncio.run(start_up(options, Steps(Console(highlight=False)))))

@@ -1,0 +1,58 @@
+// What the AVX-512 and AMX kernels share: dot products of bf16 pairs, transposes, the tile registers' configuration.
+#pragma once
+
+#include "common.h"
+
+#if PDS_AVX512_BF16
+
+PDS_INLINE __m512i load(const bf16* from) { return _mm512_loadu_si512(from); }
+
+// sum + a * b over the pairs of bf16 in each 32-bit lane.
+PDS_INLINE __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+
+// 32 floats, `low` first, as bf16.
+PDS_INLINE __m512i to_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+// Lane i of the result is the sum of the lanes of v[i].
+PDS_INLINE __m512 sum_lanes(const __m512 v[16]) {
+  __m512 quads[4];  // lane 4 b + i of quads[g] is the sum of 128-bit block b of v[4 g + i]
+  PDS_UNROLL for (int g = 0; g < 4; g++) {
+    const __m512 *a = v + 4 * g, *b = a + 1, *c = a + 2, *d = a + 3;
+    const __m512 ab = _mm512_unpacklo_ps(*a, *b) + _mm512_unpackhi_ps(*a, *b);
+    const __m512 cd = _mm512_unpacklo_ps(*c, *d) + _mm512_unpackhi_ps(*c, *d);
+    quads[g] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))) +
+               _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+  }
+  const __m512 low = _mm512_shuffle_f32x4(quads[0], quads[1], 0x88) + _mm512_shuffle_f32x4(quads[0], quads[1], 0xdd);
+  const __m512 high = _mm512_shuffle_f32x4(quads[2], quads[3], 0x88) + _mm512_shuffle_f32x4(quads[2], quads[3], 0xdd);
+  return _mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd);
+}
+
+// r[i] lane j <-> r[j] lane i, of 32 bits.
+PDS_INLINE void transpose_16x16(__m512i r[16]) {
+  __m512i t[16];
+  PDS_UNROLL for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  PDS_UNROLL for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  PDS_UNROLL for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  PDS_UNROLL for (int i = 0; i < 4; i++) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+#endif

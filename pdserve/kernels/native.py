@@ -1,0 +1,253 @@
+"""The kernels in C++ (pdserve/csrc), called through ctypes, which releases the interpreter lock.
+
+A call costs a few microseconds and there are some three hundred in a step, so what can be checked once is: a pool when
+it is first seen, a batch once a step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pdserve.kernels.base import Batch
+from pdserve.kernels.build import NativeUnavailable, build
+from pdserve.kernels.self_check import check
+from pdserve.launch.folders import cache_folder
+
+MAX_HEAD_DIM = 256
+MAX_GROUP = 64
+_AVX512_BF16, _AMX = 1, 2  # bits of pds_init's result
+_SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+
+
+class _Batch(ctypes.Structure):
+    """`Batch` of common.h."""
+
+    _fields_ = (
+        ("positions", _P),
+        ("query_start", _P),
+        ("context_len", _P),
+        ("block_tables", _P),
+        ("tokens", ctypes.c_int32),
+        ("sequences", ctypes.c_int32),
+        ("max_blocks", ctypes.c_int32),
+        ("max_query_len", ctypes.c_int32),
+    )
+
+
+class _Pool(ctypes.Structure):
+    """`Pool` of common.h."""
+
+    _fields_ = (
+        ("data", _P),
+        ("block_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+        ("num_blocks", ctypes.c_int32),
+        ("kv_heads", ctypes.c_int32),
+        ("layers", ctypes.c_int32),
+        ("block_size", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+    )
+
+
+_SIGNATURES = {
+    "rms_norm": (None, (_P, _P, _P, _I, _I, _F, _I)),
+    "add_rms_norm": (None, (_P, _P, _P, _P, _I, _I, _F, _I)),
+    "silu_and_mul": (None, (_P, _P, _I, _I, _I)),
+    "rope_append": (_I, (_P, _P, _I, _P, _P, _I, _I, _I)),
+    "attention": (None, (_P, _P, _P, _P, _I, _I, _F, _I)),
+}
+
+
+def load() -> NativeKernels:
+    """Build the library if need be, load it, and compare every operation with the reference on a few tokens.
+
+    Uses as many threads as torch does at this moment.
+
+    Raises:
+        NativeUnavailable: it cannot be built or loaded here, or computes something else than the reference.
+    """
+    path = build(cache_folder())
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeUnavailable(f"{path} cannot be loaded ({error})") from error
+    kernels = NativeKernels(library, torch.get_num_threads())
+    wrong = check(kernels)
+    if wrong is not None:
+        raise NativeUnavailable(f"the compiled kernels failed their self-check: {wrong}")
+    return kernels
+
+
+class NativeKernels:
+    """`pdserve.kernels.base.Kernels` for bfloat16 and float32 on the CPU; head_dim a multiple of 8 up to 256.
+
+    Its methods raise ValueError for tensors that the library cannot read.
+    """
+
+    name = "native"
+
+    def __init__(self, library: ctypes.CDLL, threads: int) -> None:
+        self._threads = threads
+        self._features = int(library.pds_init())
+        functions = {op: _by_dtype(library, op) for op in _SIGNATURES}
+        self._rms_norm = functions["rms_norm"]
+        self._add_rms_norm = functions["add_rms_norm"]
+        self._silu_and_mul = functions["silu_and_mul"]
+        self._rope_append = functions["rope_append"]
+        self._attention = functions["attention"]
+        self._linear = _bind(library, "pds_linear_bf16", None, (_P, _P, _P, _P, _I, _I, _I, _I))
+        self._batch_fits = _bind(library, "pds_batch_fits", _I, (_P, _P))
+        self._most_rows = most_rows(self._features)
+        self._batch: Batch | None = None
+        self._pool: Tensor | None = None
+
+    @property
+    def features(self) -> str:
+        """The instruction sets in use beyond the compiler's own, for the log."""
+        names = ((_AVX512_BF16, "AVX-512 BF16"), (_AMX, "AMX"))
+        return ", ".join(name for bit, name in names if self._features & bit) or "compiler vectors"
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()
+        hidden = _norm_size(x, weight)
+        out = torch.empty_like(x)
+        function = _of(self._rms_norm, x)
+        function(out.data_ptr(), x.data_ptr(), weight.data_ptr(), x.numel() // hidden, hidden, eps, self._threads)
+        return out
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()
+        hidden = _norm_size(x, weight)
+        if residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous():
+            raise ValueError("residual must be contiguous and of x's shape and dtype")
+        out = torch.empty_like(x)
+        function = _of(self._add_rms_norm, x)
+        rows = x.numel() // hidden
+        pointers = (out.data_ptr(), x.data_ptr(), residual.data_ptr(), weight.data_ptr())
+        function(*pointers, rows, hidden, eps, self._threads)
+        return out
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        rows, double = x.shape
+        if double % 2:
+            raise ValueError("silu_and_mul takes gate and up of the same size")
+        out = x.new_empty(rows, double // 2)
+        _of(self._silu_and_mul, x)(out.data_ptr(), x.data_ptr(), rows, double // 2, self._threads)
+        return out
+
+    def rope_append(self, qkv: Tensor, cos_sin: Tensor, batch: Batch, pool: Tensor, layer: int, num_heads: int) -> None:
+        self._take(qkv, batch, pool, layer, num_heads)
+        max_position, size = cos_sin.shape
+        if cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous() or size != pool.shape[5]:
+            raise ValueError("cos_sin must be float32, contiguous, [max_position, head_dim]")
+        function = _of(self._rope_append, qkv)
+        pointers = (qkv.data_ptr(), cos_sin.data_ptr(), max_position, self._batch_pointer, self._pool_pointer)
+        if not function(*pointers, layer, num_heads, self._threads):
+            raise ValueError(f"a position of the batch lies outside the {max_position} of cos_sin")
+
+    def attention(self, qkv: Tensor, batch: Batch, pool: Tensor, layer: int, num_heads: int, scale: float) -> Tensor:
+        self._take(qkv, batch, pool, layer, num_heads)
+        out = qkv.new_empty(qkv.shape[0], num_heads * pool.shape[5])
+        pointers = (out.data_ptr(), qkv.data_ptr(), self._batch_pointer, self._pool_pointer)
+        _of(self._attention, qkv)(*pointers, layer, num_heads, scale, self._threads)
+        return out
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        size, features = weight.shape
+        rows = x.numel() // features
+        if (
+            not 0 < rows <= self._most_rows
+            or size % 32
+            or features % 32
+            or not (x.dtype == weight.dtype == torch.bfloat16)
+            or x.shape[-1] != features
+            or not (x.is_contiguous() and weight.is_contiguous())
+            or (bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (size,)))
+        ):
+            return functional.linear(x, weight, bias)
+        out = x.new_empty(*x.shape[:-1], size)
+        bias_pointer = None if bias is None else bias.data_ptr()
+        pointers = (out.data_ptr(), x.data_ptr(), weight.data_ptr(), bias_pointer)
+        self._linear(*pointers, rows, size, features, self._threads)
+        return out
+
+    def _take(self, qkv: Tensor, batch: Batch, pool: Tensor, layer: int, num_heads: int) -> None:
+        """Bind pool and batch, and check what may change from layer to layer."""
+        if pool is not self._pool:
+            self._take_pool(pool)
+        if batch is not self._batch:
+            self._take_batch(batch)
+        _, kv_heads, layers, _, _, head_dim = pool.shape
+        if qkv.shape != (self._tokens, (num_heads + 2 * kv_heads) * head_dim) or not qkv.is_contiguous():
+            raise ValueError(f"qkv of shape {tuple(qkv.shape)} does not fit the batch, the pool and {num_heads} heads")
+        if num_heads % kv_heads or num_heads > MAX_GROUP * kv_heads or not 0 <= layer < layers:
+            raise ValueError(f"{num_heads} heads over {kv_heads} kv heads, layer {layer} of {layers}")
+        if qkv.dtype != pool.dtype:
+            raise ValueError(f"qkv is {qkv.dtype} and the pool is {pool.dtype}")
+
+    def _take_pool(self, pool: Tensor) -> None:
+        if pool.dim() != 6 or pool.shape[3] != 2 or not pool.is_contiguous() or pool.device.type != "cpu":
+            raise ValueError("the pool must be contiguous, on the CPU, with six dimensions of which the fourth is 2")
+        num_blocks, kv_heads, layers, _, block_size, head_dim = pool.shape
+        if head_dim % 8 or head_dim > MAX_HEAD_DIM:
+            raise ValueError(f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, not {head_dim}")
+        strides = pool.stride()
+        sizes = (num_blocks, kv_heads, layers, block_size, head_dim)
+        self._pool_struct = _Pool(pool.data_ptr(), strides[0], strides[1], *sizes)
+        self._pool_pointer = ctypes.addressof(self._pool_struct)
+        self._pool, self._batch = pool, None  # a batch is checked against its pool
+
+    def _take_batch(self, batch: Batch) -> None:
+        tensors = (batch.positions, batch.query_start, batch.context_len, batch.block_tables)
+        if any(t.dtype != torch.int32 or not t.is_contiguous() for t in tensors):
+            raise ValueError("the tensors of a batch must be int32 and contiguous")
+        tokens, sequences, max_blocks = len(batch.positions), len(batch.context_len), batch.block_tables.shape[1]
+        if len(batch.query_start) != sequences + 1 or batch.block_tables.shape[0] != sequences:
+            raise ValueError("the tensors of a batch disagree on the number of sequences")
+        pointers = (t.data_ptr() for t in tensors)
+        self._batch_struct = _Batch(*pointers, tokens, sequences, max_blocks, batch.max_query_len)
+        self._batch_pointer = ctypes.addressof(self._batch_struct)
+        if not self._batch_fits(self._batch_pointer, self._pool_pointer):
+            raise ValueError("the batch reaches outside the pool, its tokens or its block tables")
+        self._tokens = tokens
+        self._batch = batch
+
+
+def most_rows(features: int) -> int:
+    """Rows up to which the library's matrix product beats torch's (measured: pdserve.bench.kernels)."""
+    if features & _AMX:
+        return 256
+    return 32 if features & _AVX512_BF16 else 0
+
+
+def _norm_size(x: Tensor, weight: Tensor) -> int:
+    hidden = weight.shape[0]
+    if x.shape[-1] != hidden or weight.dtype != x.dtype or not weight.is_contiguous():
+        raise ValueError(f"weight {tuple(weight.shape)} {weight.dtype} does not fit x {tuple(x.shape)} {x.dtype}")
+    return hidden
+
+
+def _of(functions: dict[torch.dtype, Callable[..., Any]], x: Tensor) -> Callable[..., Any]:
+    try:
+        return functions[x.dtype]
+    except KeyError:
+        raise ValueError(f"the native kernels know bfloat16 and float32, not {x.dtype}") from None
+
+
+def _by_dtype(library: ctypes.CDLL, op: str) -> dict[torch.dtype, Callable[..., Any]]:
+    result, arguments = _SIGNATURES[op]
+    return {dtype: _bind(library, f"pds_{op}_{suffix}", result, arguments) for dtype, suffix in _SUFFIXES.items()}
+
+
+def _bind(library: ctypes.CDLL, name: str, result: Any, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+    function = library[name]
+    function.restype, function.argtypes = result, arguments
+    return function

@@ -1,0 +1,68 @@
+"""Compares an implementation with the reference on a few tokens: a miscompiled library must not serve a request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pdserve.kernels.base import Batch, Kernels
+from pdserve.kernels.reference import ReferenceKernels
+
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
+_HEADS, _KV_HEADS, _DIM, _BLOCK_SIZE, _HIDDEN = 6, 2, 64, 16, 96
+_CHUNKS = ((69, 1), (0, 37), (20, 5))  # tokens already cached, tokens of this step
+
+
+def check(kernels: Kernels) -> str | None:
+    """What differs first, or None. Takes some milliseconds."""
+    for dtype, tolerance in _TOLERANCE.items():
+        pairs = zip(_outputs(kernels, dtype), _outputs(ReferenceKernels(), dtype), strict=True)
+        for (operation, got), (_, expected) in pairs:
+            if not torch.allclose(got.float(), expected.float(), rtol=tolerance, atol=tolerance):
+                worst = (got.float() - expected.float()).abs().max().item()
+                return f"{operation} in {dtype} is off by {worst:.2g}"
+    return None
+
+
+def _outputs(kernels: Kernels, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Each operation's name and result, on the same numbers every time."""
+    rng = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng).to(dtype)
+
+    x, weight = random(5, _HIDDEN), random(_HIDDEN)
+    residual = random(5, _HIDDEN)
+    yield "rms_norm", kernels.rms_norm(x, weight, 1e-5)
+    yield "add_rms_norm", kernels.add_rms_norm(x, residual, weight, 1e-5)
+    yield "residual", residual
+    yield "silu_and_mul", kernels.silu_and_mul(x)
+    yield "linear", kernels.linear(x, random(64, _HIDDEN) / 8, random(64))
+
+    batch, num_blocks = _batch()
+    qkv = random(len(batch.positions), (_HEADS + 2 * _KV_HEADS) * _DIM)
+    pool = random(num_blocks, _KV_HEADS, 2, 2, _BLOCK_SIZE, _DIM)
+    angles = torch.rand(128, _DIM // 2, generator=rng)
+    kernels.rope_append(qkv, torch.cat((angles.cos(), angles.sin()), dim=1), batch, pool, 1, _HEADS)
+    yield "rope_append", qkv
+    yield "the pool", pool
+    yield "attention", kernels.attention(qkv, batch, pool, 1, _HEADS, _DIM**-0.5)
+
+
+def _batch() -> tuple[Batch, int]:
+    """A decode and two prefills over blocks in no order, and the number of blocks."""
+    counts = [-(-(cached + tokens) // _BLOCK_SIZE) for cached, tokens in _CHUNKS]
+    free = list(range(sum(counts)))[::-1]
+    tables = torch.zeros(len(_CHUNKS), max(counts), dtype=torch.int32)
+    for row, count in zip(tables, counts, strict=True):
+        row[:count] = torch.tensor([free.pop() for _ in range(count)])
+    batch = Batch(
+        positions=torch.cat([torch.arange(cached, cached + tokens) for cached, tokens in _CHUNKS]).int(),
+        query_start=torch.tensor([0, *(tokens for _, tokens in _CHUNKS)]).cumsum(0).int(),
+        context_len=torch.tensor([cached + tokens for cached, tokens in _CHUNKS]).int(),
+        block_tables=tables,
+        max_query_len=max(tokens for _, tokens in _CHUNKS),
+    )
+    return batch, sum(counts)

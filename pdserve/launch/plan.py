@@ -1,0 +1,106 @@
+"""What `pdserve up` runs: from options to the command lines of the processes. Pure."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvstore.layout import KvDtype
+from pdserve.errors import ConfigError
+from pdserve.launch.child import Command
+
+ROLES = ("prefill", "decode", "mixed")
+
+
+@dataclass(frozen=True, slots=True)
+class UpOptions:
+    """The options of `pdserve up`; None leaves the choice to the process that the option is for."""
+
+    prefill: int = 1
+    decode: int = 1
+    mixed: int = 0
+    model: Path | None = None  # None: the default model, fetched where it is missing
+    host: str = "127.0.0.1"
+    port: int = 8000
+    dtype: KvDtype = "bfloat16"
+    threads: int = 1
+    kv_bytes: int | None = None
+    kernels: str = "auto"
+    policy: str | None = None
+    redis_url: str | None = None  # None: an embedded server
+    namespace: str = "default"
+    worker_arguments: Sequence[str] = ()
+
+
+def counted(prefill: int | None, decode: int | None, mixed: int | None) -> tuple[int, int, int]:
+    """Workers by role; one prefill and one decode worker where no count is given.
+
+    Raises:
+        ConfigError: a count is negative, or there is no worker at all.
+    """
+    if prefill is None and decode is None and mixed is None:
+        return (1, 1, 0)
+    counts = (prefill or 0, decode or 0, mixed or 0)
+    if min(counts) < 0:
+        raise ConfigError("The numbers of workers cannot be negative.")
+    if sum(counts) == 0:
+        raise ConfigError("At least one worker is needed: --prefill N, --decode M or --mixed K.")
+    return counts
+
+
+def prepare_command(options: UpOptions) -> Command:
+    arguments = _module("pdserve.launch.prepare", {"--dtype": options.dtype, "--kernels": options.kernels})
+    if options.model is not None:
+        arguments += ["--model", str(options.model)]
+    return Command("prepare", arguments, _compute_environment(options.threads), announces=True)
+
+
+def worker_commands(options: UpOptions, model: Path, redis_url: str) -> list[Command]:
+    """One command a worker, named `role-number`, which is also its worker id."""
+    counts = zip(ROLES, (options.prefill, options.decode, options.mixed), strict=True)
+    return [
+        _worker_command(options, model, redis_url, role, f"{role}-{number}")
+        for role, count in counts
+        for number in range(count)
+    ]
+
+
+def _worker_command(options: UpOptions, model: Path, redis_url: str, role: str, worker_id: str) -> Command:
+    values = {
+        "--role": role,
+        "--worker-id": worker_id,
+        "--model": str(model),
+        "--redis": redis_url,
+        "--namespace": options.namespace,
+        "--dtype": options.dtype,
+        "--threads": str(options.threads),
+        "--kernels": options.kernels,
+    }
+    if options.kv_bytes is not None:
+        values["--kv-bytes"] = str(options.kv_bytes)
+    arguments = [*_module("pdserve.worker", values), *options.worker_arguments]
+    return Command(worker_id, arguments, _compute_environment(options.threads), announces=True)
+
+
+def router_command(options: UpOptions, model: Path, redis_url: str) -> Command:
+    values = {
+        "--host": options.host,
+        "--port": str(options.port),
+        "--model": str(model),
+        "--redis": redis_url,
+        "--namespace": options.namespace,
+    }
+    if options.policy is not None:
+        values["--policy"] = options.policy
+    return Command("router", _module("router", values), {}, announces=False)
+
+
+def _module(name: str, values: dict[str, str]) -> list[str]:
+    return [sys.executable, "-m", name, *(part for pair in values.items() for part in pair)]
+
+
+def _compute_environment(threads: int) -> dict[str, str]:
+    """More OpenMP threads than free cores stall badly, and spinning ones take the core from the other processes."""
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "UCX_WARN_UNUSED_ENV_VARS": "n"}

@@ -1,0 +1,88 @@
+"""`python -m pdserve.worker`: one worker process (what `pdserve worker` runs)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvstore.errors import KvError
+from kvstore.layout import KvDtype
+from pdserve.errors import ConfigError
+from pdserve.launch.announce import Announcer
+from pdserve.worker.config import Role, WorkerConfig
+
+# A thread that waits for the interpreter lock gets it this soon: asyncio must not hold up a step for the default 5 ms.
+_SWITCH_INTERVAL_S = 0.0005
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Folder of a Hugging Face style model.")],
+    role: Annotated[Role, typer.Option(help="What the router prefers this worker for.")] = Role.MIXED,
+    worker_id: Annotated[str, typer.Option(help="Unique name; default: role and process id.")] = "",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="gRPC port; 0 chooses a free one.")] = 0,
+    admin_port: Annotated[int, typer.Option(help="Port of health, metrics and ledger; 0 chooses a free one.")] = 0,
+    redis: Annotated[str | None, typer.Option(help="Redis URL to be found through; none: routers name us.")] = None,
+    namespace: Annotated[str, typer.Option(help="Separates deployments that share a Redis.")] = "default",
+    dtype: Annotated[KvDtype, typer.Option(help="Of weights and KV.")] = "bfloat16",
+    kv_bytes: Annotated[int, typer.Option(help="Memory of the KV pool.")] = 1 << 30,
+    block_size: Annotated[int, typer.Option(help="Tokens a KV block.")] = 16,
+    max_batched_tokens: Annotated[int, typer.Option(help="Tokens computed in one step.")] = 512,
+    max_sequences: Annotated[int, typer.Option(help="Sequences running at once.")] = 64,
+    max_model_len: Annotated[int, typer.Option(help="Tokens a request may have; 0: what model and pool allow.")] = 0,
+    threads: Annotated[int, typer.Option(help="Compute threads.")] = 1,
+    kernels: Annotated[str, typer.Option(help="auto, native or reference.")] = "auto",
+    ready_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Run one worker until SIGTERM or Ctrl-C."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    announcer = Announcer(ready_fd)
+    try:
+        config = WorkerConfig(
+            role=role,
+            worker_id=worker_id or f"{role.value}-{os.getpid()}",
+            model=model,
+            host=host,
+            port=port,
+            admin_port=admin_port,
+            redis_url=redis,
+            namespace=namespace,
+            dtype=dtype,
+            kv_bytes=kv_bytes,
+            block_size=block_size,
+            max_batched_tokens=max_batched_tokens,
+            max_sequences=max_sequences,
+            max_model_len=max_model_len or None,
+            threads=threads,
+            kernels=kernels,
+        )
+        # Imported here, so that a wrong option is told at once and torch sees the environment set above.
+        from pdserve.worker.process import build_engine, run
+
+        built = build_engine(config, announcer.progress)
+        asyncio.run(
+            run(
+                config,
+                built,
+                lambda hello: announcer.ready(
+                    worker_id=hello.worker_id, address=hello.address, admin_address=hello.admin_address
+                ),
+            )
+        )
+    except (ConfigError, KvError) as error:
+        announcer.error(str(error))
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    typer.run(main)

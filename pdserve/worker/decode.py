@@ -1,0 +1,194 @@
+"""The decode side of a worker: makes room for a sequence, receives its missing blocks, and lets it run once they are verified."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from kvstore.errors import NoRoom
+from kvstore.pool import BlockRef
+from pdserve.engine.engine import Engine
+from pdserve.protocol import worker_pb2 as pb
+from pdserve.worker.arrival import Arrival
+from pdserve.worker.engine_thread import EngineThread
+from pdserve.worker.links import LinkTable, PeerLink
+from pdserve.worker.memory import BlockMemory
+from pdserve.worker.metrics import WorkerMetrics
+from pdserve.worker.requests import Entry, RequestTable
+from pdserve.worker.session import RouterSession
+
+_MAX_PENDING = 256
+_PENDING_S = 5.0  # a reservation waits so long for room, then the router is told to look elsewhere
+_ARRIVAL_S = 30.0  # from the ticket until the blocks must be there
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A reservation that waits for room, oldest first."""
+
+    entry: Entry
+    reserve: pb.Reserve
+    expires_s: float
+
+
+class DecodeSide:
+    """Use on the asyncio loop only.
+
+    Reserve ──> room? (waits a little) ──> receives posted, ticket ──> blocks land and are verified ──> the sequence runs
+    """
+
+    def __init__(
+        self,
+        requests: RequestTable,
+        engine: EngineThread,
+        links: LinkTable,
+        memory: BlockMemory,
+        metrics: WorkerMetrics,
+        worker_id: str,
+        incarnation: int,
+    ) -> None:
+        self._requests = requests
+        self._engine = engine
+        self._links = links
+        self._memory = memory
+        self._metrics = metrics
+        self._worker_id = worker_id
+        self._incarnation = incarnation
+        self._pending: OrderedDict[str, Pending] = OrderedDict()
+        self._arrivals: dict[Arrival, Entry] = {}
+        self._asking = False
+        self._next_ticket = 1  # 0 is the probe's
+
+    @property
+    def num_pending(self) -> int:
+        return len(self._pending)
+
+    def reserve(self, session: RouterSession, reserve: pb.Reserve) -> None:
+        """Answered with Reserved or Refused, at the latest after `_PENDING_S`."""
+        entry = self._requests.open(session, reserve.request, prefill_only=False)
+        if entry is None:
+            return
+        if len(self._pending) >= _MAX_PENDING:
+            self._requests.refuse(entry, f"{_MAX_PENDING} reservations are waiting for room")
+            return
+        self._pending[entry.name] = Pending(entry, reserve, time.monotonic() + _PENDING_S)
+        self.retry()
+
+    def retry(self) -> None:
+        """Room may have appeared: try the oldest reservation. One question is on its way to the engine at a time."""
+        while self._pending and not self._asking:
+            pending = next(iter(self._pending.values()))
+            entry = pending.entry
+            if self._requests.get(entry.name) is not entry:
+                del self._pending[entry.name]
+                continue
+            peer = self._links.get(pending.reserve.prefill_worker_id, pending.reserve.prefill_incarnation)
+            if peer is None:
+                del self._pending[entry.name]
+                self._requests.refuse(entry, f"no link to {pending.reserve.prefill_worker_id}")
+                continue
+            self._ask(pending, peer)
+
+    def expire(self, now_s: float) -> None:
+        """Refuse reservations that have waited too long; fail arrivals whose blocks did not come."""
+        for pending in [p for p in self._pending.values() if p.expires_s <= now_s]:
+            del self._pending[pending.entry.name]
+            self._requests.refuse(pending.entry, "no room for the sequence in time")
+        for arrival in [arrival for arrival in self._arrivals if arrival.deadline_s <= now_s]:
+            arrival.stop("its blocks did not arrive in time")
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _ask(self, pending: Pending, peer: PeerLink) -> None:
+        sequence = pending.entry.sequence
+        deadline_s = min(pending.entry.deadline_s, time.monotonic() + _ARRIVAL_S)
+
+        def reserve(engine: Engine, now_s: float) -> int:
+            held = engine.scheduler.reserve(sequence, now_s, deadline_s)
+            engine.pool.receive(sequence.blocks[held:])
+            return held
+
+        def answered(answer: asyncio.Future[int]) -> None:
+            self._asking = False
+            error = answer.exception()
+            if isinstance(error, NoRoom):
+                return  # stays the first in line; tried again when something has changed
+            self._pending.pop(pending.entry.name, None)
+            if error is not None:
+                self._requests.fail(pending.entry, f"reserving failed: {error}")
+            else:
+                self._reserved(pending.entry, peer, answer.result(), deadline_s)
+            self.retry()
+
+        self._asking = True
+        self._engine.ask(reserve).add_done_callback(answered)
+
+    def _reserved(self, entry: Entry, peer: PeerLink, held: int, deadline_s: float) -> None:
+        missing = entry.sequence.blocks[held:]
+        if self._requests.get(entry.name) is not entry:
+            self.drained(missing)  # it ended meanwhile, and nothing was posted into its blocks
+            return
+        now_s = time.monotonic()
+        ticket = pb.Ticket(
+            ticket_id=self._next_ticket,
+            decode_worker_id=self._worker_id,
+            decode_incarnation=self._incarnation,
+            first_ordinal=held,
+            block_ids=[ref.block_id for ref in missing],
+            generations=[ref.generation for ref in missing],
+            remaining_s=deadline_s - now_s,
+        )
+        self._next_ticket += 1
+        arrival = entry.arrival = Arrival(
+            ticket,
+            missing,
+            num_output_tokens=entry.sequence.num_output_tokens + 1,
+            peer=peer,
+            links=self._links,
+            memory=self._memory,
+            listener=self,
+            deadline_s=deadline_s,
+        )
+        self._arrivals[arrival] = entry
+        entry.times = pb.StageTimes(reserve_s=now_s - entry.received_s)
+        reserved = pb.Reserved(request_id=entry.request_id, attempt=entry.attempt, ticket=ticket)
+        entry.session.send(pb.WorkerMessage(reserved=reserved))
+        arrival.start()
+
+    # --- the arrivals' listener --------------------------------------------------------------------------------------
+
+    def committed(self, arrival: Arrival, output_token_ids: tuple[int, ...]) -> None:
+        """The sequence runs from the next step on."""
+        entry = self._arrivals.pop(arrival)
+        entry.arrival = None
+        sequence = entry.sequence
+        new_tokens = output_token_ids[sequence.num_output_tokens :]
+
+        def admit(engine: Engine, now_s: float) -> None:
+            for ref in arrival.blocks:
+                engine.pool.land(ref)
+            engine.scheduler.arrived(sequence, new_tokens)
+
+        self._engine.post(admit)
+        assert entry.times is not None
+        entry.times.transfer_s, entry.times.commit_s = arrival.transfer_s, arrival.verify_s
+        self._metrics.transfer_seconds.observe(arrival.transfer_s)
+        self._metrics.transfer_bytes.labels("received").inc(len(arrival.blocks) * self._memory.block_bytes)
+
+    def failed(self, arrival: Arrival, reason: str) -> None:
+        """Ends the request first, which puts the blocks into quarantine; they are drained after that."""
+        entry = self._arrivals.pop(arrival)
+        if self._requests.get(entry.name) is entry:
+            self._metrics.transfer_failures.labels("receive").inc()
+            self._requests.fail(entry, reason)
+
+    def drained(self, refs: list[BlockRef]) -> None:
+        """Nothing lands in these quarantined blocks any more."""
+
+        def drained(engine: Engine, now_s: float) -> None:
+            for ref in refs:
+                engine.pool.drained(ref)
+
+        self._engine.post(drained)

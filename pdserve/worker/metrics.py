@@ -1,0 +1,73 @@
+"""What a worker exports for Prometheus. Base units; the block gauge has one series per state of the ledger."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+
+from kvstore.pool import Ledger
+from pdserve import __version__
+from pdserve.worker.engine_thread import StepReport
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class WorkerMetrics:
+    """One registry per worker process."""
+
+    def __init__(self, role: str) -> None:
+        self.registry = registry = CollectorRegistry()
+        Info("pdserve_build", "Version of this process.", registry=registry).info(
+            {"version": __version__, "component": "worker", "role": role}
+        )
+        self._step_seconds = Histogram(
+            "pdserve_step_seconds", "Time of one engine step.", registry=registry, buckets=_SECONDS
+        )
+        self._step_tokens = Histogram(
+            "pdserve_step_tokens",
+            "Tokens computed in one engine step.",
+            registry=registry,
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
+        )
+        self._tokens = Counter("pdserve_computed_tokens_total", "Tokens whose KV was computed.", registry=registry)
+        self._output_tokens = Counter("pdserve_sampled_tokens_total", "Output tokens sampled.", registry=registry)
+        self._failed_steps = Counter("pdserve_failed_steps_total", "Steps that raised an error.", registry=registry)
+        self._preempted = Gauge("pdserve_preempted_sequences", "Sequences preempted since start.", registry=registry)
+        self._sequences = Gauge("pdserve_sequences", "Sequences by state.", ["state"], registry=registry)
+        self._waiting_tokens = Gauge(
+            "pdserve_waiting_tokens", "Prompt tokens queued and not yet computed.", registry=registry
+        )
+        self._blocks = Gauge("pdserve_kv_blocks", "Blocks of the KV pool by state.", ["state"], registry=registry)
+        self.transfer_seconds = Histogram(
+            "pdserve_transfer_seconds",
+            "Time from the ticket until all blocks of a hand-over were verified.",
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        self.transfer_bytes = Counter(
+            "pdserve_transfer_bytes_total", "Bytes of blocks moved.", ["direction"], registry=registry
+        )
+        self.transfer_failures = Counter(
+            "pdserve_transfer_failures_total", "Hand-overs that failed, by reason.", ["reason"], registry=registry
+        )
+        self.late_events = Counter(
+            "pdserve_late_transfer_events_total",
+            "Events of transfers that were over already; dropped.",
+            registry=registry,
+        )
+
+    def on_step(self, report: StepReport) -> None:
+        if report.num_tokens:
+            self._step_seconds.observe(report.step_s)
+            self._step_tokens.observe(report.num_tokens)
+            self._tokens.inc(report.num_tokens)
+            self._output_tokens.inc(len(report.tokens))
+        if report.failed:
+            self._failed_steps.inc()
+        self._preempted.set(report.load.preempted)
+        self._sequences.labels("waiting").set(report.load.waiting_sequences)
+        self._sequences.labels("running").set(report.load.running_sequences)
+        self._waiting_tokens.set(report.load.waiting_tokens)
+
+    def on_ledger(self, ledger: Ledger) -> None:
+        for state in ("free", "cached", "held", "sending", "receiving", "quarantined"):
+            self._blocks.labels(state).set(getattr(ledger, state))

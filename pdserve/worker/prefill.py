@@ -1,0 +1,124 @@
+"""The prefill side of a worker: computes prompts and pushes their blocks to the decode worker that a ticket names."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+
+from kvstore.errors import TransferError
+from pdserve.engine.engine import Engine
+from pdserve.protocol import worker_pb2 as pb
+from pdserve.worker.engine_thread import Computed, EngineThread
+from pdserve.worker.links import LinkTable
+from pdserve.worker.memory import BlockMemory
+from pdserve.worker.metrics import WorkerMetrics
+from pdserve.worker.push import Push, TicketId
+from pdserve.worker.requests import Entry, RequestTable, entry_name
+from pdserve.worker.session import RouterSession
+
+_MAX_FENCED = 4096  # tickets remembered as fenced before their hand-over came
+
+
+class PrefillSide:
+    """Use on the asyncio loop only.
+
+    A prompt is submitted ──> its last chunk is scheduled (HandoffWanted) ──> Handoff with a ticket ──> pushed ──> end.
+    The ticket may come while the last chunk is still computed: blocks before it leave at once, the others as they are ready.
+    """
+
+    def __init__(
+        self, requests: RequestTable, engine: EngineThread, links: LinkTable, memory: BlockMemory, metrics: WorkerMetrics
+    ) -> None:
+        self._requests = requests
+        self._engine = engine
+        self._links = links
+        self._memory = memory
+        self._metrics = metrics
+        self._fenced: OrderedDict[TicketId, None] = OrderedDict()
+        self._pushes: dict[TicketId, Push] = {}
+
+    def submit(self, session: RouterSession, submit: pb.Submit) -> None:
+        """Queue a prompt, or a whole request if it is not `disaggregated`."""
+        entry = self._requests.open(session, submit, prefill_only=submit.disaggregated)
+        if entry is None:
+            return
+
+        def add(engine: Engine, now_s: float) -> bool:
+            if engine.scheduler.full:
+                return False
+            engine.scheduler.add(entry.sequence)
+            return True
+
+        def added(answer: asyncio.Future[bool]) -> None:
+            if not answer.result():
+                self._requests.refuse(entry, "the queue of this worker is full")
+
+        self._engine.ask(add).add_done_callback(added)
+
+    def last_chunk(self, computed: Computed) -> None:
+        """The blocks before the last chunk are ready; it is time to choose a decode worker."""
+        entry = self._requests.get(computed.sequence.name)
+        if entry is None or entry.push is not None:
+            return
+        entry.push = Push(self._links, self._memory, lambda error: self._over(entry, error))
+        entry.push.ready(computed.block_ids)
+        wanted = pb.HandoffWanted(request_id=entry.request_id, attempt=entry.attempt)
+        entry.session.send(pb.WorkerMessage(handoff_wanted=wanted))
+
+    def computed(self, computed: Computed) -> None:
+        """All blocks are ready, and the first token is sampled."""
+        entry = self._requests.get(computed.sequence.name)
+        if entry is not None and entry.push is not None:
+            sequence = computed.sequence
+            entry.push.ready(computed.block_ids)
+            entry.push.complete(tuple(sequence.token_ids[sequence.num_prompt_tokens :]))
+
+    def hand_off(self, handoff: pb.Handoff) -> None:
+        """Push under this ticket. A request that is over needs nothing: decode fences the ticket when its own ends."""
+        entry = self._requests.get(entry_name(handoff.request_id, handoff.attempt))
+        ticket = handoff.ticket
+        ticket_id = TicketId(ticket.decode_worker_id, ticket.decode_incarnation, ticket.ticket_id)
+        if entry is None or entry.push is None or ticket_id in self._fenced:
+            return
+        peer = self._links.get(ticket.decode_worker_id, ticket.decode_incarnation)
+        if peer is None:
+            self._failed(entry, f"no link to {ticket.decode_worker_id}")
+            return
+        try:
+            entry.push.start(ticket, peer)
+        except TransferError as error:
+            self._failed(entry, str(error))
+        else:
+            entry.ticket_id = ticket_id
+            self._pushes[ticket_id] = entry.push
+
+    def _over(self, entry: Entry, error: str | None) -> None:
+        """Nothing reads the blocks any more."""
+        assert entry.push is not None
+        if entry.ticket_id is not None:
+            self._pushes.pop(entry.ticket_id, None)
+        self._metrics.transfer_bytes.labels("sent").inc(entry.push.num_bytes)
+        if error is None:
+            self._requests.end(entry)
+        else:
+            self._failed(entry, error)
+
+    def _failed(self, entry: Entry, error: str) -> None:
+        if self._requests.get(entry.name) is entry:
+            self._metrics.transfer_failures.labels("push").inc()
+            self._requests.fail(entry, error)
+
+    def expire(self, now_s: float) -> None:
+        """Fail prompts whose blocks nobody has taken in time."""
+        for entry in self._requests:
+            if entry.push is not None and entry.push.overdue(now_s):
+                self._failed(entry, "its blocks were not pushed in time")
+
+    async def fence(self, request: pb.FenceRequest) -> pb.FenceReply:
+        """Nothing is sent under this ticket once this has returned; the reply lists what was."""
+        ticket_id = TicketId(request.decode_worker_id, request.decode_incarnation, request.ticket_id)
+        self._fenced[ticket_id] = None
+        if len(self._fenced) > _MAX_FENCED:
+            self._fenced.popitem(last=False)
+        push = self._pushes.get(ticket_id)
+        return pb.FenceReply() if push is None else await push.fence()

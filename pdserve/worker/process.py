@@ -1,0 +1,209 @@
+"""One worker process from start to end: build, listen, be found, serve, drain.
+
+Start-up order: weights and pool, engine thread, transport, gRPC and admin ports, then the lease that lets routers find us.
+Shutdown is the reverse: first nobody finds us, then sessions end (which gives every block back), then threads stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import grpc.aio
+import torch
+import uvicorn
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from kvstore.layout import BlockGeometry
+from kvstore.pool import BlockPool
+from kvstore.transfer.transport import Transport
+from kvstore.transfer.ucx import UcxTransport
+from pdserve.discovery import Endpoint, Lease
+from pdserve.engine.config import EngineConfig
+from pdserve.engine.engine import Engine
+from pdserve.engine.runner import Runner
+from pdserve.errors import ConfigError
+from pdserve.kernels import choose
+from pdserve.launch.folders import cache_folder
+from pdserve.models.config import load_config
+from pdserve.models.decoder import Decoder
+from pdserve.models.weights import TORCH_DTYPES, open_weights
+from pdserve.protocol import PROTOCOL_VERSION
+from pdserve.protocol import worker_pb2 as pb
+from pdserve.protocol.worker_pb2_grpc import add_WorkerServicer_to_server
+from pdserve.worker.admin import make_admin_app
+from pdserve.worker.config import WorkerConfig, host_id
+from pdserve.worker.engine_thread import EngineThread
+from pdserve.worker.links import CHANNEL_OPTIONS, Identity, LinkTable
+from pdserve.worker.memory import BlockMemory
+from pdserve.worker.metrics import WorkerMetrics
+from pdserve.worker.service import WorkerService
+from pdserve.worker.worker import Worker
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str], None]
+
+_MAX_MESSAGE_BYTES = 64 << 20
+_STOP_S = 2.0
+_SERVICE = pb.DESCRIPTOR.services_by_name["Worker"].full_name
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """The engine and what the rest of the worker needs to know of it."""
+
+    engine: Engine
+    geometry: BlockGeometry
+    fingerprint: bytes
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+
+
+def build_engine(config: WorkerConfig, progress: Progress) -> Built:
+    """Load the model and make the pool. Raises ConfigError with one sentence that says what to do."""
+    torch.set_num_threads(config.threads)
+    model = load_config(config.model)
+    progress("loading weights")
+    weights = open_weights(config.model, model, config.dtype, cache_folder())
+    kernels = choose(config.kernels)
+    geometry = BlockGeometry(config.block_size, model.num_layers, model.num_kv_heads, model.head_dim, config.dtype)
+    num_blocks = config.kv_bytes // geometry.block_bytes
+    if num_blocks < 1:
+        raise ConfigError(f"--kv-bytes {config.kv_bytes} holds no block of {geometry.block_bytes} bytes")
+    max_model_len = config.max_model_len or min(model.max_position_embeddings, num_blocks * config.block_size)
+    engine_config = EngineConfig(
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        max_batched_tokens=config.max_batched_tokens,
+        max_sequences=config.max_sequences,
+        max_model_len=max_model_len,
+    )
+    decoder = Decoder(model, weights, kernels, max_model_len)
+    # Zeroed, because a kernel may read (and then mask) what lies behind a context's end; pages appear as they are used.
+    pool = torch.zeros((num_blocks, *geometry.shape), dtype=TORCH_DTYPES[config.dtype])
+    engine = Engine(engine_config, BlockPool(num_blocks, config.block_size), Runner(decoder, pool))
+    progress("warming up")
+    engine.warm_up()
+    return Built(engine, geometry, geometry.fingerprint(weights.identity), model.eos_token_ids, model.vocab_size)
+
+
+@contextlib.asynccontextmanager
+async def running_worker(config: WorkerConfig, built: Built, transport: Transport) -> AsyncIterator[pb.WorkerHello]:
+    """A worker that serves while entered; yields what it tells routers about itself. Closes the transport at the end."""
+    loop = asyncio.get_running_loop()
+    incarnation = secrets.randbits(63)
+    admin_socket = _listen(config.host, config.admin_port)
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+            ("grpc.so_reuseport", 0),
+            *CHANNEL_OPTIONS,
+        ]
+    )
+    try:
+        port = server.add_insecure_port(f"{config.host}:{config.port}")
+    except RuntimeError as error:
+        raise ConfigError(f"{config.host}:{config.port} cannot be listened on; choose another --port") from error
+    engine_config = built.engine.config
+    hello = pb.WorkerHello(
+        protocol_version=PROTOCOL_VERSION,
+        worker_id=config.worker_id,
+        incarnation=incarnation,
+        role=config.role.to_proto(),
+        model=config.model.name,
+        fingerprint=built.fingerprint,
+        block_size=built.geometry.block_size,
+        block_bytes=built.geometry.block_bytes,
+        num_blocks=engine_config.num_blocks,
+        max_model_len=engine_config.max_model_len,
+        max_sequences=engine_config.max_sequences,
+        address=f"{config.host}:{port}",
+        admin_address=f"{config.host}:{admin_socket.getsockname()[1]}",
+        host_id=host_id(),
+        eos_token_ids=built.eos_token_ids,
+        vocab_size=built.vocab_size,
+    )
+    identity = Identity(
+        worker_id=config.worker_id,
+        incarnation=incarnation,
+        address=hello.address,
+        host_id=hello.host_id,
+        fingerprint=built.fingerprint,
+        block_bytes=built.geometry.block_bytes,
+    )
+    links = LinkTable(identity, transport)
+    engine = EngineThread(built.engine, loop)
+    worker = Worker(hello, engine, links, BlockMemory(built.engine.runner.pool), WorkerMetrics(config.role.value))
+    engine.start(worker)
+    add_WorkerServicer_to_server(WorkerService(worker), server)
+    healthy = health.aio.HealthServicer()  # type: ignore[attr-defined]  # chosen by Python version inside
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    admin = uvicorn.Server(uvicorn.Config(make_admin_app(worker), log_level="warning", lifespan="off"))
+    admin_task = asyncio.create_task(_serve_admin(admin, admin_socket), name="admin port")
+    watch = asyncio.create_task(worker.watch(), name="watch")
+    watch.add_done_callback(lambda _: signal.raise_signal(signal.SIGTERM))
+    await server.start()
+    await healthy.set(_SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    try:
+        async with _lease(config, hello):
+            yield hello
+    finally:
+        await healthy.enter_graceful_shutdown()
+        watch.cancel()
+        await server.stop(None)  # ends the sessions, which ends every request
+        await links.shut_down()
+        await engine.stop(_STOP_S)
+        await loop.run_in_executor(None, transport.close)
+        admin.should_exit = True
+        await asyncio.wait([admin_task], timeout=_STOP_S)
+
+
+def _lease(config: WorkerConfig, hello: pb.WorkerHello) -> contextlib.AbstractAsyncContextManager[object]:
+    if config.redis_url is None:
+        return contextlib.nullcontext()
+    endpoint = Endpoint(
+        namespace=config.namespace,
+        component="worker",
+        endpoint_id=config.worker_id,
+        address=hello.address,
+        incarnation=hello.incarnation,
+        role=config.role.value,
+        admin_address=hello.admin_address,
+    )
+    return Lease(config.redis_url, endpoint)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), reuse_port=False)
+    except OSError as error:
+        raise ConfigError(f"{host}:{port} cannot be listened on ({error.strerror}); choose another --admin-port") from error
+
+
+async def _serve_admin(server: uvicorn.Server, listening: socket.socket) -> None:
+    with contextlib.closing(listening):
+        await server._serve([listening])  # `serve` would take over the process's signals
+
+
+async def run(config: WorkerConfig, built: Built, ready: Callable[[pb.WorkerHello], None]) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with running_worker(config, built, UcxTransport()) as hello:
+        log.info("worker %s (%s) serves on %s, admin on %s", hello.worker_id, config.role.value, hello.address, hello.admin_address)
+        ready(hello)
+        await stop.wait()
+        log.info("worker %s is ending", hello.worker_id)

@@ -1,0 +1,149 @@
+"""One push: blocks of a computed prompt on their way to the decode worker that a ticket names. The hands of SendSession."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from kvstore.errors import TransferError
+from kvstore.transfer.checksum import block_checksum
+from kvstore.transfer.session import Fenced, SendAction, SendBlock, SendFailed, SendManifest, SendSession, SendState
+from kvstore.transfer.tags import MANIFEST, message_tag
+from kvstore.transfer.transport import Buffer, Completion, Outcome
+from pdserve.protocol import worker_pb2 as pb
+from pdserve.worker.links import LinkTable, PeerLink
+from pdserve.worker.memory import BlockMemory
+
+_HANDOFF_S = 30.0  # from the last chunk's start until everything has been sent
+_DRAIN_S = 5.0  # what is under way ends within this, or the link is closed under it
+
+
+class TicketId(NamedTuple):
+    """Names a ticket everywhere: ticket numbers are unique within one life of one decode worker."""
+
+    decode_worker_id: str
+    decode_incarnation: int
+    ticket_id: int
+
+
+class Push:
+    """Use on the asyncio loop only. `ready`, `complete` and `start` come in any order.
+
+    `over(error)` is called once when nothing reads the blocks any more: with None if all was sent, else with the reason.
+    """
+
+    def __init__(self, links: LinkTable, memory: BlockMemory, over: Callable[[str | None], None]) -> None:
+        self._links = links
+        self._memory = memory
+        self._over = over
+        self._deadline_s = time.monotonic() + _HANDOFF_S
+        self._block_ids: Sequence[int] = ()  # ready, from the sequence's first block on
+        self._tokens: tuple[int, ...] | None = None
+        self._session: SendSession | None = None
+        self._ticket = pb.Ticket()
+        self._peer: PeerLink | None = None
+        self._error: str | None = None
+        self._drained = asyncio.Event()
+        self._fenced: tuple[int, ...] = ()
+        self.num_bytes = 0
+
+    def ready(self, block_ids: Sequence[int]) -> None:
+        """These blocks of the sequence, from its first on, hold their final bytes."""
+        self._block_ids = block_ids
+        self._advance()
+
+    def complete(self, output_token_ids: tuple[int, ...]) -> None:
+        """All blocks are ready; these are the output tokens so far."""
+        self._tokens = output_token_ids
+        self._advance()
+
+    def start(self, ticket: pb.Ticket, peer: PeerLink) -> None:
+        """Send under this ticket. Raises TransferError if it cannot be one of ours."""
+        if self._session is not None:
+            raise TransferError("this prompt is being pushed under another ticket")
+        if len(ticket.block_ids) != len(ticket.generations):
+            raise TransferError("the ticket is malformed")
+        self._ticket, self._peer = ticket, peer
+        self._session = SendSession(ticket.ticket_id, ticket.generations)
+        self._advance()
+
+    def overdue(self, now_s: float) -> bool:
+        return now_s > self._deadline_s
+
+    async def fence(self) -> pb.FenceReply:
+        """Stop for good; what was sent, once nothing is under way."""
+        if self._session is not None:
+            self._do(self._session.fence())
+            await self._wait_drained()
+        return pb.FenceReply(sent_ordinals=self._fenced)
+
+    async def stop(self) -> None:
+        """Stop for good; returns when nothing reads the blocks any more."""
+        if self._session is not None:
+            self._do(self._session.abort())
+            await self._wait_drained()
+
+    async def _wait_drained(self) -> None:
+        try:
+            await asyncio.wait_for(self._drained.wait(), _DRAIN_S)
+        except TimeoutError:
+            assert self._peer is not None
+            await self._links.close(self._peer, "a send did not end")
+            await self._drained.wait()  # a closed link has completed everything
+
+    def _advance(self) -> None:
+        """Send what has become ready."""
+        session = self._session
+        if session is None:
+            return
+        first, count = self._ticket.first_ordinal, len(self._ticket.block_ids)
+        while session.state is SendState.SENDING and session.num_ready < min(count, len(self._block_ids) - first):
+            block = self._memory.block(self._block_ids[first + session.num_ready])
+            self._do(session.ready(session.num_ready, block_checksum(block)))
+        if self._tokens is None or session.state is not SendState.SENDING:
+            return
+        if session.num_ready == count and first + count == len(self._block_ids):
+            self._do(session.finish(self._tokens))
+        else:
+            self._error = f"the ticket asks for blocks {first} to {first + count}, the prompt has {len(self._block_ids)}"
+            self._do(session.abort())
+
+    def _do(self, actions: Sequence[SendAction]) -> None:
+        for action in actions:
+            match action:
+                case SendBlock(ordinal):
+                    self._send(ordinal, self._memory.block(self._block_ids[self._ticket.first_ordinal + ordinal]))
+                case SendManifest(data):
+                    self._send(MANIFEST, np.frombuffer(data, np.uint8))
+                case SendFailed(reason):
+                    self._error = reason
+                case Fenced(sent):
+                    self._fenced = sent
+                case _:  # Unpin
+                    assert self._session is not None
+                    stopped = None if self._session.state is SendState.DONE else self._error or "the push was stopped"
+                    asyncio.get_running_loop().call_soon(self._over, stopped)
+        if self._session is not None and self._session.state in (SendState.DONE, SendState.STOPPED):
+            self._drained.set()
+
+    def _send(self, ordinal: int, data: Buffer) -> None:
+        assert self._peer is not None
+        try:
+            self._peer.send(message_tag(self._ticket.ticket_id, ordinal), data, partial(self._ended, ordinal))
+        except TransferError as error:
+            # Told like any other end of a send, and not from inside the call that asked for it.
+            failed = Completion(0, Outcome.FAILED, 0, str(error))
+            asyncio.get_running_loop().call_soon(self._ended, ordinal, failed)
+        else:
+            self.num_bytes += data.size if ordinal != MANIFEST else 0
+
+    def _ended(self, ordinal: int, completion: Completion) -> None:
+        assert self._session is not None and self._peer is not None
+        self._do(self._session.ended(ordinal, completion.outcome))
+        if completion.outcome is Outcome.FAILED:
+            self._links.close(self._peer, f"a send failed: {completion.error}")

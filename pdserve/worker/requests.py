@@ -1,0 +1,132 @@
+"""The requests of this worker: one entry each, from `Submit` or `Reserve` to its end, which is one path.
+
+`end` first stops whatever moves blocks in or out, then the engine gives the blocks back. A push reads the blocks, so they
+stay held until it has drained; an arrival is written by a peer, so its blocks go into quarantine at once and leave it one
+by one as the transfer plane proves each of them drained.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvstore.keys import BlockKey
+from pdserve.engine.sequence import Sequence
+from pdserve.errors import InvalidRequest
+from pdserve.protocol import codec
+from pdserve.protocol import worker_pb2 as pb
+from pdserve.worker.arrival import Arrival
+from pdserve.worker.engine_thread import EngineThread
+from pdserve.worker.push import Push, TicketId
+from pdserve.worker.session import RouterSession
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One attempt of a request on this worker; times on the local monotonic clock."""
+
+    request_id: str
+    attempt: int
+    session: RouterSession
+    sequence: Sequence
+    received_s: float
+    deadline_s: float
+    times: pb.StageTimes | None = None  # of a phase that is over, to be told with the next token
+    push: Push | None = None
+    ticket_id: TicketId | None = None  # that the push is under
+    arrival: Arrival | None = None
+    tokens_sent: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.sequence.name
+
+
+def entry_name(request_id: str, attempt: int) -> str:
+    return f"{request_id}#{attempt}"
+
+
+class RequestTable:
+    """Use on the asyncio loop only."""
+
+    def __init__(self, engine: EngineThread, *, block_size: int, vocab_size: int, max_model_len: int) -> None:
+        self._engine = engine
+        self._block_size = block_size
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._entries: dict[str, Entry] = {}
+        self._draining: set[asyncio.Future[None]] = set()
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(list(self._entries.values()))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, name: str) -> Entry | None:
+        return self._entries.get(name)
+
+    def open(self, session: RouterSession, submit: pb.Submit, *, prefill_only: bool) -> Entry | None:
+        """A new entry, or None: what cannot be run is answered with an error, what is here already is ignored."""
+        name = entry_name(submit.request_id, submit.attempt)
+        if name in self._entries:
+            return None
+        try:
+            codec.check_submit(submit, vocab_size=self._vocab_size, max_model_len=self._max_model_len)
+            sampling = codec.sampling_from_proto(submit.sampling, self._vocab_size)
+        except InvalidRequest as error:
+            self._send_end(session, submit.request_id, submit.attempt, pb.ERROR, error.message)
+            return None
+        now_s = time.monotonic()
+        sequence = Sequence(
+            name=name,
+            token_ids=array("I", [*submit.prompt_token_ids, *submit.output_token_ids]),
+            num_prompt_tokens=len(submit.prompt_token_ids),
+            sampling=sampling,
+            root_key=BlockKey(submit.root_key),
+            block_size=self._block_size,
+            arrived_s=now_s,
+            prefill_only=prefill_only,
+        )
+        entry = Entry(submit.request_id, submit.attempt, session, sequence, now_s, now_s + submit.remaining_s)
+        self._entries[name] = entry
+        return entry
+
+    def refuse(self, entry: Entry, reason: str) -> None:
+        """Not now: the router may try elsewhere."""
+        refused = pb.Refused(request_id=entry.request_id, attempt=entry.attempt, reason=reason)
+        entry.session.send(pb.WorkerMessage(refused=refused))
+        self.end(entry)
+
+    def fail(self, entry: Entry, error: str) -> None:
+        """This attempt cannot go on."""
+        if entry.name in self._entries:
+            self._send_end(entry.session, entry.request_id, entry.attempt, pb.ERROR, error)
+            self.end(entry)
+
+    def end(self, entry: Entry) -> None:
+        """The one exit. Idempotent; what was held is given back as soon as nothing moves in or out of it."""
+        if self._entries.pop(entry.name, None) is None:
+            return
+        if entry.push is not None:
+            drained = asyncio.ensure_future(entry.push.stop())
+            self._draining.add(drained)
+            drained.add_done_callback(self._draining.discard)
+            drained.add_done_callback(lambda _: self._give_back(entry.sequence))
+        else:
+            self._give_back(entry.sequence)
+            if entry.arrival is not None:
+                entry.arrival.stop("the request is over")
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self._engine.post(lambda engine, now_s: engine.finish(sequence))
+
+    @staticmethod
+    def _send_end(session: RouterSession, request_id: str, attempt: int, finish: pb.Finish, error: str) -> None:
+        session.add_token(
+            pb.TokenEvent(request_id=request_id, attempt=attempt, finish=finish, no_token=True, error=error)
+        )
+        session.flush()

@@ -1,0 +1,224 @@
+"""The worker: hears routers, asks the engine, and tells routers what each step brought. Decides on the asyncio loop only.
+
+                       ┌── PrefillSide ── Push ────┐
+    RouterSession ──> Worker                       LinkTable ──> peers
+                       └── DecodeSide ── Arrival ──┘
+                            EngineThread
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+
+from prometheus_client import CollectorRegistry
+
+from kvstore.pool import Ledger
+from pdserve.engine.engine import StepToken
+from pdserve.protocol import codec
+from pdserve.protocol import worker_pb2 as pb
+from pdserve.worker.admin import STALLED_AFTER_S
+from pdserve.worker.decode import DecodeSide
+from pdserve.worker.engine_thread import Computed, EngineThread, Load, StepReport
+from pdserve.worker.links import LinkTable
+from pdserve.worker.memory import BlockMemory
+from pdserve.worker.metrics import WorkerMetrics
+from pdserve.worker.prefill import PrefillSide
+from pdserve.worker.requests import RequestTable, entry_name
+from pdserve.worker.session import RouterSession
+
+log = logging.getLogger(__name__)
+
+_LOAD_EVERY_S = 0.1
+_TICK_S = 1.0
+_LEDGER_TIMEOUT_S = 5.0
+_EXIT_AFTER_S = 60.0  # a step that takes so long will not end
+
+
+class Worker:
+    """All of it on the asyncio loop; implements the engine thread's Listener and what the admin port shows."""
+
+    def __init__(
+        self,
+        hello: pb.WorkerHello,
+        engine: EngineThread,
+        links: LinkTable,
+        memory: BlockMemory,
+        metrics: WorkerMetrics,
+    ) -> None:
+        self.worker_id = hello.worker_id
+        self.links = links
+        self._hello = hello
+        self._engine = engine
+        self._metrics = metrics
+        self._requests = RequestTable(
+            engine, block_size=hello.block_size, vocab_size=hello.vocab_size, max_model_len=hello.max_model_len
+        )
+        self.prefill = PrefillSide(self._requests, engine, links, memory, metrics)
+        self._decode = DecodeSide(
+            self._requests, engine, links, memory, metrics, hello.worker_id, hello.incarnation
+        )
+        links.on_report = self._report_link
+        self._sessions: dict[RouterSession, list[pb.Peer]] = {}  # with the peers that the router wants linked
+        self._load = Load(0, 0, 0, 0, hello.num_blocks, 0)
+        self._step_s = 0.0
+        self._load_sent_s = 0.0
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        return self._metrics.registry
+
+    # --- routers -----------------------------------------------------------------------------------------------------
+
+    def open_session(self, session: RouterSession) -> None:
+        self._sessions[session] = []
+        session.send(pb.WorkerMessage(hello=self._hello))
+        for report in self.links.reports():
+            session.send(pb.WorkerMessage(link=report))
+        session.send(self._load_message())
+        # Events since the last step are in the snapshot too; telling one twice does no harm.
+        keys = self._engine.ask(lambda engine, now_s: engine.pool.visible_keys())
+        keys.add_done_callback(lambda answer: session.subscribe(answer.result()))
+
+    def close_session(self, session: RouterSession) -> None:
+        """The router is gone: nobody wants its requests any more."""
+        del self._sessions[session]
+        self._set_peers()
+        for entry in self._requests:
+            if entry.session is session:
+                self._requests.end(entry)
+
+    def handle(self, session: RouterSession, message: pb.RouterMessage) -> None:
+        """One message of a router, in order. What is malformed is answered; what comes too late is ignored."""
+        match message.WhichOneof("body"):
+            case "submit":
+                self.prefill.submit(session, message.submit)
+            case "reserve":
+                self._decode.reserve(session, message.reserve)
+            case "handoff":
+                self.prefill.hand_off(message.handoff)
+            case "abort":
+                entry = self._requests.get(entry_name(message.abort.request_id, message.abort.attempt))
+                if entry is not None:
+                    self._requests.end(entry)
+            case "peers":
+                self._sessions[session] = list(message.peers.peers)
+                self._set_peers()
+            case "ping":
+                # A router that hears nothing sends its requests elsewhere: right, if no step comes to an end here.
+                if self.stalled_s(time.monotonic()) < STALLED_AFTER_S:
+                    session.send(pb.WorkerMessage(pong=pb.Pong(sequence=message.ping.sequence)))
+            case other:
+                log.warning("router %s sent %s, which has no meaning here", session.router_id, other)
+
+    def _report_link(self, report: pb.LinkReport) -> None:
+        for session in self._sessions:
+            session.send(pb.WorkerMessage(link=report))
+
+    def _set_peers(self) -> None:
+        self.links.set_peers({peer.worker_id: peer for peers in self._sessions.values() for peer in peers}.values())
+
+    # --- the engine --------------------------------------------------------------------------------------------------
+
+    def on_last_chunks(self, computed: list[Computed]) -> None:
+        for item in computed:
+            self.prefill.last_chunk(item)
+
+    def on_step(self, report: StepReport) -> None:
+        """Tokens leave in one message per router; what the step changed is passed on."""
+        for token in report.tokens:
+            self._send_token(token)
+        for computed in report.computed:
+            self.prefill.computed(computed)
+        for sequence in report.failed:
+            entry = self._requests.get(sequence.name)
+            if entry is not None:
+                self._requests.fail(entry, "the worker failed to compute this request")
+        for session in self._sessions:
+            session.flush()
+            session.send_events(report.events)
+        self._load = report.load
+        if report.num_tokens:
+            self._step_s = report.step_s
+        self._metrics.on_step(report)
+        now_s = time.monotonic()
+        if now_s - self._load_sent_s >= _LOAD_EVERY_S or not report.load.running_sequences:
+            self._load_sent_s = now_s
+            for session in self._sessions:
+                session.send(self._load_message())
+        self._decode.retry()
+
+    def _send_token(self, token: StepToken) -> None:
+        sequence = token.sequence
+        entry = self._requests.get(sequence.name)
+        if entry is None:
+            return  # aborted while the step ran
+        event = pb.TokenEvent(
+            request_id=entry.request_id,
+            attempt=entry.attempt,
+            index=token.index,
+            token_id=token.token_id,
+            finish=codec.finish_to_proto(token.finish_reason),
+        )
+        if not entry.tokens_sent:
+            event.cached_tokens = sequence.cached_tokens
+            event.times.CopyFrom(entry.times or self._compute_times(entry.received_s, sequence.scheduled_s))
+        entry.tokens_sent += 1
+        entry.session.add_token(event)
+        # A prompt that is to be handed over stays until it is pushed; if its first token was its last, it is not pushed.
+        if token.finish_reason is not None:
+            self._requests.end(entry)
+
+    @staticmethod
+    def _compute_times(received_s: float, scheduled_s: float | None) -> pb.StageTimes:
+        now_s = time.monotonic()
+        scheduled_s = scheduled_s if scheduled_s is not None else now_s
+        return pb.StageTimes(queue_s=scheduled_s - received_s, compute_s=now_s - scheduled_s)
+
+    def _load_message(self) -> pb.WorkerMessage:
+        load = self._load
+        return pb.WorkerMessage(
+            load=pb.LoadReport(
+                waiting_sequences=load.waiting_sequences,
+                running_sequences=load.running_sequences,
+                waiting_tokens=load.waiting_tokens,
+                free_blocks=load.available_blocks,
+                total_blocks=self._hello.num_blocks,
+                step_s=self._step_s,
+                pending_reservations=self._decode.num_pending,
+                context_tokens=load.context_tokens,
+            )
+        )
+
+    # --- health ------------------------------------------------------------------------------------------------------
+
+    def stalled_s(self, now_s: float) -> float:
+        """How long the step in progress has been running."""
+        return self._engine.stalled_s(now_s)
+
+    async def ledger(self) -> Ledger:
+        """Raises TimeoutError if the engine is busy for too long."""
+        ledger = await asyncio.wait_for(
+            self._engine.ask(lambda engine, now_s: engine.pool.ledger(now_s)), _LEDGER_TIMEOUT_S
+        )
+        self._metrics.on_ledger(ledger)
+        return ledger
+
+    async def watch(self) -> None:
+        """Deadlines and health on their own clock, not on the arrival of work. Ends the process if the engine hangs."""
+        while not self._engine.died.is_set():
+            await asyncio.sleep(_TICK_S)
+            now_s = time.monotonic()
+            for entry in self._requests:
+                if entry.deadline_s <= now_s:
+                    self._requests.fail(entry, "the request's deadline has passed")
+            self.prefill.expire(now_s)
+            self._decode.expire(now_s)
+            if self.stalled_s(now_s) > _EXIT_AFTER_S:
+                log.critical("a step has taken more than %.0f s: ending, so that the requests move elsewhere", _EXIT_AFTER_S)
+                os._exit(70)
+            with contextlib.suppress(TimeoutError):
+                await self.ledger()  # keeps the gauges of the pool fresh

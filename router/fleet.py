@@ -1,0 +1,270 @@
+"""The fleet: the workers that are known, joined from discovery (addresses) and sessions (truth).
+
+Discovery only adds addresses. A worker counts while its session lives, listed or not; an address that is neither listed nor
+connected is forgotten after `forget_s`. All methods run in the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+from kvstore.keys import BlockKey, root_key
+from pdserve.discovery import Discovery
+from pdserve.errors import Overloaded
+from pdserve.protocol import worker_pb2 as pb
+from router.index import PrefixIndex, split_keys
+from router.limits import FleetLimits
+from router.link import WorkerLink
+from router.member import Member, ModelFacts, check_hello
+from router.policy import Candidate, LinkFacts, Role
+
+log = logging.getLogger(__name__)
+
+
+class RequestListener(Protocol):
+    """What the fleet passes on because it concerns requests."""
+
+    def on_message(self, worker_id: str, message: pb.WorkerMessage) -> None:
+        """A step, handoff_wanted, reserved or refused."""
+        ...
+
+    def on_worker_lost(self, worker_id: str, reason: str) -> None:
+        """Nothing more comes from this life of the worker, and it aborts what it was doing."""
+        ...
+
+
+class Fleet:
+    def __init__(self, discovery: Discovery, router_id: str, limits: FleetLimits) -> None:
+        self.index = PrefixIndex()
+        self._discovery = discovery
+        self._router_id = router_id
+        self._limits = limits
+        self._members: dict[str, Member] = {}  # by address
+        self._by_id: dict[str, Member] = {}  # those in use
+        self._by_link: dict[WorkerLink, Member] = {}
+        self._facts: ModelFacts | None = None
+        self._listener: RequestListener | None = None
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    # --- life ---
+
+    def start(self, listener: RequestListener) -> None:
+        self._listener = listener
+        self._task = asyncio.create_task(self._discover(), name="fleet discovery")
+
+    async def close(self) -> None:
+        """End all sessions, which aborts their requests on the workers."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await asyncio.gather(*(self._drop(member) for member in list(self._members.values())))
+        await self._discovery.close()
+
+    async def _discover(self) -> None:
+        while True:
+            listed = await self._discovery.poll()
+            now_s = time.monotonic()
+            if listed is not None:
+                for endpoint in listed:
+                    self._note_listed(endpoint.address, now_s)
+                for member in [each for each in self._members.values() if self._forgotten(each, now_s)]:
+                    log.info("worker address=%s forgotten: neither listed nor connected", member.link.address)
+                    await self._drop(member)
+            await asyncio.sleep(self._limits.poll_s)
+
+    def _note_listed(self, address: str, now_s: float) -> None:
+        member = self._members.get(address)
+        if member is not None:
+            member.listed_s = now_s
+        elif len(self._members) < self._limits.workers:
+            link = WorkerLink(address, self._router_id, self, self._limits.link)
+            used = {each.slot for each in self._members.values()}
+            slot = next(number for number in range(self._limits.workers) if number not in used)
+            self._members[address] = self._by_link[link] = Member(slot, link, listed_s=now_s)
+            link.start()
+
+    def _forgotten(self, member: Member, now_s: float) -> bool:
+        return not member.link.up and now_s - member.listed_s > self._limits.forget_s
+
+    async def _drop(self, member: Member) -> None:
+        self._members.pop(member.link.address, None)
+        await member.link.close()
+        self._by_link.pop(member.link, None)
+
+    # --- sessions: router.link.LinkListener ---
+
+    def link_up(self, link: WorkerLink, hello: pb.WorkerHello) -> None:
+        member = self._by_link[link]
+        role = check_hello(hello)
+        member.join(hello, role, time.monotonic())
+        member.incompatible = self._reason_to_refuse(hello)
+        if member.incompatible:
+            member.in_use = False
+            log.error("worker=%s address=%s refused: %s", hello.worker_id, link.address, member.incompatible)
+            return
+        if self._facts is None:
+            self._facts = ModelFacts.of(hello)
+        self._by_id[hello.worker_id] = member
+        log.info("worker=%s role=%s address=%s joined", hello.worker_id, role.value, link.address)
+        self._membership_changed()
+
+    def _reason_to_refuse(self, hello: pb.WorkerHello) -> str:
+        if hello.worker_id in self._by_id:
+            return f"worker_id {hello.worker_id} is already connected at {self._by_id[hello.worker_id].link.address}"
+        return self._facts.difference(hello) if self._facts is not None else ""
+
+    def link_message(self, link: WorkerLink, message: pb.WorkerMessage) -> None:
+        member = self._by_link[link]
+        if not member.in_use:
+            return
+        match message.WhichOneof("body"):
+            case "load":
+                member.load = message.load
+                self._wake()
+            case "kv_events":
+                self._apply(member, message.kv_events)
+            case "link":
+                self._note_link(member, message.link)
+            case "hello" | None:
+                raise ValueError("a message that belongs nowhere")
+            case _:
+                if self._listener is not None:
+                    self._listener.on_message(member.worker_id, message)
+
+    def _apply(self, member: Member, event: pb.KvEvents) -> None:
+        member.accept_event(event)
+        stored = split_keys(event.stored)
+        if event.snapshot:
+            self.index.snapshot(member.slot, stored)
+            return
+        self.index.removed(member.slot, split_keys(event.removed))
+        self.index.stored(member.slot, stored)
+        if self.index.count(member.slot) > member.hello.num_blocks:
+            raise ValueError(f"the worker says that it holds more than its {member.hello.num_blocks} blocks")
+
+    def _note_link(self, member: Member, report: pb.LinkReport) -> None:
+        """A report may come before its peer does, so unknown peers are kept; another life's report counts for nothing."""
+        if report.peer_id not in member.links and len(member.links) >= self._limits.workers:
+            raise ValueError("the worker reports more links than a fleet has workers")
+        facts = LinkFacts(report.up, report.transport, report.bytes_per_second, report.error)
+        before = member.links.get(report.peer_id)
+        member.links[report.peer_id] = (report.peer_incarnation, facts)
+        if before is None or before[1].up != facts.up:
+            log.info("link from=%s to=%s %s", member.worker_id, report.peer_id, facts)
+        self._count_partners()
+        self._wake()
+
+    def link_silent(self, link: WorkerLink) -> None:
+        member = self._by_link[link]
+        log.warning("worker=%s %s", member.worker_id, "is silent" if link.suspect else "is heard from again")
+        self._wake()
+
+    def link_down(self, link: WorkerLink, reason: str) -> None:
+        member = self._by_link[link]
+        was_in_use = member.in_use
+        member.leave()
+        self.index.remove_worker(member.slot)
+        if not was_in_use:
+            return
+        del self._by_id[member.worker_id]
+        if not self._by_id:
+            self._facts = None
+        log.warning("worker=%s address=%s lost: %s", member.worker_id, link.address, reason)
+        self._membership_changed()
+        if self._listener is not None:
+            self._listener.on_worker_lost(member.worker_id, reason)
+
+    def _membership_changed(self) -> None:
+        """Tell each prefill worker which decode workers there are; a peer that vanished is left out."""
+        decoders = [each for _, each in sorted(self._by_id.items()) if each.role is Role.DECODE]
+        peers = pb.Peers(peers=[each.as_peer() for each in decoders])
+        encoded = peers.SerializeToString(deterministic=True)
+        for member in self._by_id.values():
+            if member.role is Role.PREFILL and member.told_peers != encoded:
+                member.told_peers = encoded
+                member.link.send(pb.RouterMessage(peers=peers))
+        self._count_partners()
+        self._wake()
+
+    def _count_partners(self) -> None:
+        decoders = [each for each in self._by_id.values() if each.role is Role.DECODE]
+        for member in self._by_id.values():
+            links = (member.link_to(decoder) for decoder in decoders)
+            member.partners = sum(1 for facts in links if facts is not None and facts.up)
+
+    # --- for the dispatcher ---
+
+    def candidates(self, depths: Mapping[int, int], now_s: float, *, linked_from: str | None = None) -> list[Candidate]:
+        """All workers that ever said hello. `depths`: leading blocks held, by slot, as the index says."""
+        source = self._by_id.get(linked_from) if linked_from is not None else None
+        return [
+            member.candidate(depths.get(member.slot, 0), now_s, source.link_to(member) if source is not None else None)
+            for member in self._members.values()
+            if member.worker_id
+        ]
+
+    def member(self, worker_id: str) -> Member | None:
+        """The worker, while its session is up."""
+        return self._by_id.get(worker_id)
+
+    def send(self, worker_id: str, message: pb.RouterMessage) -> bool:
+        """False when the worker is gone; its loss is, or will be, told through the listener."""
+        member = self._by_id.get(worker_id)
+        return member is not None and member.link.send(message)
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait_change(self, timeout_s: float) -> None:
+        """Until a worker, a link or a load changes, at most `timeout_s`."""
+        changed = self._changed
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await changed.wait()
+
+    # --- for the HTTP layer ---
+
+    def facts(self) -> ModelFacts:
+        """Raises Overloaded while no worker is connected."""
+        if self._facts is None:
+            raise Overloaded("no worker is connected yet")
+        longest = max(member.hello.max_model_len for member in self._by_id.values())
+        return replace(self._facts, max_model_len=longest)
+
+    def root_key(self) -> BlockKey:
+        """What the first blocks of all requests chain from. Raises Overloaded while no worker is connected."""
+        return root_key(self.facts().fingerprint)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be served now. Prefill and decode workers that just joined get time for their link."""
+        usable = [member for member in self._by_id.values() if not member.link.suspect]
+        roles = {member.role for member in usable}
+        if not {Role.PREFILL, Role.DECODE} <= roles or Role.MIXED in roles:
+            return bool(usable)
+        warming_s = time.monotonic() - max(member.joined_s for member in usable)
+        return any(member.partners or member.links for member in usable) or warming_s > self._limits.warmup_s
+
+    def counts(self) -> Counter[tuple[str, str]]:
+        """Workers by (role, state); the role of one that never said hello is "unknown"."""
+        return Counter(
+            (member.role.value if member.worker_id else "unknown", member.state) for member in self._members.values()
+        )
+
+    def topology(self) -> dict[str, Any]:
+        """JSON-ready: every known address with its state, and the links between workers."""
+        members = sorted(self._members.values(), key=lambda member: (member.worker_id, member.link.address))
+        return {
+            "ready": self.ready,
+            "model": self._facts.model if self._facts is not None else None,
+            "workers": [member.describe() for member in members],
+        }

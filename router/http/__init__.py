@@ -1,0 +1,1 @@
+"""The OpenAI-compatible front: HTTP in, `Request` to the dispatcher, text out."""

@@ -1,0 +1,118 @@
+"""The ASGI application: OpenAI's endpoints, models, health and metrics, with a request id on every response."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pdserve.errors import InvalidRequest, ModelNotFound, ServeError
+from router.http.errors import HeadersTooLarge, as_serve_error, error_headers, error_payload
+from router.http.exchange import REQUEST_ID_KEY
+from router.http.generate import CHAT, COMPLETIONS, GenerateEndpoint, InFlight
+from router.http.service import HttpLimits, ServedModel, Service
+
+_REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}")
+
+
+def make_app(service: Service) -> ASGIApp:
+    """
+    POST /v1/completions, /v1/chat/completions; GET /v1/models, /v1/models/{id}; GET /livez (the process runs), /readyz
+    (a worker can take requests), /metrics (everything in the registry of `service.metrics`).
+    """
+    in_flight = InFlight(service.limits.in_flight, service.metrics)
+    routes = [
+        Route("/v1/completions", GenerateEndpoint(COMPLETIONS, service, in_flight), methods=["POST"]),
+        Route("/v1/chat/completions", GenerateEndpoint(CHAT, service, in_flight), methods=["POST"]),
+        *_model_routes(service.model),
+        *_operator_routes(service),
+    ]
+    app = Starlette(
+        routes=routes,
+        exception_handlers={ServeError: _on_error, HTTPException: _on_http_exception, Exception: _on_error},
+    )
+    return RequestIds(app, service.limits)  # outside Starlette's own handling of errors, so that a 500 has an id too
+
+
+class RequestIds:
+    """Gives each request its id, the client's X-Request-Id if that is printable ASCII, puts it on the response, and
+    refuses headers beyond the limits."""
+
+    def __init__(self, app: ASGIApp, limits: HttpLimits) -> None:
+        self._app = app
+        self._limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = scope["headers"]
+        given = next((value for name, value in headers if name == b"x-request-id"), b"")
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(16)}".encode()
+        scope[REQUEST_ID_KEY] = request_id.decode("ascii")
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+            await send(message)
+
+        app = self._app if self._acceptable(headers) else _error_response(HeadersTooLarge("The headers are too large."))
+        await app(scope, receive, send_with_id)
+
+    def _acceptable(self, headers: list[tuple[bytes, bytes]]) -> bool:
+        size = sum([len(name) + len(value) for name, value in headers])
+        return len(headers) <= self._limits.headers and size <= self._limits.headers_bytes
+
+
+def _model_routes(model: ServedModel) -> list[Route]:
+    card = {"id": model.name, "object": "model", "created": model.created_s, "owned_by": "pdserve"}
+
+    async def models(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [card]})
+
+    async def one_model(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != model.name:
+            raise ModelNotFound(f"The model '{name[:64]}' does not exist.", param="model")
+        return JSONResponse(card)
+
+    return [Route("/v1/models", models), Route("/v1/models/{name:path}", one_model)]
+
+
+def _operator_routes(service: Service) -> list[Route]:
+    async def livez(request: Request) -> Response:
+        return JSONResponse({"status": "alive"})
+
+    async def readyz(request: Request) -> Response:
+        service.root_key()
+        return JSONResponse({"status": "ready"})
+
+    async def metrics(request: Request) -> Response:
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return [Route("/livez", livez), Route("/readyz", readyz), Route("/metrics", metrics)]
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    return _error_response(as_serve_error(error, request.scope[REQUEST_ID_KEY]))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """No such path, or not this method."""
+    assert isinstance(error, HTTPException)
+    method, path = request.method, request.url.path[:128]
+    failure = InvalidRequest(f"Unknown request URL: {method} {path}.", code="unknown_url")
+    headers: dict[str, Any] = dict(error.headers or {})
+    return JSONResponse(error_payload(failure), status_code=error.status_code, headers=headers)
+
+
+def _error_response(error: ServeError) -> Response:
+    return JSONResponse(error_payload(error), status_code=error.status, headers=error_headers(error))

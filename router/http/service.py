@@ -1,0 +1,58 @@
+"""What the HTTP front works with, handed to `make_app` in one frozen bundle."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvstore.keys import BlockKey
+from router.generation import Dispatcher
+from router.metrics import RouterMetrics
+from router.text.chat_template import ChatTemplate
+from router.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The model as clients see it."""
+
+    name: str
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None  # None: a base model, which does not chat
+    max_model_len: int  # tokens, prompt and output together
+    vocab_size: int  # rows of the embedding; token ids that clients send lie below
+    eos_token_ids: tuple[int, ...]
+    created_s: int  # Unix time shown by /v1/models
+
+
+@dataclass(frozen=True, slots=True)
+class HttpLimits:
+    """Bounds on what one client can take. Sizes are checked before anything is built from them."""
+
+    body_bytes: int = 4 * 2**20
+    headers_bytes: int = 16 * 2**10
+    headers: int = 100
+    receipt_s: float = 10.0  # for the whole body to arrive
+    write_stall_s: float = 30.0  # one write waiting for a client that does not read
+    request_s: float = 600.0  # from receipt to the last token
+    in_flight: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """
+    Attributes:
+        root_key: the root of the prompt's block keys; raises `Overloaded` while no worker can take requests, which is
+            also what /readyz asks.
+        clock: monotonic, in seconds; the clock of timelines and deadlines, so the dispatcher's too.
+        wall_clock: Unix time in seconds, for `created` only.
+    """
+
+    model: ServedModel
+    dispatcher: Dispatcher
+    root_key: Callable[[], BlockKey]
+    metrics: RouterMetrics
+    limits: HttpLimits = HttpLimits()
+    clock: Callable[[], float] = time.monotonic
+    wall_clock: Callable[[], float] = time.time

@@ -1,0 +1,96 @@
+"""Parameters of the OpenAI API (and common extensions of it) that are not there yet.
+
+Each is accepted at the values that mean the same as leaving it out, and refused by name otherwise: never ignored. A
+parameter that gets built moves from here into `router.http.schema`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from pdserve.errors import InvalidRequest
+
+# parameter -> the values that equal its absence; null always does
+Neutral = dict[str, tuple[object, ...]]
+
+_COMMON: Neutral = {
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "n": (1,),
+    "presence_penalty": (0,),
+    # extensions of other servers
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "min_p": (0,),
+    "priority": (0,),
+    "repetition_penalty": (1,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "use_beam_search": (False,),
+}
+COMPLETION: Final[Neutral] = {
+    **_COMMON,
+    "add_special_tokens": (True,),
+    "best_of": (1,),
+    "echo": (False,),
+    "logprobs": (False,),
+    "suffix": ("",),
+}
+CHAT: Final[Neutral] = {
+    **_COMMON,
+    "add_generation_prompt": (True,),
+    "audio": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logprobs": (False,),
+    "metadata": ({},),
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "prompt_cache_key": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+# Fields that a client sends back when it repeats an answer as part of the conversation.
+MESSAGE: Final[Neutral] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "refusal": (),
+    "tool_calls": ([],),
+}
+
+
+def drop_neutral(fields: dict[str, Any], table: Neutral, prefix: str = "") -> dict[str, Any]:
+    """`fields` without those in `table`.
+
+    Raises:
+        InvalidRequest: one of them asks for something; names it, with `prefix` in front.
+    """
+    for name, value in fields.items():
+        if value is None or name not in table:
+            continue
+        if not any(_same(value, neutral) for neutral in table[name]):
+            raise InvalidRequest(
+                f"'{prefix}{name}' is not supported yet at this value; leave it out.",
+                param=prefix + name,
+                code="unsupported_parameter",
+            )
+    return {name: value for name, value in fields.items() if name not in table}
+
+
+def _same(value: object, neutral: object) -> bool:
+    # True == 1 in Python, but not to a client.
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)

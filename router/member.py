@@ -1,0 +1,185 @@
+"""One address of the fleet: its link, what the worker behind it said about itself, and what this router sent it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvstore.keys import KEY_BYTES
+from pdserve.protocol import worker_pb2 as pb
+from router.link import WorkerLink
+from router.memory import DecayingSum
+from router.policy import Candidate, LinkFacts, LoadView, Role
+from router.policy.scorers import RECENT_HALF_LIFE_S
+
+_ROLES: Mapping[int, Role] = {pb.PREFILL: Role.PREFILL, pb.DECODE: Role.DECODE, pb.MIXED: Role.MIXED}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What all workers of a fleet have in common; the first one that joins an empty fleet sets it."""
+
+    model: str
+    fingerprint: bytes
+    block_size: int  # tokens
+    vocab_size: int
+    max_model_len: int  # of the worker with the longest context
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, hello: pb.WorkerHello) -> ModelFacts:
+        return cls(
+            model=hello.model,
+            fingerprint=hello.fingerprint,
+            block_size=hello.block_size,
+            vocab_size=hello.vocab_size,
+            max_model_len=hello.max_model_len,
+            eos_token_ids=tuple(hello.eos_token_ids),
+        )
+
+    def difference(self, hello: pb.WorkerHello) -> str:
+        """Why a worker cannot join, in clear text; empty when it can."""
+        for what, ours, theirs in (
+            ("model", self.model, hello.model),
+            ("block_size", self.block_size, hello.block_size),
+            ("vocab_size", self.vocab_size, hello.vocab_size),
+            ("layout fingerprint", self.fingerprint.hex(), hello.fingerprint.hex()),
+        ):
+            if ours != theirs:
+                return f"{what} is {theirs}, the fleet has {ours}"
+        return ""
+
+
+def check_hello(hello: pb.WorkerHello) -> Role:
+    """Raises ValueError for a worker that no fleet can use."""
+    if hello.role not in _ROLES:
+        raise ValueError(f"role {hello.role} is unknown")
+    if not (hello.block_size and hello.num_blocks and hello.max_model_len and hello.max_sequences and hello.vocab_size):
+        raise ValueError("the worker's hello lacks a size")
+    return _ROLES[hello.role]
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """Mutable; owned by the fleet. `slot` is its place in the prefix index."""
+
+    slot: int
+    link: WorkerLink
+    listed_s: float  # last time that its address was listed
+    hello: pb.WorkerHello = field(default_factory=pb.WorkerHello)
+    role: Role = Role.MIXED
+    joined_s: float = 0.0
+    in_use: bool = False  # its session is up and nothing speaks against it
+    incompatible: str = ""
+    load: pb.LoadReport = field(default_factory=pb.LoadReport)
+    next_event: int | None = None  # sequence number of the next KV event; None: a snapshot must come first
+    links: dict[str, tuple[int, LinkFacts]] = field(default_factory=dict)  # by peer id: incarnation, facts
+    told_peers: bytes = b""  # the last Peers message
+    partners: int = 0
+    recent: DecayingSum = field(default_factory=lambda: DecayingSum(RECENT_HALF_LIFE_S))
+    outstanding_tokens: int = 0  # uncached prompt tokens sent there and not yet answered by a token
+    sequences: int = 0  # of this router, on it now
+
+    @property
+    def worker_id(self) -> str:
+        return self.hello.worker_id
+
+    @property
+    def state(self) -> str:
+        if self.incompatible:
+            return "incompatible"
+        if not self.link.up:
+            return "unreachable"
+        return "suspect" if self.link.suspect else "ready"
+
+    def join(self, hello: pb.WorkerHello, role: Role, now_s: float) -> None:
+        self.hello, self.role, self.joined_s, self.in_use = hello, role, now_s, True
+        self.incompatible = ""
+        # Until its first report it is empty, as a worker without sequences is.
+        self.load = pb.LoadReport(free_blocks=hello.num_blocks, total_blocks=hello.num_blocks)
+
+    def leave(self) -> None:
+        """The session ended: what it said holds no longer. What was sent to it stays remembered."""
+        self.in_use = False
+        self.next_event = None
+        self.links.clear()
+        self.told_peers = b""
+        self.partners = 0
+
+    def accept_event(self, event: pb.KvEvents) -> None:
+        """Check that nothing was lost before it.
+
+        Raises:
+            ValueError: something was, or the event is malformed; a new session brings a new snapshot.
+        """
+        if not event.snapshot and event.sequence != self.next_event:
+            raise ValueError(f"KV event {event.sequence} came when {self.next_event} was due")
+        if len(event.stored) > self.hello.num_blocks * KEY_BYTES:
+            raise ValueError(f"a KV event stores more keys than the worker's {self.hello.num_blocks} blocks")
+        self.next_event = event.sequence + 1
+
+    def link_to(self, peer: Member) -> LinkFacts | None:
+        """The data-plane link to the peer's present life."""
+        incarnation, facts = self.links.get(peer.worker_id, (None, None))
+        return facts if incarnation == peer.hello.incarnation else None
+
+    def load_view(self, now_s: float) -> LoadView:
+        load = self.load
+        return LoadView(
+            waiting_tokens=max(load.waiting_tokens, self.outstanding_tokens),
+            recent_tokens=self.recent.value(now_s),
+            sequences=max(load.running_sequences + load.waiting_sequences + load.pending_reservations, self.sequences),
+            context_tokens=load.context_tokens,
+            free_blocks=load.free_blocks,
+        )
+
+    def candidate(self, matched_blocks: int, now_s: float, link: LinkFacts | None) -> Candidate:
+        return Candidate(
+            worker_id=self.worker_id,
+            role=self.role,
+            alive=self.in_use and not self.link.suspect,
+            incompatible=self.incompatible,
+            max_model_len=self.hello.max_model_len,
+            max_sequences=self.hello.max_sequences,
+            total_blocks=self.hello.num_blocks,
+            block_bytes=self.hello.block_bytes,
+            load=self.load_view(now_s),
+            matched_blocks=matched_blocks,
+            partners=self.partners,
+            link=link,
+        )
+
+    def as_peer(self) -> pb.Peer:
+        hello = self.hello
+        return pb.Peer(
+            worker_id=hello.worker_id,
+            incarnation=hello.incarnation,
+            address=hello.address or self.link.address,
+            host_id=hello.host_id,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """For people and machines: JSON-ready."""
+        return {
+            "worker_id": self.worker_id,
+            "address": self.link.address,
+            "admin_address": self.hello.admin_address,
+            "state": self.state,
+            "role": self.role.value if self.worker_id else None,
+            "error": self.incompatible or ("" if self.link.up else self.link.last_error),
+            "free_blocks": self.load.free_blocks,
+            "total_blocks": self.load.total_blocks,
+            "running_sequences": self.load.running_sequences,
+            "waiting_tokens": self.load.waiting_tokens,
+            "links": [
+                {
+                    "to": peer,
+                    "up": facts.up,
+                    "transport": facts.transport,
+                    "bytes_per_second": facts.bytes_per_s,
+                    "error": facts.error,
+                }
+                for peer, (_, facts) in sorted(self.links.items())
+            ],
+        }

@@ -1,0 +1,97 @@
+"""Prometheus metrics of the router, fed from a request's `Timeline` once, at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from pdserve.timeline import Timeline
+
+# Seconds. Each is a superset of vLLM's buckets for the same quantity, so that dashboards can compare.
+TTFT_BUCKETS_S = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+TOKEN_BUCKETS_S = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+E2E_BUCKETS_S = (
+    *(0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+STAGE_BUCKETS_S = (0.0001, 0.0005, *TTFT_BUCKETS_S[:-2])
+
+
+class RouterMetrics:
+    """
+    Attributes:
+        registry: where the metrics live; /metrics shows all of it.
+        requests_in_flight: requests inside the front now, bounded by its limit.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self.requests_in_flight = Gauge("pdserve_requests_in_flight", "Requests being answered.", registry=registry)
+        self._requests = Counter(
+            "pdserve_requests_total",
+            "Requests by endpoint and outcome: finish reason, abort (client gone), or HTTP status of the error.",
+            ("endpoint", "outcome"),
+            registry=registry,
+        )
+        self._prompt_tokens = Counter("pdserve_prompt_tokens_total", "Tokens of prompts.", registry=registry)
+        self._cached_tokens = Counter(
+            "pdserve_cached_tokens_total", "Tokens of prompts that were not computed.", registry=registry
+        )
+        self._output_tokens = Counter("pdserve_output_tokens_total", "Tokens generated.", registry=registry)
+        self._ttft = _histogram(registry, "pdserve_ttft_seconds", "Receipt to first token.", TTFT_BUCKETS_S)
+        self._tpot = _histogram(registry, "pdserve_tpot_seconds", "Mean gap after the first token.", TOKEN_BUCKETS_S)
+        self._itl = _histogram(
+            registry,
+            "pdserve_itl_seconds",
+            "Gap between deliveries to the client; tokens that arrive together are one delivery.",
+            TOKEN_BUCKETS_S,
+        )
+        self._e2e = _histogram(registry, "pdserve_e2e_seconds", "Receipt to last token.", E2E_BUCKETS_S)
+        self._ttft_stage = Histogram(
+            "pdserve_ttft_stage_seconds",
+            "Stages that sum to the TTFT.",
+            ("stage",),
+            registry=registry,
+            buckets=STAGE_BUCKETS_S,
+        )
+        self._handoff_stage = Histogram(
+            "pdserve_handoff_stage_seconds",
+            "Stages that sum to the gap between the first and the second token.",
+            ("stage",),
+            registry=registry,
+            buckets=STAGE_BUCKETS_S,
+        )
+
+    def count_request(self, endpoint: str, outcome: str) -> None:
+        self._requests.labels(endpoint, outcome).inc()
+
+    def observe_generation(
+        self, timeline: Timeline, *, prompt_tokens: int, cached_tokens: int, gaps_s: Iterable[float]
+    ) -> None:
+        """A generation ended, for whatever reason. `gaps_s`: seconds between deliveries to the client."""
+        self._prompt_tokens.inc(prompt_tokens)
+        self._cached_tokens.inc(cached_tokens)
+        self._output_tokens.inc(timeline.output_tokens)
+        if timeline.ttft_s is not None:
+            self._ttft.observe(timeline.ttft_s)
+        if timeline.last_token_s is not None:
+            self._e2e.observe(timeline.last_token_s - timeline.received_s)
+        if timeline.tpot_s is not None:
+            self._tpot.observe(timeline.tpot_s)
+        for gap_s in gaps_s:
+            self._itl.observe(gap_s)
+        for stage, seconds in timeline.ttft_stages().items():
+            self._ttft_stage.labels(stage).observe(seconds)
+        for stage, seconds in timeline.handoff_stages().items():
+            self._handoff_stage.labels(stage).observe(seconds)
+
+
+def _histogram(registry: CollectorRegistry, name: str, text: str, buckets_s: tuple[float, ...]) -> Histogram:
+    return Histogram(name, text, registry=registry, buckets=buckets_s)

@@ -1,0 +1,100 @@
+"""The output of one request: tokens accepted once and in order, buffered for one reader, ended once (invariant I3)."""
+
+from __future__ import annotations
+
+import asyncio
+
+from pdserve.errors import ServeError
+from pdserve.protocol import worker_pb2 as pb
+from pdserve.request import FinishReason
+from router.generation import Tokens
+
+
+class TokenOrder:
+    """Accepts the output token whose index is next. Decode's first token may overtake prefill's, so later ones are held."""
+
+    def __init__(self, max_tokens: int, max_held: int) -> None:
+        self.token_ids: list[int] = []
+        self._max_tokens = max_tokens
+        self._max_held = max_held
+        self._held: dict[int, pb.TokenEvent] = {}
+
+    @property
+    def gap(self) -> bool:
+        """Later tokens are held because one before them is missing."""
+        return bool(self._held)
+
+    def restart(self) -> None:
+        """A new attempt: what is held of the old one will not be completed."""
+        self._held.clear()
+
+    def offer(self, event: pb.TokenEvent) -> list[pb.TokenEvent] | None:
+        """Events that are now in order, oldest first; None when this one is a duplicate, out of bounds or too early."""
+        next_index = len(self.token_ids)
+        if event.index == next_index and not self._held:
+            if next_index >= self._max_tokens:
+                return None
+            self._append(event)
+            return [event]
+        if event.index < next_index or event.index >= self._max_tokens or event.index in self._held:
+            return None
+        if len(self._held) >= self._max_held:
+            return None
+        self._held[event.index] = event
+        ready: list[pb.TokenEvent] = []
+        while (held := self._held.pop(len(self.token_ids), None)) is not None:
+            self._append(held)
+            ready.append(held)
+            if held.no_token:
+                break
+        return ready
+
+    def _append(self, event: pb.TokenEvent) -> None:
+        if not event.no_token:
+            self.token_ids.append(event.token_id)
+
+
+class OutputBuffer:
+    """Between the worker's messages and one reader. Bounded by the request's max_tokens."""
+
+    def __init__(self) -> None:
+        self._fresh: list[int] = []
+        self._finish: FinishReason | None = None
+        self._error: ServeError | None = None
+        self._told = False  # the reader has had the end
+        self._wake = asyncio.Event()
+
+    @property
+    def closed(self) -> bool:
+        return self._finish is not None or self._error is not None
+
+    def put(self, token_id: int) -> None:
+        self._fresh.append(token_id)
+        self._wake.set()
+
+    def close(self, end: FinishReason | ServeError) -> None:
+        """The first end counts."""
+        if self.closed:
+            return
+        if isinstance(end, ServeError):
+            self._error = end
+        else:
+            self._finish = end
+        self._wake.set()
+
+    async def next(self) -> Tokens:
+        """Raises the error that ended the output, after its tokens, and StopAsyncIteration after the end."""
+        while not (self._fresh or self.closed):
+            self._wake.clear()
+            await self._wake.wait()
+        if self._told:
+            raise StopAsyncIteration
+        if self._fresh:
+            tokens = tuple(self._fresh)
+            self._fresh.clear()
+            self._told = self._finish is not None
+            return Tokens(tokens, self._finish)
+        self._told = True
+        if self._error is not None:
+            raise self._error
+        return Tokens((), self._finish)

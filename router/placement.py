@@ -1,0 +1,97 @@
+"""Joins what is needed, what the index and the fleet know, and the policy; and remembers what was sent where."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from kvstore.keys import BlockKey
+from router.fleet import Fleet
+from router.member import Member
+from router.policy import Decision, Need, Phase, Policy, Role
+
+log = logging.getLogger(__name__)
+
+
+class Claim:
+    """One request's share of the load that this router knows a worker to have. Releasing is idempotent."""
+
+    def __init__(self, member: Member, uncached_tokens: int) -> None:
+        self.worker_id = member.worker_id
+        self._member = member
+        self._tokens = uncached_tokens
+        self._held = True
+        member.outstanding_tokens += uncached_tokens
+        member.sequences += 1
+
+    def computed(self) -> None:
+        """The prompt's tokens wait no longer."""
+        self._member.outstanding_tokens -= self._tokens
+        self._tokens = 0
+
+    def release(self) -> None:
+        if self._held:
+            self._held = False
+            self.computed()
+            self._member.sequences -= 1
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    claim: Claim
+    disaggregated: bool
+
+
+class Placer:
+    """`keys` are those of all full blocks of the tokens whose KV is needed."""
+
+    def __init__(self, fleet: Fleet, policy: Policy) -> None:
+        self._fleet = fleet
+        self._policy = policy
+        self._turns: Counter[Phase] = Counter()
+
+    def place_prompt(self, need: Need, keys: Sequence[BlockKey], now_s: float) -> Placed | Decision:
+        """The worker for the prompt; when the roles for it are missing, any worker for the whole request.
+
+        `need.phase` is PROMPT. A decision instead of a placement says why there is none.
+        """
+        decision = self._decide(need, keys, now_s)
+        if decision.chosen is None:
+            decision = self._decide(replace(need, phase=Phase.WHOLE), keys, now_s)
+        if decision.chosen is None:
+            return decision
+        member = self._fleet.member(decision.chosen.worker_id)
+        assert member is not None
+        disaggregated = decision.phase is Phase.PROMPT and member.role is Role.PREFILL and need.max_tokens > 1
+        return Placed(self._claim(member, need, decision.chosen.matched_blocks, now_s), disaggregated)
+
+    def place_whole_on(self, worker_id: str, need: Need, keys: Sequence[BlockKey], now_s: float) -> Placed | None:
+        """The whole request on the worker that has its KV, by no policy; None when it is gone."""
+        member = self._fleet.member(worker_id)
+        if member is None:
+            return None
+        matched_blocks = self._fleet.index.match(keys).get(member.slot, 0)
+        return Placed(self._claim(member, need, matched_blocks, now_s), disaggregated=False)
+
+    def place_decode(self, need: Need, keys: Sequence[BlockKey], now_s: float, prompt_id: str) -> Claim | Decision:
+        """The worker that takes over from `prompt_id`. `need.phase` is DECODE."""
+        decision = self._decide(need, keys, now_s, linked_from=prompt_id)
+        if decision.chosen is None:
+            return decision
+        member = self._fleet.member(decision.chosen.worker_id)
+        assert member is not None
+        return Claim(member, 0)
+
+    def _decide(self, need: Need, keys: Sequence[BlockKey], now_s: float, linked_from: str | None = None) -> Decision:
+        candidates = self._fleet.candidates(self._fleet.index.match(keys), now_s, linked_from=linked_from)
+        decision = self._policy.decide(need, candidates, self._turns[need.phase])
+        self._turns[need.phase] += 1
+        log.debug("%s", decision)
+        return decision
+
+    def _claim(self, member: Member, need: Need, matched_blocks: int, now_s: float) -> Claim:
+        uncached_tokens = max(1, need.tokens - matched_blocks * need.block_size)
+        member.recent.add(uncached_tokens, now_s)
+        return Claim(member, uncached_tokens)

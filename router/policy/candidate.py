@@ -1,0 +1,78 @@
+"""What a policy looks at: what is needed, and each worker as the fleet knows it at this moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Role(Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+class Phase(Enum):
+    """What the chosen worker is to do."""
+
+    PROMPT = "prompt"  # prefill for a decode worker to be named later, or the whole request on a mixed worker
+    WHOLE = "whole"  # the whole request, whatever the worker's role: when a role is missing
+    DECODE = "decode"  # take over from the prefill worker
+
+
+@dataclass(frozen=True, slots=True)
+class LinkFacts:
+    """The data-plane link from a prefill worker to a decode worker, as the prefill worker reported it last."""
+
+    up: bool
+    transport: str = ""
+    bytes_per_s: float = 0.0  # 0: not measured yet
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadView:
+    """A worker's load: the larger of what it reported and what this router knows to be on its way."""
+
+    waiting_tokens: int = 0  # uncached prompt tokens not computed yet
+    recent_tokens: float = 0.0  # uncached prompt tokens sent there, halved every half-life: the load's memory
+    sequences: int = 0  # running and waiting
+    context_tokens: int = 0  # KV that one decode step reads
+    free_blocks: int = 0  # free or cached: what an allocation could get
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    worker_id: str
+    role: Role
+    alive: bool  # heard from lately
+    incompatible: str  # what differs from the fleet, in clear text; empty when nothing does
+    max_model_len: int
+    max_sequences: int
+    total_blocks: int
+    block_bytes: int
+    load: LoadView
+    matched_blocks: int = 0  # leading blocks of the request that it holds
+    partners: int = 0  # decode workers that it has an open link to
+    link: LinkFacts | None = None  # in phase DECODE: from the request's prefill worker
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """One placement to decide. `tokens` are those whose KV must exist: the prompt and what was generated so far."""
+
+    phase: Phase
+    tokens: int
+    max_tokens: int  # still to be generated, at most
+    block_size: int
+    avoid: frozenset[str] = frozenset()  # workers that failed or refused this request
+    target: str | None = None  # the worker that the client named; obeyed by the policy `direct`
+
+    @property
+    def full_blocks(self) -> int:
+        return self.tokens // self.block_size
+
+    @property
+    def needed_blocks(self) -> int:
+        """Blocks for the tokens and one more."""
+        return self.tokens // self.block_size + 1

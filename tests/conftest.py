@@ -1,0 +1,62 @@
+"""Shared by all tests: the default model in its usual cache, and tiny random checkpoints made with transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# More OpenMP threads than free cores stall; before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pdserve.errors import ConfigError
+from pdserve.launch.folders import cache_folder
+from pdserve.models.default_model import ensure_default_model
+
+
+@pytest.fixture(scope="session")
+def model_cache() -> Path:
+    """The cache that a user of this machine has: converting and packing are done once, not once a run."""
+    return cache_folder()
+
+
+@pytest.fixture(scope="session")
+def default_model(model_cache: Path) -> Path:
+    """The folder of SmolLM2-135M-Instruct; tests that need it are skipped offline, but never in CI."""
+    try:
+        return ensure_default_model(model_cache, lambda description, fraction: None)
+    except ConfigError as error:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a folder with config and random float32 weights; keywords are transformers' LlamaConfig's. No tokeniser."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    made: dict[str, Path] = {}
+
+    def make(**overrides: Any) -> Path:
+        key = json.dumps(overrides, sort_keys=True)
+        if key in made:
+            return made[key]
+        small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+        settings = {**small, "num_key_value_heads": 2, "vocab_size": 131, "max_position_embeddings": 256, **overrides}
+        torch.manual_seed(len(made))
+        model = LlamaForCausalLM(LlamaConfig(**settings))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                # Biases and norms differ from 0 and 1, or a missing one would go unnoticed.
+                parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+        folder = tmp_path_factory.mktemp("checkpoint")
+        model.save_pretrained(folder)
+        return made.setdefault(key, folder)
+
+    return make

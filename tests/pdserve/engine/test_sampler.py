@@ -1,0 +1,247 @@
+"""The sampler agrees with a plain float64 one, and its choice depends on logits, parameters, seed and index alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from pdserve.engine.sampler import SamplingRow, sample, uniform
+from pdserve.request import SamplingParams
+
+BASE = SamplingParams(max_tokens=100, seed=1)
+INF = math.inf
+
+
+def choose(logits: NDArray[np.float32] | list[float], params: SamplingParams, index: int = 0) -> int:
+    return sample(torch.tensor(np.asarray(logits, np.float32))[None], [SamplingRow(params, index)])[0]
+
+
+def oracle(logits: NDArray[np.float32], params: SamplingParams) -> dict[int, float]:
+    """Probability of each token that may be chosen, in the order of the cumulative distribution."""
+    with np.errstate(over="ignore"):
+        scaled = (logits.astype(np.float64) - float(logits.max())) / max(params.temperature, 1e-6)
+    by_value = np.argsort(-scaled, kind="stable")
+    cut = params.top_p < 1 or 0 < params.top_k < len(scaled)
+    order = by_value if cut else np.arange(len(scaled))
+    if 0 < params.top_k < len(scaled):
+        order = order[: params.top_k]
+    weights = np.exp(scaled[order])
+    if params.top_p < 1:
+        before = np.cumsum(weights) - weights
+        order = order[before < params.top_p * weights.sum()]
+        weights = weights[: len(order)]
+    return dict(zip(order.tolist(), (weights / weights.sum()).tolist(), strict=True))
+
+
+def agrees(logits: NDArray[np.float32], params: SamplingParams, index: int = 0) -> None:
+    """The choice stands where u falls in the oracle's distribution; float32 may move a boundary by a little."""
+    expected = oracle(logits, params)
+    token = choose(logits, params, index)
+    u, before, slack = uniform(params.seed, index), 0.0, 2e-5
+    for candidate, probability in expected.items():
+        if candidate == token:
+            assert before - slack <= u <= before + probability + slack, (token, u, expected)
+            return
+        before += probability
+    # Not among the oracle's: then the nucleus' last one was a matter of rounding.
+    wider = oracle(logits, replace(params, top_p=min(1.0 - 1e-9, params.top_p + slack)))
+    assert token in wider, (token, u, expected)
+
+
+# --- the counter -----------------------------------------------------------------------------------------------------
+
+
+def test_uniform_is_a_pure_function_with_golden_values() -> None:
+    assert [uniform(1, 0), uniform(1, 1), uniform(2, 0), uniform(2**63 - 1, 2**32)] == [
+        0.6487508310490744,
+        0.20798701980113665,
+        0.46626269424065014,
+        0.08465327718526017,
+    ]
+
+
+def test_uniform_is_uniform_over_seeds_and_over_indices() -> None:
+    for values in ([uniform(7, i) for i in range(20_000)], [uniform(i, 7) for i in range(20_000)]):
+        assert all(0.0 <= value < 1.0 for value in values)
+        counts = np.histogram(values, bins=50, range=(0, 1))[0]
+        chi_square = float(((counts - 400) ** 2 / 400).sum())
+        assert chi_square < 49 + 6 * math.sqrt(2 * 49)
+        assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.03
+
+
+# --- the distribution ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        BASE,
+        replace(BASE, temperature=0.5),
+        replace(BASE, temperature=3.0),
+        replace(BASE, top_k=5),
+        replace(BASE, top_p=0.7),
+        replace(BASE, top_k=8, top_p=0.6, temperature=1.3),
+    ],
+    ids=str,
+)
+def test_frequencies_are_those_of_the_oracle(params: SamplingParams) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, 24).astype(np.float32)
+    draws = 6000
+    rows = [SamplingRow(replace(params, seed=3), index) for index in range(draws)]
+    counts = np.bincount(sample(torch.tensor(logits).repeat(draws, 1), rows), minlength=24)
+    expected = np.zeros(24)
+    for token, probability in oracle(logits, params).items():
+        expected[token] = probability * draws
+    assert (counts[expected == 0] == 0).all()
+    likely = expected > 5
+    chi_square = float(((counts - expected)[likely] ** 2 / expected[likely]).sum())
+    assert chi_square < likely.sum() + 6 * math.sqrt(2 * likely.sum())
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    size=st.sampled_from((1, 2, 7, 60, 600, 1500)),
+    spread=st.sampled_from((0.0, 1e-3, 1.0, 5.0, 1e4)),
+    decimals=st.sampled_from((0, 1, 6)),  # few decimals make ties
+    masked=st.sampled_from((0.0, 0.3, 0.95)),
+    temperature=st.sampled_from((1e-9, 1e-3, 0.7, 1.0, 2.0, 100.0)),
+    top_p=st.sampled_from((1e-300, 1e-6, 0.1, 0.5, 0.9, 0.999, 1.0)),
+    top_k=st.sampled_from((0, 1, 2, 50, 599, 2**32 - 1)),
+)
+def test_every_choice_is_the_oracles(
+    seed: int,
+    size: int,
+    spread: float,
+    decimals: int,
+    masked: float,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+) -> None:
+    rng = np.random.default_rng(seed)
+    logits = np.round(rng.normal(0, 1, size) * spread, decimals).astype(np.float32)
+    logits[rng.random(size) < masked] = -INF
+    logits[rng.integers(size)] = spread
+    agrees(logits, replace(BASE, seed=seed, temperature=temperature, top_p=top_p, top_k=top_k))
+
+
+def test_flat_distribution_over_a_large_vocabulary_is_cut_in_order_of_token_id() -> None:
+    """More than the first look: 49,152 equal logits, of which top_p keeps the first tenth."""
+    logits = np.zeros(49_152, np.float32)
+    tokens = {choose(logits, replace(BASE, top_p=0.1), index) for index in range(200)}
+    assert max(tokens) < 4_916
+    assert max(tokens) > 4_000
+
+
+# --- ends of the ranges ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        replace(BASE, temperature=0.0),
+        replace(BASE, temperature=0.0, top_k=3, top_p=0.1),
+        replace(BASE, top_k=1),
+        replace(BASE, top_k=1, temperature=100.0),
+        replace(BASE, top_p=1e-300),
+        replace(BASE, top_p=1e-9, temperature=100.0, top_k=50),
+        replace(BASE, temperature=1e-9),
+        replace(BASE, temperature=5e-324),
+    ],
+    ids=str,
+)
+def test_parameters_that_leave_one_token_are_greedy(params: SamplingParams) -> None:
+    rng = np.random.default_rng(5)
+    for index in range(50):
+        logits = rng.normal(0, 3, 200).astype(np.float32)
+        assert choose(logits, replace(params, seed=index), index) == int(logits.argmax())
+
+
+@pytest.mark.parametrize("params", [replace(BASE, temperature=0.0), replace(BASE, top_k=1), replace(BASE, top_p=1e-12)])
+def test_first_of_equal_tokens_wins_when_one_is_left(params: SamplingParams) -> None:
+    assert choose([1, 5, 2, 5, 5], params) == 1
+
+
+@pytest.mark.parametrize("top_k", [0, 2, 3])
+@pytest.mark.parametrize("top_p", [0.5, 0.99, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 1e-9, 1.0, 100.0])
+def test_masked_tokens_are_never_chosen_and_an_infinite_one_always(
+    temperature: float, top_p: float, top_k: int
+) -> None:
+    params = replace(BASE, temperature=temperature, top_p=top_p, top_k=top_k)
+    for index in range(30):
+        assert choose([-INF, 1.0, -INF, 1.1, -INF], params, index) in (1, 3)
+        assert choose([-INF, 1e38, INF, -1e38, 3.4e38], params, index) == 2
+        assert choose([-3.4e38, 3.4e38, -INF], params, index) == 1
+
+
+@pytest.mark.parametrize(
+    "params", [BASE, replace(BASE, top_k=2), replace(BASE, top_p=0.5), replace(BASE, temperature=0.0)]
+)
+@pytest.mark.parametrize("value", [-INF, INF, math.nan])
+def test_row_without_a_finite_logit_does_not_break_the_batch(params: SamplingParams, value: float) -> None:
+    bad, good = torch.full((1, 6), value), torch.tensor([[0.0, 0, 9, 0, 0, 0]])
+    token, other = sample(torch.cat((bad, good)), [SamplingRow(params, 0), SamplingRow(replace(BASE, top_k=1), 0)])
+    assert 0 <= token < 6
+    assert other == 2
+
+
+def test_top_k_is_applied_before_top_p() -> None:
+    """0.4 0.3 0.2 0.1: of the first two, renormalised, the first alone reaches 0.5; of all four it takes two."""
+    logits = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
+    both = {choose(logits, replace(BASE, top_k=2, top_p=0.5), index) for index in range(200)}
+    alone = {choose(logits, replace(BASE, top_p=0.5), index) for index in range(200)}
+    assert (both, alone) == ({0}, {0, 1})
+
+
+# --- stop tokens -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_stop_tokens_cannot_come_before_min_tokens(temperature: float) -> None:
+    params = replace(BASE, temperature=temperature, min_tokens=3, stop_token_ids=(1, 1, 4))
+    logits = [0.0, 20.0, 1.0, 0.5, 19.0]
+    assert all(
+        choose(logits, replace(params, seed=seed), index) in (0, 2, 3) for index in range(3) for seed in range(20)
+    )
+    assert all(choose(logits, replace(params, seed=seed), index) in (1, 4) for index in (3, 9) for seed in range(20))
+
+
+def test_masking_one_row_leaves_the_others_alone() -> None:
+    masked = replace(BASE, temperature=0.0, min_tokens=2, stop_token_ids=(1,))
+    rows = [SamplingRow(masked, 0), SamplingRow(replace(masked, min_tokens=0), 0), SamplingRow(masked, 2)]
+    assert sample(torch.tensor([[0.0, 9, 1]]).repeat(3, 1), rows) == [2, 1, 1]
+
+
+# --- the batch -------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_row_is_chosen_the_same_alone_and_in_any_batch(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 8))
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    logits = torch.tensor(rng.normal(0, 2, (count, 700)).astype(np.float32))
+    kinds = st.builds(
+        SamplingParams,
+        max_tokens=st.just(9),
+        seed=st.integers(0, 5),
+        temperature=st.sampled_from((0.0, 0.8, 1.0)),
+        top_p=st.sampled_from((0.5, 0.95, 1.0)),
+        top_k=st.sampled_from((0, 1, 40)),
+        min_tokens=st.integers(0, 3),
+        stop_token_ids=st.sampled_from(((), (0, 5, 699))),
+    )
+    rows = [SamplingRow(data.draw(kinds), data.draw(st.integers(0, 5))) for _ in range(count)]
+    alone = [sample(logits[i : i + 1].clone(), [row])[0] for i, row in enumerate(rows)]
+    order = data.draw(st.permutations(range(count)))
+    assert sample(logits[list(order)].clone(), [rows[i] for i in order]) == [alone[i] for i in order]

@@ -1,0 +1,71 @@
+"""Options become exactly the command lines of the processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pdserve.errors import ConfigError
+from pdserve.launch.plan import UpOptions, counted, prepare_command, router_command, worker_commands
+
+MODEL = Path("/models/tiny")
+
+
+@pytest.mark.parametrize(
+    ("given", "counts"),
+    [((None, None, None), (1, 1, 0)), ((2, None, None), (2, 0, 0)), ((0, 0, 2), (0, 0, 2)), ((2, 1, 1), (2, 1, 1))],
+)
+def test_counts(given: tuple[int | None, int | None, int | None], counts: tuple[int, int, int]) -> None:
+    assert counted(*given) == counts
+
+
+@pytest.mark.parametrize("given", [(0, 0, 0), (0, None, None), (-1, 2, None)])
+def test_impossible_counts(given: tuple[int | None, int | None, int | None]) -> None:
+    with pytest.raises(ConfigError):
+        counted(*given)
+
+
+def option(arguments: list[str], name: str) -> str | None:
+    return arguments[arguments.index(name) + 1] if name in arguments else None
+
+
+def test_each_worker_has_its_role_and_name() -> None:
+    commands = worker_commands(UpOptions(prefill=2, decode=1, mixed=1), MODEL, "unix:///r.sock")
+    assert [command.name for command in commands] == ["prefill-0", "prefill-1", "decode-0", "mixed-0"]
+    for command in commands:
+        arguments = list(command.arguments)
+        assert arguments[1:3] == ["-m", "pdserve.worker"]
+        assert option(arguments, "--worker-id") == command.name
+        assert option(arguments, "--role") == command.name.partition("-")[0]
+        assert option(arguments, "--redis") == "unix:///r.sock"
+        assert option(arguments, "--kv-bytes") is None  # the worker's own default
+        assert command.announces
+        assert command.environment["OMP_NUM_THREADS"] == "1"
+
+
+def test_options_reach_the_processes() -> None:
+    options = UpOptions(
+        model=MODEL,
+        port=9000,
+        dtype="float32",
+        threads=2,
+        kv_bytes=1 << 20,
+        policy="random",
+        namespace="ns",
+        worker_arguments=("--max-sequences", "4"),
+    )
+    worker = worker_commands(options, MODEL, "redis://h")[0]
+    arguments = list(worker.arguments)
+    assert arguments[-2:] == ["--max-sequences", "4"]
+    expected = {"--dtype": "float32", "--threads": "2", "--kv-bytes": "1048576", "--namespace": "ns"}
+    assert {name: option(arguments, name) for name in expected} == expected
+    assert worker.environment["OMP_NUM_THREADS"] == "2"
+    router = list(router_command(options, MODEL, "redis://h").arguments)
+    expected = {"--port": "9000", "--policy": "random", "--namespace": "ns", "--model": str(MODEL)}
+    assert {name: option(router, name) for name in expected} == expected
+    assert option(list(prepare_command(options).arguments), "--model") == str(MODEL)
+
+
+def test_the_default_model_is_left_to_prepare() -> None:
+    assert "--model" not in prepare_command(UpOptions()).arguments

@@ -1,0 +1,125 @@
+"""Policies are pure: the same candidates and turn give the same decision, and the decision says why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from router.memory import DecayingSum
+from router.policy import POLICIES, Candidate, LinkFacts, LoadView, Need, Phase, Role
+
+NEED = Need(Phase.PROMPT, tokens=64, max_tokens=16, block_size=16)
+
+
+def worker(worker_id: str, role: Role = Role.PREFILL, **changes: object) -> Candidate:
+    base = Candidate(
+        worker_id=worker_id,
+        role=role,
+        alive=True,
+        incompatible="",
+        max_model_len=4096,
+        max_sequences=8,
+        total_blocks=100,
+        block_bytes=1 << 18,
+        load=LoadView(free_blocks=100),
+        partners=1,
+        link=LinkFacts(up=True),
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def chosen(policy: str, need: Need, *candidates: Candidate, turn: int = 0) -> str | None:
+    decision = POLICIES[policy].decide(need, candidates, turn)
+    return decision.chosen.worker_id if decision.chosen else None
+
+
+def test_the_worker_with_the_prefix_wins_until_its_queue_costs_more() -> None:
+    holder = worker("holder", matched_blocks=3)
+    assert chosen("cost", NEED, worker("other"), holder) == "holder"
+    busy = replace(holder, load=LoadView(waiting_tokens=500))
+    assert chosen("cost", NEED, worker("other"), busy) == "other"
+
+
+def test_remembered_work_separates_workers_that_look_idle() -> None:
+    used = worker("a", load=LoadView(recent_tokens=10_000.0))
+    assert chosen("cost", NEED, used, worker("b")) == "b"
+
+
+@pytest.mark.parametrize("policy", ["cost", "round_robin"])
+def test_equal_workers_take_turns(policy: str) -> None:
+    workers = [worker(name) for name in "abc"]
+    assert [chosen(policy, NEED, *workers, turn=turn) for turn in range(6)] == ["a", "b", "c"] * 2
+
+
+def test_random_uses_every_worker_and_repeats_with_the_turn() -> None:
+    workers = [worker(name) for name in "abc"]
+    picks = [chosen("random", NEED, *workers, turn=turn) for turn in range(200)]
+    assert picks == [chosen("random", NEED, *workers, turn=turn) for turn in range(200)]
+    assert all(picks.count(name) > 40 for name in "abc")
+
+
+def test_direct_obeys_a_name_and_is_cost_without_one() -> None:
+    workers = [worker("a", matched_blocks=4), worker("b")]
+    assert chosen("direct", replace(NEED, target="b"), *workers) == "b"
+    assert chosen("direct", replace(NEED, target="nobody"), *workers) is None
+    assert chosen("direct", NEED, *workers) == "a"
+
+
+def test_decode_prefers_the_prefix_then_the_shorter_batch() -> None:
+    need = replace(NEED, phase=Phase.DECODE, tokens=1520)
+    holder = worker("holder", Role.DECODE, matched_blocks=95)
+    other = worker("other", Role.DECODE)
+    assert chosen("cost", need, holder, other) == "holder"
+    busy = replace(holder, load=LoadView(free_blocks=100, sequences=5))
+    assert chosen("cost", need, busy, other) == "other"
+
+
+@pytest.mark.parametrize(
+    ("phase", "candidate", "reason"),
+    [
+        (Phase.PROMPT, worker("w", alive=False), "not heard from"),
+        (Phase.PROMPT, worker("w", incompatible="block_size 32, the fleet has 16"), "block_size 32"),
+        (Phase.PROMPT, worker("w", Role.DECODE), "role decode"),
+        (Phase.PROMPT, worker("w", partners=0), "no open link to a decode worker"),
+        (Phase.PROMPT, worker("w", max_model_len=79), "80 tokens exceed its context of 79"),
+        (Phase.PROMPT, worker("w", total_blocks=4), "needs 5 blocks of 4"),
+        (Phase.DECODE, worker("w", Role.MIXED), "role mixed"),
+        (Phase.DECODE, worker("w", Role.DECODE, link=None), "no link"),
+        (Phase.DECODE, worker("w", Role.DECODE, link=LinkFacts(up=False, error="refused")), "link down: refused"),
+        (Phase.DECODE, worker("w", Role.DECODE, load=LoadView(free_blocks=4)), "needs 5 blocks, 4 are free"),
+        (Phase.DECODE, worker("w", Role.DECODE, load=LoadView(free_blocks=9, sequences=8)), "8 sequences of 8"),
+    ],
+)
+def test_a_filtered_candidate_is_named_with_its_reason(phase: Phase, candidate: Candidate, reason: str) -> None:
+    decision = POLICIES["cost"].decide(replace(NEED, phase=phase), [candidate], 0)
+    assert decision.chosen is None
+    assert reason in decision.why_not()
+
+
+def test_any_role_may_run_the_whole_request() -> None:
+    need = replace(NEED, phase=Phase.WHOLE)
+    for role in Role:
+        assert chosen("cost", need, worker("w", role, partners=0, link=None)) == "w"
+
+
+def test_workers_that_failed_are_avoided() -> None:
+    need = replace(NEED, avoid=frozenset({"a"}))
+    assert chosen("cost", need, worker("a", matched_blocks=4), worker("b")) == "b"
+
+
+def test_a_decision_keeps_every_term_and_the_runner_up() -> None:
+    decision = POLICIES["cost"].decide(NEED, [worker("a"), worker("b", matched_blocks=2)], 0)
+    assert [each.worker_id for each in decision.considered] == ["b", "a"]
+    assert decision.runner_up is not None
+    assert decision.runner_up.worker_id == "a"
+    assert dict(decision.considered[0].terms) == {"uncached": 32.0, "queued": 0.0, "recent": 0.0, "shared_step": 0.0}
+    assert all(each.cost == sum(each.terms.values()) for each in decision.considered)
+
+
+def test_the_memory_halves_with_each_half_life() -> None:
+    memory = DecayingSum(half_life_s=30.0)
+    memory.add(100.0, now_s=10.0)
+    memory.add(100.0, now_s=40.0)
+    assert memory.value(40.0) == pytest.approx(150.0)
+    assert memory.value(100.0) == pytest.approx(37.5)
