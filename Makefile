@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 CODE := kvstore pdserve router tests
 
 # Of pip's talk, what takes time.
-SHOW := sed -unE 's/^ *(Downloading|Using cached|Processing) ([^ ]*\/)?([^ ]+)(.*)/    \3\4/p; \
+SHOW := sed -unE 's/^ *(Downloading|Using cached|Processing) ([^ ]*\/)?([^ ]+)( \([0-9.]+ [kMG]?B\))?.*/    \3\4/p; \
 	s/^Installing collected packages.*/    installing .../p'
 # Runs $(1), as root from a package of Debian/Ubuntu if $(2) is missing, else says what to do.
 define need
@@ -80,9 +80,12 @@ $(VENV)/.torch: $(VENV)/.made requirements/serve.txt
 	@$(BIN)/pip install "$$(grep '^torch==' requirements/serve.txt)" | $(SHOW)
 	@touch $@
 
+# UCX must be built for the CUDA of torch, whose own packages it shares; a CPU build goes with the pinned one.
 $(VENV)/.serve: $(VENV)/.torch requirements/serve.txt pyproject.toml
 	@echo "==> packages for serving"
-	@$(BIN)/pip install -r requirements/serve.txt | $(SHOW)
+	@major=$$($(BIN)/python -c 'import torch; print((torch.version.cuda or "12").partition(".")[0])'); \
+	sed -E "s/-cu12==/-cu$$major==/; $$([ $$major = 12 ] || echo '/^cuda-/d')" requirements/serve.txt > $(VENV)/serve.txt
+	@$(BIN)/pip install -r $(VENV)/serve.txt | $(SHOW)
 	@$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -3,9 +3,9 @@
     writer    Lease: SET record EX 10 every 3 s, and the id into the component's member set; deleted at exit
     reader    Discovery.poll(): the endpoints that are listed now, or None when that cannot be known now
 
-Redis is a hint (design invariant I8): it only adds addresses. Whether a worker lives is decided by its own session, so an
-expired, emptied, frozen or absent Redis removes nobody. No call raises because of Redis, and each is bounded in time;
-a change of its state is logged once. The member set keeps a poll independent of how many other keys Redis holds.
+Redis is a hint (design invariant I8): it only adds addresses. Whether a worker lives is decided by its own session, so
+an expired, emptied, frozen or absent Redis removes nobody. No call raises because of Redis, and each is bounded in
+time; a change of its state is logged once. The member set keeps a poll independent of how many other keys Redis holds.
 """
 
 from __future__ import annotations

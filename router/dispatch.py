@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import Counter
 
-from pdserve.errors import Overloaded
+from pdserve.errors import InvalidRequest, Overloaded
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.request import Request
 from pdserve.timeline import Timeline
@@ -25,14 +25,12 @@ class RouterDispatcher:
     `counts` only rise: rejected_tokens, refusals, redispatches, migrations, handoffs_without_room.
     """
 
-    def __init__(self, fleet: Fleet, policy: Policy, limits: RouterLimits, router_id: str) -> None:
+    def __init__(self, fleet: Fleet, policy: Policy, limits: RouterLimits) -> None:
         self.counts: Counter[str] = Counter()
         self._fleet = fleet
         self._placer = Placer(fleet, policy)
         self._limits = limits
-        self._router_id = router_id
         self._active: dict[str, RoutedGeneration] = {}
-        self._started = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -41,20 +39,22 @@ class RouterDispatcher:
         return len(self._active)
 
     def start(self, request: Request, timeline: Timeline, target: str | None = None) -> RoutedGeneration:
-        """`target` names a worker, for the policy `direct`. Raises Overloaded."""
+        """`target` names a worker, for the policy `direct`. Raises Overloaded or InvalidRequest."""
         if len(self._active) >= self._limits.active_requests:
-            raise Overloaded(f"{self._limits.active_requests} requests are already being served")
-        self._started += 1
-        wire_id = f"{request.request_id}@{self._router_id}.{self._started}"
+            raise Overloaded("The server is handling as many requests as it can.")
+        assert request.request_id not in self._active, "the front makes unique ids"
+        longest = self._fleet.facts().max_model_len
+        if len(request.prompt_token_ids) >= longest:
+            raise InvalidRequest(f"The workers serve at most {longest} tokens, the answer included.", param="prompt")
         generation = RoutedGeneration(
-            request, timeline, wire_id, target, self._fleet, self._placer, self._limits, self.counts, self._ended
+            request, timeline, target, self._fleet, self._placer, self._limits, self.counts, self._ended
         )
-        self._active[wire_id] = generation
+        self._active[request.request_id] = generation
         self._idle.clear()
         return generation
 
     def _ended(self, generation: RoutedGeneration) -> None:
-        del self._active[generation.wire_id]
+        del self._active[generation.request.request_id]
         if not self._active:
             self._idle.set()
 

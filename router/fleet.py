@@ -1,7 +1,7 @@
 """The fleet: the workers that are known, joined from discovery (addresses) and sessions (truth).
 
-Discovery only adds addresses. A worker counts while its session lives, listed or not; an address that is neither listed nor
-connected is forgotten after `forget_s`. All methods run in the event loop.
+Discovery only adds addresses. A worker counts while its session lives, listed or not; an address that is neither listed
+nor connected is forgotten after `forget_s`. All methods run in the event loop.
 """
 
 from __future__ import annotations
@@ -41,11 +41,15 @@ class RequestListener(Protocol):
 
 
 class Fleet:
-    def __init__(self, discovery: Discovery, router_id: str, limits: FleetLimits) -> None:
+    def __init__(
+        self, discovery: Discovery, router_id: str, limits: FleetLimits, vocab_size: int | None = None
+    ) -> None:
+        """`vocab_size` is that of the router's own model; a worker with another one is refused."""
         self.index = PrefixIndex()
         self._discovery = discovery
         self._router_id = router_id
         self._limits = limits
+        self._vocab_size = vocab_size
         self._members: dict[str, Member] = {}  # by address
         self._by_id: dict[str, Member] = {}  # those in use
         self._by_link: dict[WorkerLink, Member] = {}
@@ -110,7 +114,7 @@ class Fleet:
             member.in_use = False
             log.error("worker=%s address=%s refused: %s", hello.worker_id, link.address, member.incompatible)
             return
-        if self._facts is None:
+        if not self._by_id:
             self._facts = ModelFacts.of(hello)
         self._by_id[hello.worker_id] = member
         log.info("worker=%s role=%s address=%s joined", hello.worker_id, role.value, link.address)
@@ -119,7 +123,9 @@ class Fleet:
     def _reason_to_refuse(self, hello: pb.WorkerHello) -> str:
         if hello.worker_id in self._by_id:
             return f"worker_id {hello.worker_id} is already connected at {self._by_id[hello.worker_id].link.address}"
-        return self._facts.difference(hello) if self._facts is not None else ""
+        if self._vocab_size not in (None, hello.vocab_size):
+            return f"vocab_size is {hello.vocab_size}, the model of this router has {self._vocab_size}"
+        return self._facts.difference(hello) if self._facts is not None and self._by_id else ""
 
     def link_message(self, link: WorkerLink, message: pb.WorkerMessage) -> None:
         member = self._by_link[link]
@@ -151,7 +157,7 @@ class Fleet:
             raise ValueError(f"the worker says that it holds more than its {member.hello.num_blocks} blocks")
 
     def _note_link(self, member: Member, report: pb.LinkReport) -> None:
-        """A report may come before its peer does, so unknown peers are kept; another life's report counts for nothing."""
+        """A report may come before its peer does, so unknown peers are kept; one on another life counts for nothing."""
         if report.peer_id not in member.links and len(member.links) >= self._limits.workers:
             raise ValueError("the worker reports more links than a fleet has workers")
         facts = LinkFacts(report.up, report.transport, report.bytes_per_second, report.error)
@@ -175,9 +181,8 @@ class Fleet:
         if not was_in_use:
             return
         del self._by_id[member.worker_id]
-        if not self._by_id:
-            self._facts = None
-        log.warning("worker=%s address=%s lost: %s", member.worker_id, link.address, reason)
+        if reason:
+            log.warning("worker=%s address=%s lost: %s", member.worker_id, link.address, reason)
         self._membership_changed()
         if self._listener is not None:
             self._listener.on_worker_lost(member.worker_id, reason)
@@ -234,19 +239,20 @@ class Fleet:
     # --- for the HTTP layer ---
 
     def facts(self) -> ModelFacts:
-        """Raises Overloaded while no worker is connected."""
+        """Those of the last fleet while all its workers are gone. Raises Overloaded before any worker connected."""
         if self._facts is None:
-            raise Overloaded("no worker is connected yet")
-        longest = max(member.hello.max_model_len for member in self._by_id.values())
+            raise Overloaded("No worker is connected yet.")
+        contexts = [member.hello.max_model_len for member in self._by_id.values()]
+        longest = max(contexts, default=self._facts.max_model_len)
         return replace(self._facts, max_model_len=longest)
 
     def root_key(self) -> BlockKey:
-        """What the first blocks of all requests chain from. Raises Overloaded while no worker is connected."""
+        """What the first blocks of all requests chain from. Raises Overloaded before any worker connected."""
         return root_key(self.facts().fingerprint)
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be served now. Prefill and decode workers that just joined get time for their link."""
+        """Whether a request would be served now; prefill and decode that just joined get time for their link."""
         usable = [member for member in self._by_id.values() if not member.link.suspect]
         roles = {member.role for member in usable}
         if not {Role.PREFILL, Role.DECODE} <= roles or Role.MIXED in roles:

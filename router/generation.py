@@ -37,8 +37,10 @@ class Generation(Protocol):
 class Dispatcher(Protocol):
     """Turns requests into generations. Implemented by `router.dispatch`."""
 
-    def start(self, request: Request, timeline: Timeline) -> Generation:
+    def start(self, request: Request, timeline: Timeline, target: str | None = None) -> Generation:
         """Raises `pdserve.errors.Overloaded` when no worker can take the request.
+
+        `request.request_id` is unique among those that run; `target` names a worker, for the policy that obeys.
 
         From here on it marks the timeline, and each output token as it arrives from a worker.
         """

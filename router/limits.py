@@ -35,7 +35,7 @@ class RouterLimits:
     queue_wait_s: float = 5.0  # for a worker that can take it
     first_token_s: float = 30.0  # without any token from the worker
     inter_token_s: float = 10.0
-    reserve_s: float = 2.0  # for the answer to a reservation
+    reserve_s: float = 3.0  # for the answer to a reservation
     handoff_wait_s: float = 5.0  # for a decode worker with room; then prefill goes on by itself
     handoff_base_s: float = 10.0  # ticket delivered until decode's first token, plus the time of the bytes
     handoff_bytes_per_s: float = 50e6

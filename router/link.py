@@ -4,8 +4,8 @@
         ^                                                                                        │
         └───────────────────────────────── backoff ── DOWN (told once) <─────────────────────────┘
 
-Ending the session is what tells the worker to abort every request of this router, so a session that is given up is always
-cancelled. Messages leave in the order of `send`, through one bounded queue.
+Ending the session is what tells the worker to abort every request of this router, so a session that is given up is
+always cancelled. Messages leave in the order of `send`, through one bounded queue.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any, Protocol
 
 import grpc
@@ -49,7 +50,9 @@ class LinkListener(Protocol):
         """`link.suspect` changed."""
         ...
 
-    def link_down(self, link: WorkerLink, reason: str) -> None: ...
+    def link_down(self, link: WorkerLink, reason: str) -> None:
+        """`reason` is empty when this side closed the link."""
+        ...
 
 
 class WorkerLink:
@@ -104,17 +107,17 @@ class WorkerLink:
         self._silent_s = 0.0
         self.suspect = False
         was_up = False
-        reason = "closed by the router"
+        reason = ""
         channel = grpc.aio.insecure_channel(self.address, options=_OPTIONS)
         tasks: list[asyncio.Task[None]] = []
         try:
             call = WorkerStub(channel).Session()
-            hello = await self._shake_hands(call)
+            messages = aiter(call)
+            hello = await self._shake_hands(call, messages)
             self.up = was_up = True
             self._listener.link_up(self, hello)
-            tasks = [
-                asyncio.create_task(self._guard(part)) for part in (self._read(call), self._write(call), self._watch())
-            ]
+            parts = (self._read(messages), self._write(call), self._watch())
+            tasks = [asyncio.create_task(self._guard(part)) for part in parts]
             reason = await self._ended
         except (grpc.aio.AioRpcError, TimeoutError, ValueError) as error:
             reason = _sentence(error)
@@ -126,25 +129,24 @@ class WorkerLink:
             if was_up:
                 self._listener.link_down(self, reason)
             await asyncio.gather(*tasks, return_exceptions=True)
-            await channel.close()
+            await channel.close(None)
         return was_up
 
-    async def _shake_hands(self, call: Any) -> WorkerHello:
+    async def _shake_hands(self, call: Any, messages: AsyncIterator[WorkerMessage]) -> WorkerHello:
         async with asyncio.timeout(self._limits.hello_s):
-            await call.write(
-                RouterMessage(hello=RouterHello(protocol_version=PROTOCOL_VERSION, router_id=self._router_id))
-            )
-            first = await call.read()
-        if first is grpc.aio.EOF or first.WhichOneof("body") != "hello":
+            greeting = RouterHello(protocol_version=PROTOCOL_VERSION, router_id=self._router_id)
+            await call.write(RouterMessage(hello=greeting))
+            first = await anext(messages, None)
+        if first is None or first.WhichOneof("body") != "hello":
             raise ValueError("the worker did not begin with a hello")
-        hello: WorkerHello = first.hello
+        hello = first.hello
         if hello.protocol_version != PROTOCOL_VERSION:
             raise ValueError(f"protocol version {hello.protocol_version}, this router speaks {PROTOCOL_VERSION}")
         if not hello.worker_id:
             raise ValueError("the worker has no worker_id")
         return hello
 
-    async def _guard(self, part: Any) -> None:
+    async def _guard(self, part: Awaitable[None]) -> None:
         """The session's edge: whatever goes wrong in one of its parts ends the session with a reason."""
         try:
             await part
@@ -155,8 +157,8 @@ class WorkerLink:
             log.exception("link %s: a bug ended the session", self.address)
             self._end(f"internal error: {type(error).__name__}")
 
-    async def _read(self, call: Any) -> None:
-        async for message in call:
+    async def _read(self, messages: AsyncIterator[WorkerMessage]) -> None:
+        async for message in messages:
             self._silent_s = 0.0
             if message.WhichOneof("body") != "pong":
                 self._listener.link_message(self, message)

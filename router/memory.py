@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 class DecayingSum:
     """Time is passed in, in seconds on one clock, never decreasing."""
@@ -18,4 +20,4 @@ class DecayingSum:
     def value(self, now_s: float) -> float:
         if self._value == 0.0:
             return 0.0
-        return self._value * 0.5 ** ((now_s - self._at_s) / self._half_life_s)
+        return self._value * math.exp2((self._at_s - now_s) / self._half_life_s)

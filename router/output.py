@@ -11,7 +11,7 @@ from router.generation import Tokens
 
 
 class TokenOrder:
-    """Accepts the output token whose index is next. Decode's first token may overtake prefill's, so later ones are held."""
+    """Accepts the output token whose index is next. Decode's first may overtake prefill's, so later ones are held."""
 
     def __init__(self, max_tokens: int, max_held: int) -> None:
         self.token_ids: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -52,46 +53,47 @@ class Placer:
         self._policy = policy
         self._turns: Counter[Phase] = Counter()
 
-    def place_prompt(self, need: Need, keys: Sequence[BlockKey], now_s: float) -> Placed | Decision:
+    def place_prompt(self, need: Need, keys: Sequence[BlockKey]) -> Placed | Decision:
         """The worker for the prompt; when the roles for it are missing, any worker for the whole request.
 
         `need.phase` is PROMPT. A decision instead of a placement says why there is none.
         """
-        decision = self._decide(need, keys, now_s)
+        decision = self._decide(need, keys)
         if decision.chosen is None:
-            decision = self._decide(replace(need, phase=Phase.WHOLE), keys, now_s)
+            decision = self._decide(replace(need, phase=Phase.WHOLE), keys)
         if decision.chosen is None:
             return decision
         member = self._fleet.member(decision.chosen.worker_id)
         assert member is not None
         disaggregated = decision.phase is Phase.PROMPT and member.role is Role.PREFILL and need.max_tokens > 1
-        return Placed(self._claim(member, need, decision.chosen.matched_blocks, now_s), disaggregated)
+        return Placed(self._claim(member, need, decision.chosen.matched_blocks), disaggregated)
 
-    def place_whole_on(self, worker_id: str, need: Need, keys: Sequence[BlockKey], now_s: float) -> Placed | None:
+    def place_whole_on(self, worker_id: str, need: Need, keys: Sequence[BlockKey]) -> Placed | None:
         """The whole request on the worker that has its KV, by no policy; None when it is gone."""
         member = self._fleet.member(worker_id)
         if member is None:
             return None
         matched_blocks = self._fleet.index.match(keys).get(member.slot, 0)
-        return Placed(self._claim(member, need, matched_blocks, now_s), disaggregated=False)
+        return Placed(self._claim(member, need, matched_blocks), disaggregated=False)
 
-    def place_decode(self, need: Need, keys: Sequence[BlockKey], now_s: float, prompt_id: str) -> Claim | Decision:
+    def place_decode(self, need: Need, keys: Sequence[BlockKey], prompt_id: str) -> Claim | Decision:
         """The worker that takes over from `prompt_id`. `need.phase` is DECODE."""
-        decision = self._decide(need, keys, now_s, linked_from=prompt_id)
+        decision = self._decide(need, keys, linked_from=prompt_id)
         if decision.chosen is None:
             return decision
         member = self._fleet.member(decision.chosen.worker_id)
         assert member is not None
         return Claim(member, 0)
 
-    def _decide(self, need: Need, keys: Sequence[BlockKey], now_s: float, linked_from: str | None = None) -> Decision:
-        candidates = self._fleet.candidates(self._fleet.index.match(keys), now_s, linked_from=linked_from)
+    def _decide(self, need: Need, keys: Sequence[BlockKey], linked_from: str | None = None) -> Decision:
+        depths = self._fleet.index.match(keys)
+        candidates = self._fleet.candidates(depths, time.monotonic(), linked_from=linked_from)
         decision = self._policy.decide(need, candidates, self._turns[need.phase])
         self._turns[need.phase] += 1
         log.debug("%s", decision)
         return decision
 
-    def _claim(self, member: Member, need: Need, matched_blocks: int, now_s: float) -> Claim:
+    def _claim(self, member: Member, need: Need, matched_blocks: int) -> Claim:
         uncached_tokens = max(1, need.tokens - matched_blocks * need.block_size)
-        member.recent.add(uncached_tokens, now_s)
+        member.recent.add(uncached_tokens, time.monotonic())
         return Claim(member, uncached_tokens)

@@ -22,6 +22,8 @@ LIGHT = {
     "pdserve.errors",
     "pdserve.launch.announce",
     "pdserve.launch.folders",
+    "pdserve.models.config",
+    "pdserve.models.config",
     "pdserve.models.folder",
     "pdserve.protocol",
     "pdserve.protocol.codec",

@@ -28,7 +28,8 @@ from kvstore.transfer.inbox import Inbox
 from kvstore.transfer.transport import Buffer, Completion, CompletionHandler, Outcome
 from kvstore.transfer.ucp import UcpCalls
 
-_BURST = 32  # progress calls between two looks at the operations; one moves up to 16 fragments
+_BURST = 8  # progress calls, of up to 128 KiB (shared memory) or 1 MiB (TCP), between two looks at the operations
+_GLANCE = 8  # operations end nearly in order: all of them are looked at only before going to sleep
 
 _QUIESCE_DEADLINE_S = 0.1
 _UCS_OK, _UCS_TRUNCATED, _UCS_CANCELED = 0, -9, -16
@@ -96,6 +97,7 @@ class UcxLink:
         self._num_open = 0
         self._operations: dict[int, _Operation] = {}
         self._look = False  # an operation may have ended outside `progress`
+        self._unseen = False  # something moved since all operations were looked at
         self._transports = ""
         self.address = wrap_address(worker.address.tobytes())
         self.event_fd: int = worker.epoll_file_descriptor
@@ -163,14 +165,21 @@ class UcxLink:
                 break
             worked = True
         if worked:
-            self._collect()
+            self._collect(_GLANCE)
+            self._unseen = True
         if self._endpoint is not None and not self._endpoint.alive:
             self.take_down(LinkState.LOST, "the peer is gone")
         return worked
 
     def arm(self) -> bool:
-        """Have the next event signal `event_fd`; False if there is something to do already."""
-        return self._worker is None or bool(self._worker.arm())
+        """Look at all operations, then have the next event signal `event_fd`; False if there is more to do first."""
+        if self._worker is None:
+            return True
+        if self._unseen:
+            self._unseen = False
+            if self._collect(len(self._operations)):
+                return False
+        return bool(self._worker.arm())
 
     def take_down(self, state: LinkState, reason: str) -> None:
         """End all operations, destroy the UCX worker so that nothing lands any more, and only then deliver."""
@@ -259,10 +268,18 @@ class UcxLink:
             self._host.ucp.cancel(operation.request.ucxx_ptr)
             self._look = True
 
-    def _collect(self) -> None:
-        ended = [number for number, operation in self._operations.items() if operation.request.completed]
-        if ended:
-            self._deliver([self._completion(number, self._operations.pop(number)) for number in ended])
+    def _collect(self, max_open: int) -> bool:
+        """Deliver what has ended, oldest first, looking past `max_open` operations that have not; whether any had."""
+        ended: list[int] = []
+        for number, operation in self._operations.items():
+            if operation.request.completed:
+                ended.append(number)
+            elif max_open == 0:
+                break
+            else:
+                max_open -= 1
+        self._deliver([self._completion(number, self._operations.pop(number)) for number in ended])
+        return bool(ended)
 
     def _completion(self, number: int, operation: _Operation, reason: str = "") -> Completion:
         request = operation.request

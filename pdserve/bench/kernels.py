@@ -49,6 +49,12 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape).to(DTYPE)
 
 
+def rotations(positions: int) -> Tensor:
+    """Cosines and sines, [positions, DIM]: rotating the same rows again and again must not change their size."""
+    angles = torch.outer(torch.arange(positions), 1e4 ** -(torch.arange(0, DIM, 2) / DIM))
+    return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
 def make_batch(sequences: int, context: int, queries: int) -> Batch:
     """Every sequence has `context` tokens, of which the last `queries` are this step's; blocks in no order."""
     blocks = -(-context // BLOCK_SIZE)
@@ -101,7 +107,7 @@ def compare_attention(kernels: Kernels, sequences: int, context: int, queries: i
 def compare_ops(kernels: Kernels, rows: int, rounds: int) -> dict[str, dict[str, float]]:
     """Every other operation beside the reference, on `rows` tokens."""
     batch = make_batch(1, rows, rows)
-    pool, qkv, cos_sin = make_pool(batch), random(rows, WIDTH), torch.rand(CONTEXT + 1, DIM)
+    pool, qkv, cos_sin = make_pool(batch), random(rows, WIDTH), rotations(CONTEXT + 1)
     x, residual, weight, gate_up = random(rows, HIDDEN), random(rows, HIDDEN), random(HIDDEN), random(rows, 2 * INTER)
     ops: dict[str, Callable[[Kernels], object]] = {
         "rms_norm": lambda k: k.rms_norm(x, weight, EPS),
@@ -122,7 +128,7 @@ class Step:
     def __init__(self, kernels: Kernels, weights: list[Tensor], head: Tensor, batch: Batch) -> None:
         self.kernels, self.weights, self.head, self.batch = kernels, weights, head, batch
         self.pool = make_pool(batch)
-        self.cos_sin = torch.rand(int(batch.context_len.max()), DIM)
+        self.cos_sin = rotations(CONTEXT)
         self.norm = random(HIDDEN)
         rows = len(batch.positions)
         self.sampled = len(batch.context_len)

@@ -86,7 +86,7 @@ async def complete(host: str, port: int, workload: Workload, seed: int, timeout_
     rng = random.Random(seed)
     body = json.dumps(
         {
-            "model": "default",
+            "model": "SmolLM2-135M-Instruct",
             "prompt": [rng.randrange(100, 40_000) for _ in range(workload.prompt_tokens)],
             "max_tokens": workload.output_tokens,
             "temperature": 0,

@@ -13,10 +13,10 @@ from pdserve.cli.forward import become
 # name: module, and what it measures
 BENCHMARKS = {
     "engine": ("pdserve.bench.engine", "engine step against the bare weight products of the same shape"),
-    "serve": ("pdserve.bench.serve", "disaggregated against mixed workers: tokens/s, TTFT, ITL, goodput"),
-    "startup": ("pdserve.bench.startup", "time to ready and memory of each process"),
-    "transfer": ("kvstore.transfer.bench", "KV push against memcpy, shared memory and TCP"),
+    "kernels": ("pdserve.bench.kernels", "kernels against torch"),
+    "transfer": ("kvstore.transfer.bench", "KV push against memcpy, over shared memory and TCP"),
     "router": ("router.bench", "router overhead per request and per token"),
+    "serving": ("pdserve.bench.serving", "disaggregated against mixed workers: tokens/s, TTFT, ITL, goodput"),
 }
 
 

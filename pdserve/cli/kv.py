@@ -14,6 +14,7 @@ from pdserve.cli.ledger import STATES, Audit, audit
 from pdserve.errors import ConfigError
 from pdserve.launch.http_front import get_json
 
+DEFAULT_URL = "http://127.0.0.1:8000"
 _MIN_WIDTH = 120
 
 app = typer.Typer(help="Look into the KV blocks of running workers.", no_args_is_help=True)
@@ -29,7 +30,7 @@ def audit_command(
     worker: Annotated[
         list[str] | None, typer.Option(metavar="HOST:PORT", help="A worker's admin address; may be repeated.")
     ] = None,
-    url: Annotated[str | None, typer.Option(help="A router, which knows its workers.")] = None,
+    url: Annotated[str | None, typer.Option(help=f"A router; {DEFAULT_URL} where nothing is named.")] = None,
     redis: Annotated[str | None, typer.Option(metavar="URL", help="Find the workers here.")] = None,
     namespace: Annotated[str, typer.Option(help="Of the workers in Redis.")] = "default",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -54,17 +55,18 @@ def _ask(address: str) -> Audit:
 
 
 def _addresses(workers: list[str], url: str | None, redis: str | None, namespace: str) -> list[str]:
-    if sum(map(bool, (workers, url, redis))) != 1:
-        raise ConfigError("Say where the workers are with one of --worker, --url and --redis.")
-    if url is not None:
-        return _from_router(url)
-    return workers if redis is None else asyncio.run(_from_redis(redis, namespace))
+    if sum(map(bool, (workers, url, redis))) > 1:
+        raise ConfigError("Say where the workers are with only one of --worker, --url and --redis.")
+    if workers:
+        return workers
+    return _from_router(url or DEFAULT_URL) if redis is None else asyncio.run(_from_redis(redis, namespace))
 
 
 def _from_router(url: str) -> list[str]:
     try:
         listed: Any = get_json(url, "/workers")
-        return [str(entry["admin_address"]) for entry in listed["workers"]]
+        # A worker that cannot be reached told no admin address: it is listed by its other one, and fails the audit.
+        return [str(entry["admin_address"] or entry["address"]) for entry in listed["workers"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"The router {url} does not list its workers: {error}.") from error
 

@@ -51,6 +51,7 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t))));
 
 template <class V>
 struct IntegersOf;
@@ -60,7 +61,7 @@ struct IntegersOf<float> {
 };
 template <>
 struct IntegersOf<Floats> {
-  typedef int32_t type __attribute__((vector_size(LANES * sizeof(int32_t))));
+  using type = Integers;
 };
 
 // 2^x for x <= 126, to about 2e-7 relative; x below -126 counts as -126. V is float (branch-free, so that loops over it
@@ -85,6 +86,15 @@ PDS_INLINE V exp2_fast(V x) {
 // Limits that Python checks before it calls.
 constexpr int MAX_HEAD_DIM = 256;
 constexpr int MAX_GROUP = 64;  // query heads of one kv head
+
+// 1 / x for x in [1, 2^126], to about 1e-7 relative: a guess from the bits and three steps of Newton, for a division of
+// vectors takes longer than all the rest of a kernel.
+PDS_INLINE float reciprocal(float x) {
+  float y = __builtin_bit_cast(float, 0x7ef311c7 - __builtin_bit_cast(int32_t, x));
+  y *= 2.0f - x * y;
+  y *= 2.0f - x * y;
+  return y * (2.0f - x * y);
+}
 
 constexpr float LOG2_E = 1.44269504f;
 // Stands for minus infinity in running maxima: a difference of two of them is 0, not NaN.
@@ -144,6 +154,13 @@ struct PagedKv {
   }
   PDS_INLINE int run(int token) const { return block_size - token % block_size; }
 };
+
+// This thread's T. Not inlined: the address of thread-local storage would be looked up at every use.
+template <class T>
+__attribute__((noinline)) T& of_this_thread() {
+  static thread_local T object;
+  return object;
+}
 
 // Memory of one thread that grows to what was asked for and is reused; 64-byte aligned.
 class Scratch {

@@ -8,102 +8,7 @@
 
 #include <vector>
 
-#include "common.h"
-
-constexpr int KEYS = 64;   // tokens of a tile: amortises the reductions of the softmax; its K and V stay in L1
-constexpr int SLACK = 16;  // keys are scored 16 at a time: what lies past the end of a run is overwritten or masked
-
-using Scores = float[KEYS + SLACK];
-
-// Up to KEYS tokens of a context, as runs of tokens that are contiguous in the pool.
-template <class T>
-struct Tile {
-  struct Run {
-    const T* keys;
-    int start;  // of the run within the tile
-    int count;
-  };
-  Run runs[KEYS];
-  int num_runs;
-  int tokens;
-  int64_t value_offset;
-
-  void fill(const PagedKv<T>& kv, int begin, int end) {
-    tokens = smaller(KEYS, end - begin);
-    value_offset = kv.value_offset;
-    num_runs = 0;
-    for (int at = 0; at < tokens;) {
-      const int count = smaller(kv.run(begin + at), tokens - at);
-      runs[num_runs++] = {kv.key(begin + at), at, count};
-      at += count;
-    }
-  }
-
-  // Fetch rows `row` .. `row + count - 1` of a run (`offset` 0: of its keys, value_offset: of its values). A few at a
-  // time, between the arithmetic: the core keeps no more than some 16 to 48 misses in flight and stalls on the next.
-  PDS_INLINE void prefetch(int run, int row, int count, int64_t offset, int dim) const {
-    if (run >= num_runs || row >= runs[run].count) return;
-    const char* at = reinterpret_cast<const char*>(runs[run].keys + offset + int64_t{row} * dim);
-    const int bytes = count * dim * static_cast<int>(sizeof(T));
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
-  }
-};
-
-// The two products of attention in plain loops that the compiler turns into vector code. DIM 0: known at run time.
-template <class T, int DIM>
-struct PlainProducts {
-  // scores[h][j] = <q[h], keys[j]>
-  static void score(Scores* scores, const T* q, int group, const Tile<T>& tile, const Tile<T>& next, int dim) {
-    const int n = DIM ? DIM : dim;
-    for (int r = 0; r < tile.num_runs; r++) {
-      const auto& run = tile.runs[r];
-      for (int j = 0; j < run.count; j++) {
-        next.prefetch(r, j, 1, 0, n);
-        const T* key = run.keys + int64_t{j} * n;
-        for (int h = 0; h < group; h++) {
-          float dot = 0.0f;
-#pragma omp simd reduction(+ : dot)
-          for (int d = 0; d < n; d++) dot += to_float(q[h * n + d]) * to_float(key[d]);
-          scores[h][run.start + j] = dot;
-        }
-      }
-    }
-  }
-
-  // out[h] += sum of weights[h][j] * values[j]
-  static void weigh(float* out, const Scores* weights, int group, const Tile<T>& tile, const Tile<T>& next, int dim) {
-    const int n = DIM ? DIM : dim;
-    for (int r = 0; r < tile.num_runs; r++) {
-      const auto& run = tile.runs[r];
-      for (int j = 0; j < run.count; j++) {
-        next.prefetch(r, j, 1, next.value_offset, n);
-        const T* value = run.keys + tile.value_offset + int64_t{j} * n;
-        for (int h = 0; h < group; h++) {
-          const float weight = weights[h][run.start + j];
-#pragma omp simd
-          for (int d = 0; d < n; d++) out[h * n + d] += weight * to_float(value[d]);
-        }
-      }
-    }
-  }
-
-  static void store(T* to, const float* out, float scale, int dim) {
-    for (int d = 0; d < dim; d++) to[d] = from_float<T>(out[d] * scale);
-  }
-};
-
-#if PDS_AVX512_BF16
-#include "decode_bf16.h"
-template <class T, int DIM>
-struct BestProducts : PlainProducts<T, DIM> {};
-template <>
-struct BestProducts<bf16, 64> : Bf16Products<64> {};
-template <>
-struct BestProducts<bf16, 128> : Bf16Products<128> {};
-#else
-template <class T, int DIM>
-using BestProducts = PlainProducts<T, DIM>;
-#endif
+#include "decode_tile.h"
 
 // A part of the context of one (sequence, kv head).
 struct DecodeItem {
@@ -115,18 +20,17 @@ struct DecodeItem {
 
 // The running state of an item: for each query head the maximum (in units of log2), the sum, the unscaled output.
 struct DecodeState {
-  float* out;  // [group, dim], in the order that the products like
-  float* max;  // [group]
-  float* sum;  // [group]
+  float* out;  // [heads, dim], in the order that the products like
+  float* max;  // [heads]
+  float* sum;  // [heads]
 
-  static size_t floats(int group, int dim) { return (size_t(group) * (dim + 2) + 15) / 16 * 16; }
+  DecodeState(float* memory, int heads, int dim) : out(memory), max(memory + heads * dim), sum(max + heads) {}
 
-  DecodeState(float* memory, int group, int dim)
-      : out(memory), max(memory + size_t(group) * dim), sum(max + group) {}
+  static size_t floats(int heads, int dim) { return (size_t(heads) * (dim + 2) + 15) / 16 * 16; }
 
-  void reset(int group, int dim) {
-    std::memset(out, 0, sizeof(float) * group * dim);
-    for (int h = 0; h < group; h++) max[h] = LOWEST, sum[h] = 0.0f;
+  void reset(int heads, int dim) {
+    std::memset(out, 0, sizeof(float) * heads * dim);
+    for (int h = 0; h < heads; h++) max[h] = LOWEST, sum[h] = 0.0f;
   }
 };
 
@@ -154,22 +58,20 @@ PDS_INLINE void online_softmax(float* scores, int tokens, float scale_log2, floa
   for (int d = 0; d < dim; d++) out[d] *= shrink;
 }
 
-template <class T, int DIM>
+template <class T, class Products>
 class Decode {
-  using Products = BestProducts<T, DIM>;
-
  public:
   Decode(T* out, const T* qkv, const Batch& batch, const Pool& pool, int layer, int heads, float scale)
       : out_(out), qkv_(qkv), batch_(batch), pool_(pool), layer_(layer), heads_(heads),
-        group_(heads / pool.kv_heads), dim_(DIM ? DIM : pool.head_dim), scale_log2_(scale * LOG2_E) {}
+        group_(heads / pool.kv_heads),
+        padded_(ceil_div(group_, Products::HEADS) * Products::HEADS), dim_(pool.head_dim), scale_log2_(scale * LOG2_E) {}
 
   void run(const std::vector<int>& sequences, int threads) const {
     const int pairs = static_cast<int>(sequences.size()) * pool_.kv_heads;
     const int parts = pairs < threads ? ceil_div(threads, pairs) : 1;
     const std::vector<DecodeItem> items = split(sequences, parts);
-    const size_t stride = DecodeState::floats(group_, dim_);
-    static thread_local Scratch scratch;
-    float* states = scratch.get<float>(stride * items.size());
+    const size_t stride = DecodeState::floats(padded_, dim_);
+    float* states = of_this_thread<Scratch>().get<float>(stride * items.size());
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
       const int first = static_cast<int>(items.size() * thread / threads);
@@ -203,14 +105,16 @@ class Decode {
 
   // Compute the states of [item, last), always with the tile that follows, perhaps of the next item, in view.
   void walk(const DecodeItem* item, const DecodeItem* last, float* states, size_t stride) const {
+    const typename Products::Scope scope;
     alignas(64) Scores scores[MAX_GROUP];
+    Products products(group_, dim_);
     Tile<T> tiles[2];
     int now = 0;
     if (item != last) fill(tiles[now], *item, item->begin);
     for (; item != last; item++, states += stride) {
-      DecodeState state(states, group_, dim_);
-      state.reset(group_, dim_);
-      const T* q = qkv_ + query_row(*item) * (heads_ + 2 * pool_.kv_heads) * dim_ + item->head * group_ * dim_;
+      DecodeState state(states, padded_, dim_);
+      state.reset(padded_, dim_);
+      products.begin(qkv_ + query_row(*item) * (heads_ + 2 * pool_.kv_heads) * dim_ + item->head * group_ * dim_);
       int at = item->begin;
       do {
         Tile<T>&tile = tiles[now], &next = tiles[1 - now];
@@ -221,11 +125,11 @@ class Decode {
         } else if (item + 1 != last) {
           fill(next, item[1], item[1].begin);
         }
-        Products::score(scores, q, group_, tile, next, dim_);
+        products.score(scores, tile, next);
         for (int h = 0; h < group_; h++) {
           online_softmax(scores[h], tile.tokens, scale_log2_, state.max[h], state.sum[h], state.out + h * dim_, dim_);
         }
-        Products::weigh(state.out, scores, group_, tile, next, dim_);
+        products.weigh(state.out, scores, tile, next);
         now = 1 - now;
       } while (at < item->end);
     }
@@ -233,9 +137,9 @@ class Decode {
 
   // Bring the parts of one (sequence, kv head) to a common maximum, add them up, and write the result.
   void merge(const DecodeItem& item, float* states, int parts, size_t stride) const {
-    DecodeState first(states, group_, dim_);
+    DecodeState first(states, padded_, dim_);
     for (int part = 1; part < parts; part++) {
-      const DecodeState other(states + stride * part, group_, dim_);
+      const DecodeState other(states + stride * part, padded_, dim_);
       for (int h = 0; h < group_; h++) {
         const float top = first.max[h] > other.max[h] ? first.max[h] : other.max[h];
         const float ours = exp2_fast(first.max[h] - top), theirs = exp2_fast(other.max[h] - top);
@@ -245,7 +149,8 @@ class Decode {
       }
     }
     T* to = out_ + (query_row(item) * heads_ + item.head * group_) * dim_;
-    for (int h = 0; h < group_; h++) Products::store(to + h * dim_, first.out + h * dim_, 1.0f / first.sum[h], dim_);
+    const Products products(group_, dim_);
+    for (int h = 0; h < group_; h++) products.store(to + h * dim_, first.out + h * dim_, 1.0f / first.sum[h]);
   }
 
   int64_t query_row(const DecodeItem& item) const { return batch_.query_start[item.sequence]; }
@@ -256,7 +161,8 @@ class Decode {
   const Pool& pool_;
   int layer_;
   int heads_;
-  int group_;
+  int group_;   // query heads of a kv head
+  int padded_;  // the same, rounded up to what the products want
   int dim_;
   float scale_log2_;
 };

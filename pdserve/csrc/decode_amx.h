@@ -1,4 +1,4 @@
-// The products of decode attention in AMX tiles, for blocks of a multiple of 16 tokens. Up to 16 query heads at a time.
+// The products of decode attention in AMX tiles, 16 query heads at a time; for blocks of a multiple of 16 tokens.
 #pragma once
 
 #include "amx.h"
@@ -6,12 +6,11 @@
 
 #if PDS_AMX
 
-template <int DIM_>
+template <int DIM>
 class AmxProducts {
  public:
-  static constexpr int DIM = DIM_;
-  static_assert(DIM % 64 == 0);
-  static constexpr int HEADS = 16;  // the output has a multiple of it, of which the last are unused
+  static_assert(DIM % 32 == 0);
+  static constexpr int HEADS = 16;
   using Scope = AmxScope;
 
   AmxProducts(int group, int /*dim*/) : group_(group) {}
@@ -22,81 +21,103 @@ class AmxProducts {
       for (int d = 0; d < DIM; d += 32) {
         __m512i r[16];
         PDS_UNROLL for (int i = 0; i < 16; i++) r[i] = load(q + smaller(h + i, group_ - 1) * DIM + d);
-        transpose_16x16(r);
-        PDS_UNROLL for (int i = 0; i < 16; i++) _mm512_store_si512(q_ + h * DIM + d * 16 + i * 32, r[i]);
+        store_tile(q_ + h * DIM + d * 16, r);
       }
     }
   }
 
-  // Keys are rows of a tile as they lie: the scores come out as [16 keys, 16 heads].
+  // Keys are rows of a tile as they lie in the pool, so the scores come out as [16 keys, 16 heads].
   void score(Scores* scores, const Tile<bf16>& tile, const Tile<bf16>& next) const {
-    alignas(64) float sums[16 * 16];
     for (int r = 0; r < tile.num_runs; r++) {
       const auto& run = tile.runs[r];
       for (int at = 0; at < run.count; at += 16) {
-        const bf16* keys = run.keys + at * DIM;
-        for (int h = 0; h < group_; h += HEADS) {
-          _tile_zero(0);
-          PDS_UNROLL for (int d = 0; d < DIM; d += 32) {
-            if (h == 0) next.prefetch(r, at + d * 16 / DIM, 16 * 32 / DIM, 0, DIM);
-            _tile_loadd(4, keys + d, DIM * sizeof(bf16));
-            _tile_loadd(6, q_ + h * DIM + d * 16, 64);
-            _tile_dpbf16ps(0, 4, 6);
-          }
-          _tile_stored(0, sums, 64);
-          __m512i t[16];
-          PDS_UNROLL for (int i = 0; i < 16; i++) t[i] = _mm512_load_si512(sums + i * 16);
-          transpose_16x16(t);
-          for (int i = 0; i < smaller(group_ - h, HEADS); i++) {
-            _mm512_storeu_si512(scores[h + i] + run.start + at, t[i]);
-          }
-        }
+        for (int h = 0; h < group_; h += HEADS) score_16(scores + h, tile.runs[r], at, h);
+        next.prefetch_keys(r, at, 16, DIM);
       }
     }
   }
 
   void weigh(float* out, const Scores* scores, const Tile<bf16>& tile, const Tile<bf16>& next) {
-    for (int from = 0; from < tile.tokens; from += 32) {
-      pair_values(tile, next, from);
-      for (int h = 0; h < group_; h += HEADS) {
-        for (int i = 0; i < smaller(group_ - h, HEADS); i++) {
-          const float* weights = scores[h + i] + from;
-          _mm512_store_si512(weights_ + i * 32, to_bf16(_mm512_load_ps(weights), _mm512_load_ps(weights + 16)));
-        }
-        _tile_loadd(4, weights_, 64);
-        for (int d = 0; d < DIM; d += 32) {
-          float* to = out + h * DIM + d;
-          _tile_loadd(0, to, DIM * sizeof(float));
-          _tile_loadd(1, to + 16, DIM * sizeof(float));
-          _tile_loadd(6, values_ + d * 32, 64);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_loadd(7, values_ + d * 32 + TILE, 64);
-          _tile_dpbf16ps(1, 4, 7);
-          _tile_stored(0, to, DIM * sizeof(float));
-          _tile_stored(1, to + 16, DIM * sizeof(float));
-        }
+    for (int r = 0; r < tile.num_runs; r++) {
+      const auto& run = tile.runs[r];
+      for (int at = 0; at < run.count; at += 16) {
+        const int count = smaller(run.count - at, 16);
+        pair_16(run.start + at, run.values + at * DIM, count, [&](int i) { next.prefetch_values(r, at + i, 2, DIM); });
       }
     }
+    // The products take 32 tokens at a time.
+    if ((tile.tokens - 1) % 32 < 16) pair_16(tile.tokens / 16 * 16 + (tile.tokens % 16 ? 16 : 0), nullptr, 0, [](int) {});
+    for (int h = 0; h < group_; h += HEADS) weigh_heads(out + h * DIM, scores + h, h, ceil_div(tile.tokens, 32));
   }
 
-  static void store(bf16* to, const float* out, float scale, int /*dim*/) {
+  void store(bf16* to, const float* out, float scale) const {
     for (int d = 0; d < DIM; d += 32) store_unpacked(to + d, out + d, scale);
   }
 
  private:
-  // The values of tokens from .. from + 31 as tiles of pairs, [dim / 16][16 pairs of tokens][16 dims], zero past the end.
-  void pair_values(const Tile<bf16>& tile, const Tile<bf16>& next, int from) {
-    for (int i = 0; i < 16; i++) {
-      const int token = from + 2 * i;
-      const int r = token / tile.block;
-      const auto& run = tile.runs[r];
+  PDS_INLINE void score_16(Scores* scores, const Tile<bf16>::Run& run, int at, int h) const {
+    alignas(64) float sums[16 * 16];
+    _tile_zero(0);
+    PDS_UNROLL for (int d = 0; d < DIM; d += 32) {
+      _tile_loadd(4, run.keys + at * DIM + d, DIM * sizeof(bf16));
+      _tile_loadd(6, q_ + h * DIM + d * 16, 64);
+      _tile_dpbf16ps(0, 4, 6);
+    }
+    _tile_stored(0, sums, 64);
+    __m512i t[16];
+    PDS_UNROLL for (int i = 0; i < 16; i++) t[i] = _mm512_load_si512(sums + i * 16);
+    transpose_16x16(t);
+    const int heads = smaller(group_ - h, HEADS);
+    PDS_UNROLL for (int i = 0; i < 16; i++) {
+      if (i < heads) _mm512_storeu_si512(scores[i] + run.start + at, t[i]);
+    }
+  }
+
+  // 16 tokens of the tile, from `token` on, as half of the rows of tiles [32 tokens][dim / 16][16 pairs][16 dims]; those
+  // past `count` are zero, for what lies there is not a number.
+  template <class Between>
+  PDS_INLINE void pair_16(int token, const bf16* values, int count, Between between) {
+    bf16* to = values_ + token / 32 * 32 * DIM + token % 32 * 16;
+    for (int i = 0; i < 16; i += 2) {
+      between(i);
+      for (int d = 0; d < DIM; d += 32) {
+        const __m512i zero = _mm512_setzero_si512();
+        const __m512i even = i < count ? load(values + i * DIM + d) : zero;
+        const __m512i odd = i + 1 < count ? load(values + (i + 1) * DIM + d) : zero;
+        _mm512_store_si512(to + d / 16 * TILE + i * 16, _mm512_unpacklo_epi16(even, odd));
+        _mm512_store_si512(to + (d / 16 + 1) * TILE + i * 16, _mm512_unpackhi_epi16(even, odd));
+      }
+    }
+  }
+
+  PDS_INLINE void weigh_heads(float* out, const Scores* weights, int h, int steps) {
+    alignas(64) bf16 narrow[KEYS / 32 * TILE];
+    const int heads = smaller(group_ - h, HEADS);
+    for (int k = 0; k < steps; k++) {
+      for (int i = 0; i < heads; i++) {
+        const float* from = weights[i] + k * 32;
+        _mm512_store_si512(narrow + k * TILE + i * 32, to_bf16(_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)));
+      }
+    }
+    for (int d = 0; d < DIM; d += 32) {
+      _tile_loadd(0, out + d, DIM * sizeof(float));
+      _tile_loadd(1, out + d + 16, DIM * sizeof(float));
+      for (int k = 0; k < steps; k++) {
+        const bf16* values = values_ + k * 32 * DIM + d * 32;
+        _tile_loadd(4, narrow + k * TILE, 64);
+        _tile_loadd(6, values, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, values + TILE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      _tile_stored(0, out + d, DIM * sizeof(float));
+      _tile_stored(1, out + d + 16, DIM * sizeof(float));
     }
   }
 
   int group_;
   alignas(64) bf16 q_[MAX_GROUP * DIM];
-  alignas(64) bf16 weights_[HEADS * 32] = {};
-  alignas(64) bf16 values_[32 * DIM];
+  alignas(64) bf16 values_[KEYS * DIM];
 };
 
 #endif

@@ -1,51 +1,53 @@
 // The products of decode attention with AVX-512 BF16: 32 multiply-adds of bf16 pairs into float an instruction.
 #pragma once
 
+#include "decode_tile.h"
 #include "simd.h"
 
-template <int DIM>
-struct Bf16Products {
-  static_assert(DIM % 64 == 0);
-  static constexpr int WIDE = 32;  // bf16 of a vector
+#if PDS_AVX512_BF16
 
-  static void score(Scores* scores, const bf16* q, int group, const Tile<bf16>& tile, const Tile<bf16>& next,
-                    int /*dim*/) {
+template <int DIM>
+class Bf16Products {
+ public:
+  static_assert(DIM % 64 == 0);
+  static constexpr int HEADS = 1;
+  struct Scope {
+    Scope() {}
+  };
+
+  Bf16Products(int group, int /*dim*/) : group_(group) {}
+
+  void begin(const bf16* q) { q_ = q; }
+
+  void score(Scores* scores, const Tile<bf16>& tile, const Tile<bf16>& next) const {
+    const int share = ceil_div(16, group_);
     for (int r = 0; r < tile.num_runs; r++) {
       const auto& run = tile.runs[r];
       for (int at = 0; at < run.count; at += 16) {
         const bf16* keys = run.keys + at * DIM;
         const int last = smaller(run.count - at, 16) - 1;
-        const int share = ceil_div(16, group);
-        for (int h = 0; h < group; h++) {
-          next.prefetch(r, at + h * share, share, 0, DIM);
-          _mm512_storeu_ps(scores[h] + run.start + at, score_16(q + h * DIM, keys, last));
+        for (int h = 0; h < group_; h++) {
+          if (h * share < 16) next.prefetch_keys(r, at + h * share, share, DIM);
+          _mm512_storeu_ps(scores[h] + run.start + at, score_16(q_ + h * DIM, keys, last));
         }
       }
     }
   }
 
-  static void weigh(float* out, const Scores* weights, int group, const Tile<bf16>& tile, const Tile<bf16>& next,
-                    int /*dim*/) {
-    for (int h = 0; h < group; h += 4) {
+  void weigh(float* out, const Scores* weights, const Tile<bf16>& tile, const Tile<bf16>& next) const {
+    for (int h = 0; h < group_; h += 4) {
       float* to = out + h * DIM;
-      switch (group - h) {
-        case 1: weigh_heads<1>(to, weights + h, tile, next); break;
-        case 2: weigh_heads<2>(to, weights + h, tile, next); break;
-        case 3: weigh_heads<3>(to, weights + h, tile, next); break;
-        default: weigh_heads<4>(to, weights + h, tile, next);
+      switch (group_ - h) {
+        case 1: weigh_heads<1>(to, weights + h, tile, next, h == 0); break;
+        case 2: weigh_heads<2>(to, weights + h, tile, next, h == 0); break;
+        case 3: weigh_heads<3>(to, weights + h, tile, next, h == 0); break;
+        default: weigh_heads<4>(to, weights + h, tile, next, h == 0);
       }
     }
   }
 
-  // `out` holds, of each 32 dims, the low and then the high halves of the eights: undo that.
-  static void store(bf16* to, const float* out, float scale, int /*dim*/) {
-    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-    for (int d = 0; d < DIM; d += WIDE) {
-      const __m512 low = _mm512_loadu_ps(out + d) * scale, high = _mm512_loadu_ps(out + d + 16) * scale;
-      const __m512 a = _mm512_permutex2var_ps(low, first, high), b = _mm512_permutex2var_ps(low, second, high);
-      _mm512_storeu_si512(to + d, to_bf16(a, b));
-    }
+  void store(bf16* to, const float* out, float scale) const {
+    for (int d = 0; d < DIM; d += 32) store_unpacked(to + d, out + d, scale);
   }
 
  private:
@@ -55,19 +57,20 @@ struct Bf16Products {
     PDS_UNROLL for (int j = 0; j < 16; j++) {
       const bf16* key = keys + smaller(j, last) * DIM;
       dots[j] = _mm512_setzero_ps();
-      PDS_UNROLL for (int d = 0; d < DIM; d += WIDE) dots[j] = dot(dots[j], load(q + d), load(key + d));
+      PDS_UNROLL for (int d = 0; d < DIM; d += 32) dots[j] = dot(dots[j], load(q + d), load(key + d));
     }
     return sum_lanes(dots);
   }
 
   // Two values at a time: their words interleaved make the pairs of a dot product with a pair of weights.
   template <int HEADS>
-  static void weigh_heads(float* out, const Scores* weights, const Tile<bf16>& tile, const Tile<bf16>& next) {
-    alignas(64) uint16_t narrow[HEADS][KEYS + SLACK];
+  static void weigh_heads(float* out, const Scores* weights, const Tile<bf16>& tile, const Tile<bf16>& next,
+                          bool prefetch) {
+    alignas(64) bf16 narrow[HEADS][KEYS + SLACK];
     for (int h = 0; h < HEADS; h++) {
       for (int j = 0; j < KEYS; j += 32) {
-        _mm512_store_si512(narrow[h] + j,
-                           to_bf16(_mm512_loadu_ps(weights[h] + j), _mm512_loadu_ps(weights[h] + j + 16)));
+        _mm512_storeu_si512(narrow[h] + j,
+                            to_bf16(_mm512_loadu_ps(weights[h] + j), _mm512_loadu_ps(weights[h] + j + 16)));
       }
     }
     for (int d = 0; d < DIM; d += 64) {
@@ -77,9 +80,9 @@ struct Bf16Products {
       }
       for (int r = 0; r < tile.num_runs; r++) {
         const auto& run = tile.runs[r];
-        const bf16* values = run.keys + tile.value_offset + d;
+        const bf16* values = run.values + d;
         for (int j = 0; j < run.count; j += 2, values += 2 * DIM) {
-          if (d == 0) next.prefetch(r, j, 2, next.value_offset, DIM);
+          if (prefetch && d == 0) next.prefetch_values(r, j, 2, DIM);
           const bool odd = j + 1 == run.count;  // the last of an odd run pairs with itself, at weight 0
           const bf16* second = odd ? values : values + DIM;
           const __m512i a = load(values), b = load(second), c = load(values + 32), e = load(second + 32);
@@ -98,4 +101,9 @@ struct Bf16Products {
       }
     }
   }
+
+  int group_;
+  const bf16* q_ = nullptr;  // [group, dim]
 };
+
+#endif

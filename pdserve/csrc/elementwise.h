@@ -44,7 +44,7 @@ void silu_and_mul(T* out, const T* x, int rows, int inter, int threads) {
       const float g = to_float(gate[i]);
       // Below -87 the denominator would leave the range of exp2_fast; silu is 0 there to within 1e-36.
       const float exponent = g < -87.0f ? 87.0f : -g;
-      to[i] = from_float<T>(g / (1.0f + exp2_fast(exponent * LOG2_E)) * to_float(up[i]));
+      to[i] = from_float<T>(g * reciprocal(1.0f + exp2_fast(exponent * LOG2_E)) * to_float(up[i]));
     }
   }
 }

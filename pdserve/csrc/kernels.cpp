@@ -2,8 +2,12 @@
 
 #include "common.h"
 #include "decode.h"
+#include "decode_amx.h"
+#include "decode_bf16.h"
+#include "decode_plain.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "linear_amx.h"
 #include "prefill.h"
 
 namespace {
@@ -12,35 +16,75 @@ enum Feature { AVX512_BF16 = 1, AMX = 2 };
 
 bool amx_ready = false;
 
-template <class T, int DIM>
-void attention(T* out, const T* qkv, const Batch& batch, const Pool& pool, int layer, int heads, float scale,
-               int threads) {
+// The arguments of an attention kernel.
+template <class T>
+struct Attention {
+  T* out;
+  const T* qkv;
+  const Batch& batch;
+  const Pool& pool;
+  int layer;
+  int heads;
+  float scale;
+  int threads;
+
+  template <class Products>
+  void decode(const std::vector<int>& sequences) const {
+    Decode<T, Products>(out, qkv, batch, pool, layer, heads, scale).run(sequences, threads);
+  }
+  template <class Chunk>
+  void prefill(const std::vector<int>& sequences) const {
+    Prefill<T, Chunk>(out, qkv, batch, pool, layer, heads, scale).run(sequences, threads);
+  }
+};
+
+template <int DIM>
+void decode_of_dim(const Attention<float>& attention, const std::vector<int>& sequences) {
+  attention.decode<PlainProducts<float, DIM>>(sequences);
+}
+
+template <int DIM>
+void decode_of_dim(const Attention<bf16>& attention, const std::vector<int>& sequences) {
+#if PDS_AMX
+  if constexpr (DIM != 0) {
+    if (amx_ready && attention.pool.block_size % 16 == 0) return attention.decode<AmxProducts<DIM>>(sequences);
+  }
+#endif
+#if PDS_AVX512_BF16
+  if constexpr (DIM != 0) return attention.decode<Bf16Products<DIM>>(sequences);
+#endif
+  attention.decode<PlainProducts<bf16, DIM>>(sequences);
+}
+
+template <class T>
+void decode(const Attention<T>& attention, const std::vector<int>& sequences) {
+  switch (attention.pool.head_dim) {
+    case 64: return decode_of_dim<64>(attention, sequences);
+    case 128: return decode_of_dim<128>(attention, sequences);
+    default: return decode_of_dim<0>(attention, sequences);
+  }
+}
+
+template <class T>
+void prefill(const Attention<T>& attention, const std::vector<int>& sequences) {
+#if PDS_AMX
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (amx_ready && attention.pool.head_dim % 32 == 0) return attention.template prefill<AmxChunk>(sequences);
+  }
+#endif
+  attention.template prefill<PlainChunk<T>>(sequences);
+}
+
+template <class T>
+void attend(const Attention<T>& attention) {
+  const Batch& batch = attention.batch;
   std::vector<int> decodes, prefills;
   for (int s = 0; s < batch.sequences; s++) {
     const int rows = batch.query_start[s + 1] - batch.query_start[s];
     if (rows > 0) (rows == 1 ? decodes : prefills).push_back(s);
   }
-  if (!decodes.empty()) Decode<T, DIM>(out, qkv, batch, pool, layer, heads, scale).run(decodes, threads);
-  if (prefills.empty()) return;
-#if PDS_AMX
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (amx_ready && pool.head_dim % 32 == 0) {
-      Prefill<T, AmxChunk>(out, qkv, batch, pool, layer, heads, scale).run(prefills, threads);
-      return;
-    }
-  }
-#endif
-  Prefill<T, PlainChunk<T>>(out, qkv, batch, pool, layer, heads, scale).run(prefills, threads);
-}
-
-template <class T>
-void attention_of_dim(T* out, const T* qkv, const Batch& batch, const Pool& pool, int layer, int heads, float scale,
-                      int threads) {
-  switch (pool.head_dim) {
-    case 64: return attention<T, 64>(out, qkv, batch, pool, layer, heads, scale, threads);
-    case 128: return attention<T, 128>(out, qkv, batch, pool, layer, heads, scale, threads);
-    default: return attention<T, 0>(out, qkv, batch, pool, layer, heads, scale, threads);
-  }
+  if (!decodes.empty()) decode(attention, decodes);
+  if (!prefills.empty()) prefill(attention, prefills);
 }
 
 }  // namespace
@@ -100,7 +144,7 @@ PDS_EXPORT int pds_batch_fits(const Batch* batch, const Pool* pool) {
   }                                                                                                                  \
   PDS_EXPORT void pds_attention_##NAME(T* out, const T* qkv, const Batch* batch, const Pool* pool, int layer,        \
                                        int heads, float scale, int threads) {                                        \
-    attention_of_dim(out, qkv, *batch, *pool, layer, heads, scale, threads);                                         \
+    attend(Attention<T>{out, qkv, *batch, *pool, layer, heads, scale, threads});                                       \
   }
 
 PDS_KERNELS(bf16, bf16)

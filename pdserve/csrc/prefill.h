@@ -46,7 +46,7 @@ class Prefill {
 
  private:
   void attend(const PrefillItem& item) const {
-    static thread_local Chunk chunk;
+    Chunk& chunk = of_this_thread<Chunk>();
     const typename Chunk::Scope scope;
     const int64_t row = batch_.query_start[item.sequence];
     const int rows = batch_.query_start[item.sequence + 1] - static_cast<int>(row);
@@ -84,9 +84,13 @@ class Prefill {
   }
 
   static void mask(float* scores, const int32_t* limits, int key, int count) {
-    for (int k = 0; k < count; k++) {
-#pragma omp simd
-      for (int c = 0; c < COLS; c++) scores[k * COLS + c] = key + k > limits[c] ? LOWEST : scores[k * COLS + c];
+    for (int v = 0; v < COLS; v += LANES) {
+      Integers limit;
+      std::memcpy(&limit, limits + v, sizeof limit);
+      for (int k = 0; k < count; k++) {
+        float* at = scores + k * COLS + v;
+        store_floats(at, key + k > limit ? Floats{} + LOWEST : load_floats(at));
+      }
     }
   }
 

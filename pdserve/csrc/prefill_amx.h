@@ -55,7 +55,7 @@ class AmxChunk {
       zero_2x2();
       for (int d = 0; d < dim_; d += 32) {
         const bf16* columns = queries_ + d / 16 * TILE;
-        multiply_2x2(rows + d, rows + 16 * dim_ + d, dim_ * sizeof(bf16), columns, columns + TILE);
+        multiply_2x2<false>(rows + d, rows + 16 * dim_ + d, dim_ * sizeof(bf16), columns, columns + TILE);
       }
       store_2x2(scores + k * COLS);
     }
@@ -72,7 +72,7 @@ class AmxChunk {
       load_2x2(out + d * COLS);
       for (int k = 0; k < count; k += 32) {
         const bf16 *rows = value_tiles(key + k, d), *columns = weights_ + k / 16 * TILE;
-        multiply_2x2(rows, rows + TILE, 64, columns, columns + TILE);
+        multiply_2x2<false>(rows, rows + TILE, 64, columns, columns + TILE);
       }
       store_2x2(out + d * COLS);
     }
@@ -92,11 +92,6 @@ class AmxChunk {
  private:
   // The two tiles of V^T of the keys t .. t + 31 and the dims d .. d + 31.
   PDS_INLINE bf16* value_tiles(int t, int d) const { return values_ + int64_t{t} * dim_ + d * KEY_PAD; }
-
-  static PDS_INLINE void store_tile(bf16* to, __m512i r[16]) {
-    transpose_16x16(r);
-    PDS_UNROLL for (int i = 0; i < 16; i++) _mm512_store_si512(to + i * 32, r[i]);
-  }
 
   static void transpose_values(bf16* to, const bf16* const values[KEY_PAD], int d) {
     __m512i upper[16], lower[16];  // pairs of keys by dims d .. d + 15, and by d + 16 .. d + 31

@@ -28,6 +28,14 @@ PDS_INLINE __m512 sum_lanes(const __m512 v[16]) {
   return _mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd);
 }
 
+// 32 sums of which each eight holds the low halves of four unpacked pairs, then the high halves: in order, as bf16.
+PDS_INLINE void store_unpacked(bf16* to, const float* from, float scale) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  const __m512 low = _mm512_loadu_ps(from) * scale, high = _mm512_loadu_ps(from + 16) * scale;
+  _mm512_storeu_si512(to, to_bf16(_mm512_permutex2var_ps(low, first, high), _mm512_permutex2var_ps(low, second, high)));
+}
+
 // r[i] lane j <-> r[j] lane i, of 32 bits.
 PDS_INLINE void transpose_16x16(__m512i r[16]) {
   __m512i t[16];

@@ -131,7 +131,7 @@ class Scheduler:
         budget = self._config.max_batched_tokens
         # A preemption hits younger ones only, so never one that has its chunk already.
         for sequence in list(self.running):
-            if sequence.decoding and sequence.status is Status.RUNNING and self._grow(sequence, 1, preempt=True):
+            if sequence.decoding and sequence.status is Status.RUNNING and self._grow(sequence, 1):
                 chunks.append(Chunk(sequence, 1))
                 budget -= 1
         for sequence in list(self.running):
@@ -161,12 +161,10 @@ class Scheduler:
     def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
         """Add as much of the sequence as budget and room allow; returns the tokens taken."""
         # Others that run need room to decode on: a prompt may not take the last blocks from them.
-        spare = self._pool.num_available - sum(1 for other in self.running if other.decoding)
+        spare = self._pool.num_available - sum(1 for other in self.running if other.decoding and other is not sequence)
         room = (len(sequence.blocks) + max(spare, 0)) * self._config.block_size - sequence.num_computed
-        # If nobody else moves in this step, this one must, or half-computed prompts could starve each other for ever.
-        alone = not chunks
-        num_tokens = min(sequence.num_uncomputed, budget, max(room, 1) if alone else room)
-        if num_tokens <= 0 or not self._grow(sequence, num_tokens, preempt=alone):
+        num_tokens = min(sequence.num_uncomputed, budget, room)
+        if num_tokens <= 0 or not self._grow(sequence, num_tokens):
             return 0
         chunks.append(Chunk(sequence, num_tokens))
         return num_tokens
@@ -190,13 +188,13 @@ class Scheduler:
         self.running.append(sequence)
         return True
 
-    def _grow(self, sequence: Sequence, num_tokens: int, *, preempt: bool) -> bool:
-        """Give the sequence blocks for `num_tokens` more tokens, at the cost of younger ones if allowed."""
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Give the sequence blocks for `num_tokens` more tokens, at the cost of younger ones."""
         needed = -(-(sequence.num_computed + num_tokens) // self._config.block_size) - len(sequence.blocks)
         while needed > self._pool.num_available:
             victim = self.running[-1]
-            if not preempt or victim is sequence:
-                if preempt and len(self.running) > 1:
+            if victim is sequence:
+                if len(self.running) > 1:
                     self._preempt(sequence)
                 return False
             self._preempt(victim)

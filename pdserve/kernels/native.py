@@ -224,7 +224,7 @@ class NativeKernels:
 def most_rows(features: int) -> int:
     """Rows up to which the library's matrix product beats torch's (measured: pdserve.bench.kernels)."""
     if features & _AMX:
-        return 256
+        return 1 << 30
     return 32 if features & _AVX512_BF16 else 0
 
 

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from kvstore.pool import Ledger
+from pdserve.worker.config import WorkerLimits
 
 
 class Administered(Protocol):
@@ -28,10 +29,7 @@ class Administered(Protocol):
     async def ledger(self) -> Ledger: ...
 
 
-STALLED_AFTER_S = 10.0  # a step that takes so long is not progress
-
-
-def make_admin_app(worker: Administered) -> Starlette:
+def make_admin_app(worker: Administered, limits: WorkerLimits) -> Starlette:
     """`/livez`, `/readyz` (503 while a step hangs), `/metrics`, `/ledger` (JSON; what `pdserve kv audit` reads)."""
 
     async def live(request: Request) -> Response:
@@ -39,7 +37,7 @@ def make_admin_app(worker: Administered) -> Starlette:
 
     async def ready(request: Request) -> Response:
         stalled_s = worker.stalled_s(time.monotonic())
-        if stalled_s > STALLED_AFTER_S:
+        if stalled_s > limits.stalled_s:
             return JSONResponse({"status": "stalled", "step_s": round(stalled_s, 1)}, status_code=503)
         return JSONResponse({"status": "ok"})
 

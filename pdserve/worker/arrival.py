@@ -34,8 +34,6 @@ from pdserve.worker.memory import BlockMemory
 
 log = logging.getLogger(__name__)
 
-_FENCE_S = 3.0  # a peer that does not acknowledge in this time has its link closed
-
 
 class ArrivalListener(Protocol):
     """Called on the loop, from inside the arrival's own methods, in this order: one of the first two, then drained."""
@@ -64,6 +62,7 @@ class Arrival:
         memory: BlockMemory,
         listener: ArrivalListener,
         deadline_s: float,
+        fence_s: float,
     ) -> None:
         self.blocks = list(blocks)
         self.deadline_s = deadline_s
@@ -74,6 +73,7 @@ class Arrival:
         self._links = links
         self._memory = memory
         self._listener = listener
+        self._fence_s = fence_s
         self._began_s = time.monotonic()
         self._operations: dict[int, int] = {}
         self._manifest: Buffer = np.empty(manifest_bytes(len(blocks), num_output_tokens), np.uint8)
@@ -144,7 +144,7 @@ class Arrival:
             ticket_id=self._ticket.ticket_id,
         )
         try:
-            reply = await self._links.stub(self._peer.address).Fence(request, timeout=_FENCE_S)
+            reply = await self._links.stub(self._peer.address).Fence(request, timeout=self._fence_s)
         except grpc.aio.AioRpcError as error:
             log.warning("%s does not acknowledge a fence: %s", self._peer.peer_id, error.details())
             await self._links.close(self._peer, "a fence was not acknowledged")

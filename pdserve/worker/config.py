@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
@@ -21,6 +21,32 @@ class Role(Enum):
 
     def to_proto(self) -> pb.Role:
         return {Role.PREFILL: pb.PREFILL, Role.DECODE: pb.DECODE, Role.MIXED: pb.MIXED}[self]
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLimits:
+    """Of one link to a peer worker."""
+
+    dial_s: float = 5.0  # for the peer's answer, and for the probe
+    backoff_s: tuple[float, ...] = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # before dialling again
+    probe_bytes: int = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLimits:
+    """Every wait and buffer of a worker in one place: seconds are durations on the monotonic clock."""
+
+    handoff_s: float = 30.0  # prefill: from the last chunk's start until everything has been sent
+    drain_s: float = 5.0  # what is under way ends within this, or the link is closed under it
+    fenced_tickets: int = 4096  # remembered as fenced before their hand-over came
+    reservations: int = 256  # that wait for room
+    reservation_s: float = 5.0  # a reservation waits so long for room, then the router is told to look elsewhere
+    arrival_s: float = 30.0  # decode: from the ticket until the blocks must be there
+    fence_s: float = 3.0  # a peer that does not acknowledge in this time has its link closed
+    tick_s: float = 1.0  # deadlines are looked at so often
+    stalled_s: float = 10.0  # a step that takes so long is not progress
+    exit_s: float = 60.0  # a step that takes so long will not end
+    link: LinkLimits = field(default_factory=LinkLimits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +69,7 @@ class WorkerConfig:
     max_model_len: int | None = None  # None: what the model allows, as far as the pool holds it
     threads: int = 1
     kernels: str = "auto"
+    limits: WorkerLimits = field(default_factory=WorkerLimits)
 
 
 def host_id() -> str:

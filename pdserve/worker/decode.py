@@ -12,16 +12,13 @@ from kvstore.pool import BlockRef
 from pdserve.engine.engine import Engine
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.worker.arrival import Arrival
+from pdserve.worker.config import WorkerLimits
 from pdserve.worker.engine_thread import EngineThread
 from pdserve.worker.links import LinkTable, PeerLink
 from pdserve.worker.memory import BlockMemory
 from pdserve.worker.metrics import WorkerMetrics
 from pdserve.worker.requests import Entry, RequestTable
 from pdserve.worker.session import RouterSession
-
-_MAX_PENDING = 256
-_PENDING_S = 5.0  # a reservation waits so long for room, then the router is told to look elsewhere
-_ARRIVAL_S = 30.0  # from the ticket until the blocks must be there
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +43,7 @@ class DecodeSide:
         links: LinkTable,
         memory: BlockMemory,
         metrics: WorkerMetrics,
+        limits: WorkerLimits,
         worker_id: str,
         incarnation: int,
     ) -> None:
@@ -54,6 +52,7 @@ class DecodeSide:
         self._links = links
         self._memory = memory
         self._metrics = metrics
+        self._limits = limits
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._pending: OrderedDict[str, Pending] = OrderedDict()
@@ -66,14 +65,14 @@ class DecodeSide:
         return len(self._pending)
 
     def reserve(self, session: RouterSession, reserve: pb.Reserve) -> None:
-        """Answered with Reserved or Refused, at the latest after `_PENDING_S`."""
+        """Answered with Reserved or Refused, at the latest after `reservation_s`."""
         entry = self._requests.open(session, reserve.request, prefill_only=False)
         if entry is None:
             return
-        if len(self._pending) >= _MAX_PENDING:
-            self._requests.refuse(entry, f"{_MAX_PENDING} reservations are waiting for room")
+        if len(self._pending) >= self._limits.reservations:
+            self._requests.refuse(entry, f"{len(self._pending)} reservations are waiting for room")
             return
-        self._pending[entry.name] = Pending(entry, reserve, time.monotonic() + _PENDING_S)
+        self._pending[entry.name] = Pending(entry, reserve, time.monotonic() + self._limits.reservation_s)
         self.retry()
 
     def retry(self) -> None:
@@ -103,7 +102,7 @@ class DecodeSide:
 
     def _ask(self, pending: Pending, peer: PeerLink) -> None:
         sequence = pending.entry.sequence
-        deadline_s = min(pending.entry.deadline_s, time.monotonic() + _ARRIVAL_S)
+        deadline_s = min(pending.entry.deadline_s, time.monotonic() + self._limits.arrival_s)
 
         def reserve(engine: Engine, now_s: float) -> int:
             held = engine.scheduler.reserve(sequence, now_s, deadline_s)
@@ -150,6 +149,7 @@ class DecodeSide:
             memory=self._memory,
             listener=self,
             deadline_s=deadline_s,
+            fence_s=self._limits.fence_s,
         )
         self._arrivals[arrival] = entry
         entry.times = pb.StageTimes(reserve_s=now_s - entry.received_s)

@@ -25,14 +25,12 @@ from kvstore.transfer.tags import message_tag
 from kvstore.transfer.transport import Buffer, Completion, Link, Outcome, Transport
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.protocol.worker_pb2_grpc import WorkerStub
+from pdserve.worker.config import LinkLimits
 
 log = logging.getLogger(__name__)
 
 PROBE_TICKET = 0  # real tickets count from 1
-_PROBE_BYTES = 8 << 20
 _PROBES = 3  # the first one warms the connection up
-_DIAL_TIMEOUT_S = 5.0
-_BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 2000),
     ("grpc.keepalive_timeout_ms", 2000),
@@ -97,9 +95,10 @@ class PeerLink:
 class LinkTable:
     """All links of this worker, by peer. Use on the asyncio loop only."""
 
-    def __init__(self, identity: Identity, transport: Transport) -> None:
+    def __init__(self, identity: Identity, transport: Transport, limits: LinkLimits) -> None:
         self._identity = identity
         self._transport = transport
+        self._limits = limits
         self.on_report: Callable[[pb.LinkReport], None] = lambda report: None
         self._loop = asyncio.get_running_loop()
         self._links: dict[str, PeerLink] = {}
@@ -149,7 +148,7 @@ class LinkTable:
             except (grpc.aio.AioRpcError, TransferError, TimeoutError) as error:
                 reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
                 self._publish(peer, error=reason or type(error).__name__)
-                await asyncio.sleep(_BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)])
+                await asyncio.sleep(self._limits.backoff_s[min(attempt, len(self._limits.backoff_s) - 1)])
                 attempt += 1
                 continue
             attempt = 0
@@ -174,13 +173,13 @@ class LinkTable:
                 transport=self._transport.name,
                 pid=os.getpid(),
             )
-            reply = await self.stub(peer.address).Connect(request, timeout=_DIAL_TIMEOUT_S)
+            reply = await self.stub(peer.address).Connect(request, timeout=self._limits.dial_s)
             if reply.incarnation != peer.incarnation:
                 raise TransferError(f"{peer.worker_id} has restarted since it was listed")
             link.link.connect(reply.link_address)
             if peer.host_id == mine.host_id:
                 self._watch(link, reply.pid)
-            link.bytes_per_second = await asyncio.wait_for(self._probe(link), _DIAL_TIMEOUT_S)
+            link.bytes_per_second = await asyncio.wait_for(self._probe(link), self._limits.dial_s)
             link.transport = link.link.describe()
         except BaseException:
             await self.close(link, "dialling failed")
@@ -189,7 +188,7 @@ class LinkTable:
 
     async def _probe(self, link: PeerLink) -> float:
         """Bytes a second to a peer that has posted `_PROBES` receives."""
-        data = np.zeros(_PROBE_BYTES, np.uint8)
+        data = np.zeros(self._limits.probe_bytes, np.uint8)
         seconds = float("inf")
         for number in range(_PROBES):
             done: asyncio.Future[Completion] = self._loop.create_future()
@@ -199,7 +198,7 @@ class LinkTable:
             if completion.outcome is not Outcome.DONE:
                 raise TransferError(f"the probe to {link.peer_id} failed: {completion.error}")
             seconds = min(seconds, time.monotonic() - began_s)
-        return _PROBE_BYTES / seconds
+        return data.size / seconds
 
     def _publish(self, peer: pb.Peer, link: PeerLink | None = None, error: str = "") -> None:
         report = pb.LinkReport(peer_id=peer.worker_id, peer_incarnation=peer.incarnation, up=link is not None, error=error)
@@ -229,7 +228,7 @@ class LinkTable:
         same_host = request.host_id == mine.host_id
         link = self._open(request.worker_id, request.incarnation, request.address, same_host=same_host)
         try:
-            scratch = np.empty(_PROBE_BYTES, np.uint8)
+            scratch = np.empty(self._limits.probe_bytes, np.uint8)
             for number in range(_PROBES):
                 link.receive(message_tag(PROBE_TICKET, number), scratch, lambda completion: None)
             link.link.connect(request.link_address)

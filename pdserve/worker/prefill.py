@@ -8,6 +8,7 @@ from collections import OrderedDict
 from kvstore.errors import TransferError
 from pdserve.engine.engine import Engine
 from pdserve.protocol import worker_pb2 as pb
+from pdserve.worker.config import WorkerLimits
 from pdserve.worker.engine_thread import Computed, EngineThread
 from pdserve.worker.links import LinkTable
 from pdserve.worker.memory import BlockMemory
@@ -15,8 +16,6 @@ from pdserve.worker.metrics import WorkerMetrics
 from pdserve.worker.push import Push, TicketId
 from pdserve.worker.requests import Entry, RequestTable, entry_name
 from pdserve.worker.session import RouterSession
-
-_MAX_FENCED = 4096  # tickets remembered as fenced before their hand-over came
 
 
 class PrefillSide:
@@ -27,13 +26,20 @@ class PrefillSide:
     """
 
     def __init__(
-        self, requests: RequestTable, engine: EngineThread, links: LinkTable, memory: BlockMemory, metrics: WorkerMetrics
+        self,
+        requests: RequestTable,
+        engine: EngineThread,
+        links: LinkTable,
+        memory: BlockMemory,
+        metrics: WorkerMetrics,
+        limits: WorkerLimits,
     ) -> None:
         self._requests = requests
         self._engine = engine
         self._links = links
         self._memory = memory
         self._metrics = metrics
+        self._limits = limits
         self._fenced: OrderedDict[TicketId, None] = OrderedDict()
         self._pushes: dict[TicketId, Push] = {}
 
@@ -60,7 +66,7 @@ class PrefillSide:
         entry = self._requests.get(computed.sequence.name)
         if entry is None or entry.push is not None:
             return
-        entry.push = Push(self._links, self._memory, lambda error: self._over(entry, error))
+        entry.push = Push(self._links, self._memory, self._limits, lambda error: self._over(entry, error))
         entry.push.ready(computed.block_ids)
         wanted = pb.HandoffWanted(request_id=entry.request_id, attempt=entry.attempt)
         entry.session.send(pb.WorkerMessage(handoff_wanted=wanted))
@@ -118,7 +124,7 @@ class PrefillSide:
         """Nothing is sent under this ticket once this has returned; the reply lists what was."""
         ticket_id = TicketId(request.decode_worker_id, request.decode_incarnation, request.ticket_id)
         self._fenced[ticket_id] = None
-        if len(self._fenced) > _MAX_FENCED:
+        if len(self._fenced) > self._limits.fenced_tickets:
             self._fenced.popitem(last=False)
         push = self._pushes.get(ticket_id)
         return pb.FenceReply() if push is None else await push.fence()

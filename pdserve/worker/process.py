@@ -141,18 +141,19 @@ async def running_worker(config: WorkerConfig, built: Built, transport: Transpor
         fingerprint=built.fingerprint,
         block_bytes=built.geometry.block_bytes,
     )
-    links = LinkTable(identity, transport)
+    links = LinkTable(identity, transport, config.limits.link)
     engine = EngineThread(built.engine, loop)
-    worker = Worker(hello, engine, links, BlockMemory(built.engine.runner.pool), WorkerMetrics(config.role.value))
+    memory, metrics = BlockMemory(built.engine.runner.pool), WorkerMetrics(config.role.value)
+    worker = Worker(hello, engine, links, memory, metrics, config.limits)
     engine.start(worker)
     add_WorkerServicer_to_server(WorkerService(worker), server)
     healthy = health.aio.HealthServicer()  # type: ignore[attr-defined]  # chosen by Python version inside
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    admin = uvicorn.Server(uvicorn.Config(make_admin_app(worker), log_level="warning", lifespan="off"))
+    admin = uvicorn.Server(uvicorn.Config(make_admin_app(worker, config.limits), log_level="warning", lifespan="off"))
     admin_task = asyncio.create_task(_serve_admin(admin, admin_socket), name="admin port")
     watch = asyncio.create_task(worker.watch(), name="watch")
-    watch.add_done_callback(lambda _: signal.raise_signal(signal.SIGTERM))
+    watch.add_done_callback(_end_process)
     await server.start()
     await healthy.set(_SERVICE, health_pb2.HealthCheckResponse.SERVING)
     try:
@@ -189,6 +190,12 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), reuse_port=False)
     except OSError as error:
         raise ConfigError(f"{host}:{port} cannot be listened on ({error.strerror}); choose another --admin-port") from error
+
+
+def _end_process(watch: asyncio.Task[None]) -> None:
+    """The engine has died, not we are ending: what is left ends as if told to, so that routers learn it at once."""
+    if not watch.cancelled():
+        signal.raise_signal(signal.SIGTERM)
 
 
 async def _serve_admin(server: uvicorn.Server, listening: socket.socket) -> None:

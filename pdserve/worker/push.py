@@ -16,11 +16,9 @@ from kvstore.transfer.session import Fenced, SendAction, SendBlock, SendFailed, 
 from kvstore.transfer.tags import MANIFEST, message_tag
 from kvstore.transfer.transport import Buffer, Completion, Outcome
 from pdserve.protocol import worker_pb2 as pb
+from pdserve.worker.config import WorkerLimits
 from pdserve.worker.links import LinkTable, PeerLink
 from pdserve.worker.memory import BlockMemory
-
-_HANDOFF_S = 30.0  # from the last chunk's start until everything has been sent
-_DRAIN_S = 5.0  # what is under way ends within this, or the link is closed under it
 
 
 class TicketId(NamedTuple):
@@ -37,11 +35,14 @@ class Push:
     `over(error)` is called once when nothing reads the blocks any more: with None if all was sent, else with the reason.
     """
 
-    def __init__(self, links: LinkTable, memory: BlockMemory, over: Callable[[str | None], None]) -> None:
+    def __init__(
+        self, links: LinkTable, memory: BlockMemory, limits: WorkerLimits, over: Callable[[str | None], None]
+    ) -> None:
         self._links = links
         self._memory = memory
         self._over = over
-        self._deadline_s = time.monotonic() + _HANDOFF_S
+        self._deadline_s = time.monotonic() + limits.handoff_s
+        self._drain_s = limits.drain_s
         self._block_ids: Sequence[int] = ()  # ready, from the sequence's first block on
         self._tokens: tuple[int, ...] | None = None
         self._session: SendSession | None = None
@@ -90,7 +91,7 @@ class Push:
 
     async def _wait_drained(self) -> None:
         try:
-            await asyncio.wait_for(self._drained.wait(), _DRAIN_S)
+            await asyncio.wait_for(self._drained.wait(), self._drain_s)
         except TimeoutError:
             assert self._peer is not None
             await self._links.close(self._peer, "a send did not end")

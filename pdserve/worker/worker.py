@@ -20,7 +20,7 @@ from kvstore.pool import Ledger
 from pdserve.engine.engine import StepToken
 from pdserve.protocol import codec
 from pdserve.protocol import worker_pb2 as pb
-from pdserve.worker.admin import STALLED_AFTER_S
+from pdserve.worker.config import WorkerLimits
 from pdserve.worker.decode import DecodeSide
 from pdserve.worker.engine_thread import Computed, EngineThread, Load, StepReport
 from pdserve.worker.links import LinkTable
@@ -33,9 +33,7 @@ from pdserve.worker.session import RouterSession
 log = logging.getLogger(__name__)
 
 _LOAD_EVERY_S = 0.1
-_TICK_S = 1.0
 _LEDGER_TIMEOUT_S = 5.0
-_EXIT_AFTER_S = 60.0  # a step that takes so long will not end
 
 
 class Worker:
@@ -48,18 +46,20 @@ class Worker:
         links: LinkTable,
         memory: BlockMemory,
         metrics: WorkerMetrics,
+        limits: WorkerLimits,
     ) -> None:
         self.worker_id = hello.worker_id
         self.links = links
         self._hello = hello
         self._engine = engine
         self._metrics = metrics
+        self._limits = limits
         self._requests = RequestTable(
             engine, block_size=hello.block_size, vocab_size=hello.vocab_size, max_model_len=hello.max_model_len
         )
-        self.prefill = PrefillSide(self._requests, engine, links, memory, metrics)
+        self.prefill = PrefillSide(self._requests, engine, links, memory, metrics, limits)
         self._decode = DecodeSide(
-            self._requests, engine, links, memory, metrics, hello.worker_id, hello.incarnation
+            self._requests, engine, links, memory, metrics, limits, hello.worker_id, hello.incarnation
         )
         links.on_report = self._report_link
         self._sessions: dict[RouterSession, list[pb.Peer]] = {}  # with the peers that the router wants linked
@@ -109,7 +109,7 @@ class Worker:
                 self._set_peers()
             case "ping":
                 # A router that hears nothing sends its requests elsewhere: right, if no step comes to an end here.
-                if self.stalled_s(time.monotonic()) < STALLED_AFTER_S:
+                if self.stalled_s(time.monotonic()) < self._limits.stalled_s:
                     session.send(pb.WorkerMessage(pong=pb.Pong(sequence=message.ping.sequence)))
             case other:
                 log.warning("router %s sent %s, which has no meaning here", session.router_id, other)
@@ -210,15 +210,16 @@ class Worker:
     async def watch(self) -> None:
         """Deadlines and health on their own clock, not on the arrival of work. Ends the process if the engine hangs."""
         while not self._engine.died.is_set():
-            await asyncio.sleep(_TICK_S)
+            await asyncio.sleep(self._limits.tick_s)
             now_s = time.monotonic()
             for entry in self._requests:
                 if entry.deadline_s <= now_s:
                     self._requests.fail(entry, "the request's deadline has passed")
             self.prefill.expire(now_s)
             self._decode.expire(now_s)
-            if self.stalled_s(now_s) > _EXIT_AFTER_S:
-                log.critical("a step has taken more than %.0f s: ending, so that the requests move elsewhere", _EXIT_AFTER_S)
+            stalled_s = self.stalled_s(now_s)
+            if stalled_s > self._limits.exit_s:
+                log.critical("a step has taken %.0f s: ending, so that the requests move elsewhere", stalled_s)
                 os._exit(70)
             with contextlib.suppress(TimeoutError):
                 await self.ledger()  # keeps the gauges of the pool fresh

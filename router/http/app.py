@@ -26,7 +26,7 @@ _REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}")
 def make_app(service: Service) -> ASGIApp:
     """
     POST /v1/completions, /v1/chat/completions; GET /v1/models, /v1/models/{id}; GET /livez (the process runs), /readyz
-    (a worker can take requests), /metrics (everything in the registry of `service.metrics`).
+    (a worker can take requests), /workers (the fleet), /metrics (everything in the registry of `service.metrics`).
     """
     in_flight = InFlight(service.limits.in_flight, service.metrics)
     routes = [
@@ -92,13 +92,23 @@ def _operator_routes(service: Service) -> list[Route]:
         return JSONResponse({"status": "alive"})
 
     async def readyz(request: Request) -> Response:
-        service.root_key()
-        return JSONResponse({"status": "ready"})
+        topology = service.topology()
+        if topology["ready"]:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "not ready", **topology}, status_code=503, headers={"retry-after": "1"})
+
+    async def workers(request: Request) -> Response:
+        return JSONResponse(service.topology())
 
     async def metrics(request: Request) -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    return [Route("/livez", livez), Route("/readyz", readyz), Route("/metrics", metrics)]
+    return [
+        Route("/livez", livez),
+        Route("/readyz", readyz),
+        Route("/workers", workers),
+        Route("/metrics", metrics),
+    ]
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -107,7 +107,8 @@ class GenerateEndpoint:
             root_key=service.root_key(),
             deadline_s=timeline.received_s + limits.request_s,
         )
-        generation = service.dispatcher.start(request, timeline)
+        target = exchange.headers.get(b"x-pdserve-worker")
+        generation = service.dispatcher.start(request, timeline, target.decode("latin-1") if target else None)
         logger.info("request started request_id=%s id=%s", exchange.request_id, response_id)
         answer = Answer(call, service.model.tokenizer.token_bytes, service.clock)
         delivery = _Delivery(exchange, generation, answer, self._shape(call, response_id), call.include_usage)

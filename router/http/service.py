@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from kvstore.keys import BlockKey
 from router.generation import Dispatcher
@@ -43,8 +44,8 @@ class HttpLimits:
 class Service:
     """
     Attributes:
-        root_key: the root of the prompt's block keys; raises `Overloaded` while no worker can take requests, which is
-            also what /readyz asks.
+        root_key: the root of the prompt's block keys; raises `Overloaded` while nothing is known of any worker.
+        topology: the fleet, JSON-ready; its "ready" is what /readyz asks.
         clock: monotonic, in seconds; the clock of timelines and deadlines, so the dispatcher's too.
         wall_clock: Unix time in seconds, for `created` only.
     """
@@ -53,6 +54,7 @@ class Service:
     dispatcher: Dispatcher
     root_key: Callable[[], BlockKey]
     metrics: RouterMetrics
+    topology: Callable[[], dict[str, Any]]
     limits: HttpLimits = HttpLimits()
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time

@@ -42,9 +42,8 @@ def linked(need: Need, candidate: Candidate) -> str | None:
 
 def room(need: Need, candidate: Candidate) -> str | None:
     """Prompts may queue on a worker, so only what can never fit is refused there; a hand-over needs its room now."""
-    length = need.tokens + need.max_tokens
-    if length > candidate.max_model_len:
-        return f"{length} tokens exceed its context of {candidate.max_model_len}"
+    if need.tokens >= candidate.max_model_len:
+        return f"{need.tokens} tokens leave no room in its context of {candidate.max_model_len}"
     if need.needed_blocks > candidate.total_blocks:
         return f"needs {need.needed_blocks} blocks of {candidate.total_blocks}"
     if need.phase is Phase.DECODE:

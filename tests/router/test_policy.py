@@ -82,7 +82,7 @@ def test_decode_prefers_the_prefix_then_the_shorter_batch() -> None:
         (Phase.PROMPT, worker("w", incompatible="block_size 32, the fleet has 16"), "block_size 32"),
         (Phase.PROMPT, worker("w", Role.DECODE), "role decode"),
         (Phase.PROMPT, worker("w", partners=0), "no open link to a decode worker"),
-        (Phase.PROMPT, worker("w", max_model_len=79), "80 tokens exceed its context of 79"),
+        (Phase.PROMPT, worker("w", max_model_len=64), "64 tokens leave no room"),
         (Phase.PROMPT, worker("w", total_blocks=4), "needs 5 blocks of 4"),
         (Phase.DECODE, worker("w", Role.MIXED), "role mixed"),
         (Phase.DECODE, worker("w", Role.DECODE, link=None), "no link"),

@@ -1,4 +1,4 @@
-"""On a public conversation trace the cost policy finds nearly all reachable prefixes and still spreads the work evenly."""
+"""On a public conversation trace the cost policy finds nearly all prefixes and still spreads the work evenly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class Node:
 def replay(policy: str) -> tuple[float, float]:
     """(hit ratio of tokens, max : mean of computed tokens), without queueing, timestamps jittered over 3 s."""
     jitter = random.Random(1)
-    rows = [json.loads(line) for line in gzip.open(TRACE, "rt")]
+    with gzip.open(TRACE, "rt") as lines:
+        rows = [json.loads(line) for line in lines]
     rows = sorted(((row["timestamp"] / 1e3 + 3 * jitter.random(), row) for row in rows), key=lambda pair: pair[0])
     index, nodes = PrefixIndex(), [Node() for _ in range(WORKERS)]
     total = hits = 0

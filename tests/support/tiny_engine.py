@@ -56,6 +56,15 @@ def make_sequence(
     )
 
 
+def prompt(first: int, length: int) -> list[int]:
+    return [(first + i) % 50 for i in range(length)]
+
+
+def add(engine: Engine, *sequences: Sequence) -> None:
+    for sequence in sequences:
+        engine.scheduler.add(sequence)
+
+
 def output_of(sequence: Sequence) -> list[int]:
     return sequence.token_ids[sequence.num_prompt_tokens :].tolist()
 
@@ -91,6 +100,12 @@ def check_plan(engine: Engine, plan: Plan) -> None:
         assert chunk.num_tokens > 0
         assert chunk.sequence in engine.scheduler.running
         assert chunk.sequence.num_computed + chunk.num_tokens <= len(chunk.sequence.blocks) * BLOCK_SIZE
+
+
+def chunks(engine: Engine) -> dict[str, int]:
+    """Run one step; tokens computed by sequence."""
+    plan, _ = step(engine)
+    return {chunk.sequence.name: chunk.num_tokens for chunk in plan.chunks}
 
 
 def run_to_end(engine: Engine, max_steps: int = 500) -> list[StepToken]:

@@ -95,7 +95,7 @@ def test_wrong_sizes(text: str) -> None:
         (["up", "--mixed", "-1", "--prefill", "1"], "cannot be negative"),
         (["up", "--model", "/nowhere"], "/nowhere does not exist"),
         (["chat", "--url", "ftp://x"], "no http or https URL"),
-        (["kv", "audit"], "--worker, --url and --redis"),
+        (["kv", "audit", "--worker", "h:1", "--url", "h:2"], "only one of --worker, --url and --redis"),
     ],
 )
 def test_what_the_user_can_mend_is_one_sentence(arguments: list[str], sentence: str) -> None:

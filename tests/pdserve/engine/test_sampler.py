@@ -40,19 +40,16 @@ def oracle(logits: NDArray[np.float32], params: SamplingParams) -> dict[int, flo
     return dict(zip(order.tolist(), (weights / weights.sum()).tolist(), strict=True))
 
 
-def agrees(logits: NDArray[np.float32], params: SamplingParams, index: int = 0) -> None:
-    """The choice stands where u falls in the oracle's distribution; float32 may move a boundary by a little."""
-    expected = oracle(logits, params)
-    token = choose(logits, params, index)
-    u, before, slack = uniform(params.seed, index), 0.0, 2e-5
-    for candidate, probability in expected.items():
-        if candidate == token:
-            assert before - slack <= u <= before + probability + slack, (token, u, expected)
-            return
-        before += probability
-    # Not among the oracle's: then the nucleus' last one was a matter of rounding.
-    wider = oracle(logits, replace(params, top_p=min(1.0 - 1e-9, params.top_p + slack)))
-    assert token in wider, (token, u, expected)
+def agrees(logits: NDArray[np.float32], params: SamplingParams, index: int = 0) -> bool:
+    """The choice stands where u falls in the oracle's distribution; rounding may move a boundary, top_p's too."""
+    token, u, slack = choose(logits, params, index), uniform(params.seed, index), 2e-5
+    for factor in (1.0, 1 - 1e-6, 1 + 1e-6) if params.top_p < 1 else (1.0,):
+        before = 0.0
+        for candidate, probability in oracle(logits, replace(params, top_p=params.top_p * factor)).items():
+            if candidate == token and before - slack <= u <= before + probability + slack:
+                return True
+            before += probability
+    return False
 
 
 # --- the counter -----------------------------------------------------------------------------------------------------
@@ -131,7 +128,7 @@ def test_every_choice_is_the_oracles(
     logits = np.round(rng.normal(0, 1, size) * spread, decimals).astype(np.float32)
     logits[rng.random(size) < masked] = -INF
     logits[rng.integers(size)] = spread
-    agrees(logits, replace(BASE, seed=seed, temperature=temperature, top_p=top_p, top_k=top_k))
+    assert agrees(logits, replace(BASE, seed=seed, temperature=temperature, top_p=top_p, top_k=top_k))
 
 
 def test_flat_distribution_over_a_large_vocabulary_is_cut_in_order_of_token_id() -> None:
@@ -245,3 +242,14 @@ def test_row_is_chosen_the_same_alone_and_in_any_batch(data: st.DataObject) -> N
     alone = [sample(logits[i : i + 1].clone(), [row])[0] for i, row in enumerate(rows)]
     order = data.draw(st.permutations(range(count)))
     assert sample(logits[list(order)].clone(), [rows[i] for i in order]) == [alone[i] for i in order]
+
+
+@pytest.mark.parametrize(
+    "params", [BASE, replace(BASE, top_k=4), replace(BASE, top_p=0.99)], ids=["all", "top_k", "top_p"]
+)
+def test_ends_of_the_unit_interval_choose_a_token_that_has_mass(
+    params: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for u, expected in ((0.0, 1), (1 - 2.0**-53, 2)):
+        monkeypatch.setattr("pdserve.engine.sampler.uniform", lambda seed, index, u=u: u)
+        assert choose([-INF, 3.0, 3.0, -INF, -INF], params) == expected

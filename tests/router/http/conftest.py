@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message
 from tokenizers import decoders, models, pre_tokenizers
 
 from kvstore.keys import BlockKey, root_key
+from pdserve.errors import Overloaded
 from pdserve.request import FinishReason, Request
 from pdserve.timeline import Timeline
 from router.generation import Tokens
@@ -72,7 +73,7 @@ class FakeDispatcher:
         self.refusal: Exception | None = None
         self.started: list[FakeGeneration] = []
 
-    def start(self, request: Request, timeline: Timeline) -> FakeGeneration:
+    def start(self, request: Request, timeline: Timeline, target: str | None = None) -> FakeGeneration:
         if self.refusal is not None:
             raise self.refusal
         timeline.dispatched_s = timeline.tokenised_s
@@ -82,7 +83,7 @@ class FakeDispatcher:
 
 
 class FakeFleet:
-    """The provider of the root key; set `error` for a fleet without workers."""
+    """The provider of root key and topology; set `error` for a fleet without workers."""
 
     def __init__(self) -> None:
         self.error: Exception | None = None
@@ -91,6 +92,11 @@ class FakeFleet:
         if self.error is not None:
             raise self.error
         return root_key(b"fingerprint")
+
+    def topology(self) -> dict[str, Any]:
+        if self.error is not None and not isinstance(self.error, Overloaded):
+            raise self.error
+        return {"ready": self.error is None, "workers": []}
 
 
 @dataclass
@@ -165,6 +171,7 @@ def service(model: ServedModel, dispatcher: FakeDispatcher, fleet: FakeFleet) ->
         dispatcher=dispatcher,
         root_key=fleet,
         metrics=RouterMetrics(CollectorRegistry()),
+        topology=fleet.topology,
         wall_clock=lambda: 1_700_000_001.5,
     )
 

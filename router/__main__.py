@@ -1,0 +1,53 @@
+"""`python -m router`: the router process (what `pdserve router` runs)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvloop
+
+from pdserve.errors import ConfigError
+from router.main import RouterConfig, run
+from router.policy import POLICIES
+
+
+def main(
+    model: Annotated[
+        Path, typer.Option(help="Folder of the model that the workers serve: tokeniser and chat template.")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="HTTP port.")] = 8000,
+    redis: Annotated[str | None, typer.Option(help="Redis URL that workers register in.")] = None,
+    worker: Annotated[
+        list[str] | None, typer.Option(help="host:port of a worker, instead of Redis; repeatable.")
+    ] = None,
+    namespace: Annotated[str, typer.Option(help="Separates deployments that share a Redis.")] = "default",
+    policy: Annotated[str, typer.Option(help=f"How workers are chosen: {', '.join(POLICIES)}.")] = "cost",
+    drain_s: Annotated[float, typer.Option(help="How long streams may go on after SIGTERM.")] = 2.0,
+) -> None:
+    """Run the router until SIGTERM or Ctrl-C; a second signal ends it at once."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        config = RouterConfig(
+            model=model,
+            host=host,
+            port=port,
+            redis_url=redis,
+            workers=tuple(worker or ()),
+            namespace=namespace,
+            policy=policy,
+            drain_s=drain_s,
+        )
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(run(config))
+    except ConfigError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,36 @@
+"""What the fleet and the dispatcher count, read when Prometheus asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from router.dispatch import RouterDispatcher
+from router.fleet import Fleet
+
+
+class FleetCollector(Collector):
+    def __init__(self, fleet: Fleet, dispatcher: RouterDispatcher) -> None:
+        self._fleet = fleet
+        self._dispatcher = dispatcher
+
+    def collect(self) -> Iterable[Metric]:
+        workers = GaugeMetricFamily("pdserve_router_workers", "Known workers.", labels=("role", "state"))
+        for labels, count in sorted(self._fleet.counts().items()):
+            workers.add_metric(labels, count)
+        yield workers
+        events = CounterMetricFamily(
+            "pdserve_router_events",
+            "Retries and their causes: rejected_tokens, refusals, redispatches, migrations, handoffs_without_room.",
+            labels=("event",),
+        )
+        for event, count in sorted(self._dispatcher.counts.items()):
+            events.add_metric((event,), count)
+        yield events
+        active = self._dispatcher.num_active
+        yield GaugeMetricFamily("pdserve_router_active_requests", "Requests that workers have.", value=active)
+        yield GaugeMetricFamily(
+            "pdserve_router_index_keys", "Block keys in the prefix index.", value=len(self._fleet.index)
+        )

@@ -1,0 +1,194 @@
+"""The router process: joins fleet, dispatcher and HTTP, and ends in order.
+
+first SIGTERM   not ready any more and nothing new is taken; what streams may finish within `drain_s`
+second one, or SIGINT, or the end of `drain_s`   what still streams is aborted on all workers
+then   HTTP closes, sessions close, which aborts on the workers whatever might be left
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+
+from kvstore.keys import BlockKey
+from pdserve.discovery import Discovery, RedisDiscovery, StaticDiscovery
+from pdserve.errors import ConfigError, Overloaded
+from pdserve.models.config import load_config
+from router.dispatch import RouterDispatcher
+from router.fleet import Fleet
+from router.fleet_metrics import FleetCollector
+from router.http.app import make_app
+from router.http.service import ServedModel, Service
+from router.limits import RouterLimits
+from router.metrics import RouterMetrics
+from router.policy import POLICIES
+from router.text.chat_template import ChatTemplate
+from router.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+_BACKLOG = 2048
+_ABORT_S = 1.0  # for streams that were aborted to tell their clients
+_CLOSE_S = 2  # for connections to close
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """Workers are found through `redis_url` or are those at `workers`; exactly one of the two is given."""
+
+    model: Path
+    host: str
+    port: int
+    redis_url: str | None
+    workers: tuple[str, ...]
+    namespace: str
+    policy: str
+    drain_s: float
+
+    def __post_init__(self) -> None:
+        if (self.redis_url is None) == (not self.workers):
+            raise ConfigError("Say where the workers are: --redis URL, or --worker HOST:PORT once or more.")
+        if self.policy not in POLICIES:
+            raise ConfigError(f"No policy is named {self.policy}; there are {', '.join(POLICIES)}.")
+        if self.drain_s < 0:
+            raise ConfigError("--drain-s cannot be negative.")
+
+    def discovery(self) -> Discovery:
+        if self.redis_url is not None:
+            return RedisDiscovery(self.redis_url, namespace=self.namespace)
+        return StaticDiscovery(self.workers, namespace=self.namespace)
+
+
+def load_model(folder: Path) -> ServedModel:
+    """Raises ConfigError."""
+    config = load_config(folder)
+    return ServedModel(
+        name=folder.resolve().name,
+        tokenizer=Tokenizer.from_folder(folder),
+        chat_template=ChatTemplate.from_folder(folder),
+        max_model_len=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+        eos_token_ids=config.eos_token_ids,
+        created_s=int(time.time()),
+    )
+
+
+class Router:
+    """Everything of one router process but its sockets and signals. `start` and `close` run in the event loop."""
+
+    def __init__(self, config: RouterConfig, model: ServedModel) -> None:
+        limits = RouterLimits()
+        router_id = secrets.token_hex(4)
+        registry = CollectorRegistry()
+        self.fleet = Fleet(config.discovery(), router_id, limits.fleet, vocab_size=model.vocab_size)
+        self.dispatcher = RouterDispatcher(self.fleet, POLICIES[config.policy], limits)
+        registry.register(FleetCollector(self.fleet, self.dispatcher))
+        self.app = make_app(
+            Service(
+                model=model,
+                dispatcher=self.dispatcher,
+                root_key=self._root_key,
+                metrics=RouterMetrics(registry),
+                topology=self._topology,
+            )
+        )
+        self._draining = False
+        log.info("router=%s model=%s policy=%s", router_id, model.name, config.policy)
+
+    def start(self) -> None:
+        self.fleet.start(self.dispatcher)
+
+    async def drain(self, timeout_s: float, hurry: asyncio.Event) -> None:
+        """Take nothing new and wait for what is active, until `timeout_s` or `hurry`; then abort it."""
+        self._draining = True
+        log.info("draining active_requests=%d", self.dispatcher.num_active)
+        waits = [asyncio.create_task(self.dispatcher.drain(timeout_s)), asyncio.create_task(hurry.wait())]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        self.dispatcher.abort_all()
+
+    async def close(self) -> None:
+        await self.fleet.close()
+
+    def _root_key(self) -> BlockKey:
+        if self._draining:
+            raise Overloaded("The server is ending.")
+        return self.fleet.root_key()
+
+    def _topology(self) -> dict[str, Any]:
+        topology = self.fleet.topology()
+        return {**topology, "ready": topology["ready"] and not self._draining, "draining": self._draining}
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the router's: it drains before HTTP closes."""
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Raises ConfigError."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"Port {port} on {host} cannot be listened on ({error}); choose another --port.") from error
+
+
+async def run(config: RouterConfig) -> None:
+    """Serve until a signal. Raises ConfigError."""
+    with listen(config.host, config.port) as listening:
+        router = Router(config, load_model(config.model))
+        server = _Server(
+            uvicorn.Config(
+                router.app,
+                http="httptools",
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                timeout_graceful_shutdown=_CLOSE_S,
+            )
+        )
+        stop, hurry = asyncio.Event(), asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stop, hurry)
+        router.start()
+        serving = asyncio.create_task(server.serve(sockets=[listening]), name="http")
+        try:
+            await _first(serving, asyncio.create_task(stop.wait()))
+            if not serving.done():
+                await router.drain(config.drain_s, hurry)
+        finally:
+            server.should_exit = True
+            await asyncio.wait([serving], timeout=_ABORT_S + _CLOSE_S)
+            await router.close()
+        log.info("ended")
+
+
+def _on_signal(number: signal.Signals, stop: asyncio.Event, hurry: asyncio.Event) -> None:
+    if number == signal.SIGINT or stop.is_set():
+        hurry.set()
+    stop.set()
+
+
+async def _first(*tasks: asyncio.Task[Any]) -> None:
+    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    del done
+    for task in pending:
+        if task.get_name() != "http":
+            task.cancel()

@@ -1,0 +1,166 @@
+"""A router's side of one session, scripted by a test: it sends what the test says and records all that comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import grpc.aio
+
+from pdserve.protocol import PROTOCOL_VERSION, codec
+from pdserve.protocol import worker_pb2 as pb
+from pdserve.protocol.worker_pb2_grpc import WorkerStub
+from pdserve.request import SamplingParams
+from tests.support.oracle_model import undisturbed
+from tests.support.tiny_engine import GEOMETRY, ROOT
+
+T = TypeVar("T")
+
+DEADLINE_S = 20.0  # of every wait in these tests: far beyond what a busy machine needs
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request as a client would make it, at one of its attempts."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    max_tokens: int = 6
+    stop_token_ids: tuple[int, ...] = ()
+    temperature: float = 0.0
+    attempt: int = 0
+    output: tuple[int, ...] = ()  # delivered by earlier attempts
+    remaining_s: float = 60.0
+    root_key: bytes = field(default=ROOT, repr=False)
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=self.max_tokens, seed=7, temperature=self.temperature, stop_token_ids=self.stop_token_ids
+        )
+
+    @property
+    def expected(self) -> list[int]:
+        """All output tokens of the undisturbed run, those of earlier attempts included."""
+        return undisturbed(self.prompt, self.sampling, GEOMETRY)
+
+    def submit(self, *, disaggregated: bool = True) -> pb.Submit:
+        return pb.Submit(
+            request_id=self.request_id,
+            attempt=self.attempt,
+            prompt_token_ids=self.prompt,
+            output_token_ids=self.output,
+            sampling=codec.sampling_to_proto(self.sampling),
+            root_key=self.root_key,
+            disaggregated=disaggregated,
+            remaining_s=self.remaining_s,
+        )
+
+
+class RouterClient:
+    """One session. Waits look at the whole record, so a message that came early is found too."""
+
+    def __init__(self, address: str) -> None:
+        self.messages: list[pb.WorkerMessage] = []
+        self.ended = False
+        self._channel = grpc.aio.insecure_channel(address)
+        self.stub = WorkerStub(self._channel)
+        self._changed = asyncio.Event()
+
+    async def open(self) -> pb.WorkerHello:
+        self._call = self.stub.Session()
+        await self.send(hello=pb.RouterHello(protocol_version=PROTOCOL_VERSION, router_id="test"))
+        self._reader = asyncio.create_task(self._read())
+        return await self.wait(lambda message: message.hello if message.WhichOneof("body") == "hello" else None)
+
+    async def close(self) -> None:
+        """As a router that dies: the stream breaks, nothing is said before."""
+        self._call.cancel()
+        await self._reader
+        await self._channel.close()
+
+    async def send(self, **body: object) -> None:
+        await self._call.write(pb.RouterMessage(**body))  # type: ignore[arg-type]
+
+    async def _read(self) -> None:
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
+            async for message in self._call:
+                self.messages.append(message)
+                self._changed.set()
+        self.ended = True
+        self._changed.set()
+
+    # --- the record --------------------------------------------------------------------------------------------------
+
+    async def wait(self, find: Callable[[pb.WorkerMessage], T | None]) -> T:
+        """What `find` makes of the first message that it takes."""
+        seen = 0
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                for message in self.messages[seen:]:
+                    if (found := find(message)) is not None:
+                        return found
+                seen = len(self.messages)
+                assert not self.ended, f"the session ended: {self._call}"
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def wait_end(self) -> None:
+        """The worker ends the session."""
+        async with asyncio.timeout(DEADLINE_S):
+            await self._reader
+
+    async def about(self, kind: str, ask: Ask) -> pb.WorkerMessage:
+        """The first message of this kind (a field of WorkerMessage.body) about this attempt."""
+
+        def find(message: pb.WorkerMessage) -> pb.WorkerMessage | None:
+            body = getattr(message, kind) if message.WhichOneof("body") == kind else None
+            return message if body is not None and (body.request_id, body.attempt) == (ask.request_id, ask.attempt) else None
+
+        return await self.wait(find)
+
+    async def wanted(self, ask: Ask) -> None:
+        await self.about("handoff_wanted", ask)
+
+    async def reserved(self, ask: Ask) -> pb.Ticket:
+        return (await self.about("reserved", ask)).reserved.ticket
+
+    async def refused(self, ask: Ask) -> str:
+        return (await self.about("refused", ask)).refused.reason
+
+    def events(self, ask: Ask) -> list[pb.TokenEvent]:
+        """All token events about this attempt so far."""
+        return [
+            event
+            for message in self.messages
+            for event in message.step.tokens
+            if (event.request_id, event.attempt) == (ask.request_id, ask.attempt)
+        ]
+
+    async def event(self, ask: Ask, number: int = 0) -> pb.TokenEvent:
+        """The `number`-th token event about this attempt."""
+        return await self.wait(lambda _: self.events(ask)[number] if len(self.events(ask)) > number else None)
+
+    async def finished(self, ask: Ask) -> pb.TokenEvent:
+        """The event that ends this attempt on this worker."""
+        return await self.wait(lambda _: next((e for e in self.events(ask) if e.finish != pb.RUNNING), None))
+
+    async def failed(self, ask: Ask) -> str:
+        """Why it failed."""
+        event = await self.finished(ask)
+        assert (event.finish, event.no_token) == (pb.ERROR, True), event
+        return event.error
+
+    async def link(self, peer_id: str, *, up: bool, incarnation: int | None = None, since: int = 0) -> pb.LinkReport:
+        """The first report after message `since` on this link in this state."""
+
+        def find(message: pb.WorkerMessage) -> pb.LinkReport | None:
+            report = message.link
+            fits = incarnation is None or report.peer_incarnation == incarnation
+            return report if report.peer_id == peer_id and report.up is up and fits else None
+
+        before = self.messages[:since]
+        return await self.wait(lambda message: None if any(message is m for m in before) else find(message))
