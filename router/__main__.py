@@ -16,15 +16,11 @@ from router.policy import POLICIES
 
 
 def main(
-    model: Annotated[
-        Path, typer.Option(help="Folder of the model that the workers serve: tokeniser and chat template.")
-    ],
+    model: Annotated[Path, typer.Option(help="Folder of the model that the workers serve.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="HTTP port.")] = 8000,
     redis: Annotated[str | None, typer.Option(help="Redis URL that workers register in.")] = None,
-    worker: Annotated[
-        list[str] | None, typer.Option(help="host:port of a worker, instead of Redis; repeatable.")
-    ] = None,
+    worker: Annotated[list[str] | None, typer.Option(help="host:port of a worker, in place of Redis.")] = None,
     namespace: Annotated[str, typer.Option(help="Separates deployments that share a Redis.")] = "default",
     policy: Annotated[str, typer.Option(help=f"How workers are chosen: {', '.join(POLICIES)}.")] = "cost",
     drain_s: Annotated[float, typer.Option(help="How long streams may go on after SIGTERM.")] = 2.0,

@@ -169,11 +169,13 @@ async def run(config: RouterConfig) -> None:
             asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stop, hurry)
         router.start()
         serving = asyncio.create_task(server.serve(sockets=[listening]), name="http")
+        stopping = asyncio.create_task(stop.wait())
         try:
-            await _first(serving, asyncio.create_task(stop.wait()))
-            if not serving.done():
+            await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if stop.is_set():
                 await router.drain(config.drain_s, hurry)
         finally:
+            stopping.cancel()
             server.should_exit = True
             await asyncio.wait([serving], timeout=_ABORT_S + _CLOSE_S)
             await router.close()
@@ -184,11 +186,3 @@ def _on_signal(number: signal.Signals, stop: asyncio.Event, hurry: asyncio.Event
     if number == signal.SIGINT or stop.is_set():
         hurry.set()
     stop.set()
-
-
-async def _first(*tasks: asyncio.Task[Any]) -> None:
-    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    del done
-    for task in pending:
-        if task.get_name() != "http":
-            task.cancel()

@@ -4,14 +4,17 @@
 #include "common.h"
 
 // row <- row / rms(row) * weight; the mean is taken in float32.
+// out <- x / rms(x) * weight; the mean is taken in float.
 template <class T>
 PDS_INLINE void norm_row(T* out, const T* x, const T* weight, int hidden, float eps) {
   float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
   for (int i = 0; i < hidden; i++) sum += to_float(x[i]) * to_float(x[i]);
   const float scale = 1.0f / __builtin_sqrtf(sum / hidden + eps);
-#pragma omp simd
-  for (int i = 0; i < hidden; i++) out[i] = from_float<T>(to_float(x[i]) * scale * to_float(weight[i]));
+  for_lanes(hidden, [=](int i, auto v) {
+    using V = decltype(v);
+    store_as<V>(out + i, load_as<V>(x + i) * scale * load_as<V>(weight + i));
+  });
 }
 
 template <class T>
@@ -26,8 +29,10 @@ void add_rms_norm(T* out, const T* x, T* residual, const T* weight, int rows, in
   for (int r = 0; r < rows; r++) {
     const T* from = x + int64_t{r} * hidden;
     T* to = residual + int64_t{r} * hidden;
-#pragma omp simd
-    for (int i = 0; i < hidden; i++) to[i] = from_float<T>(to_float(to[i]) + to_float(from[i]));
+    for_lanes(hidden, [=](int i, auto v) {
+      using V = decltype(v);
+      store_as<V>(to + i, load_as<V>(to + i) + load_as<V>(from + i));
+    });
     norm_row(out + int64_t{r} * hidden, to, weight, hidden, eps);
   }
 }
@@ -39,24 +44,25 @@ void silu_and_mul(T* out, const T* x, int rows, int inter, int threads) {
     const T* gate = x + int64_t{r} * 2 * inter;
     const T* up = gate + inter;
     T* to = out + int64_t{r} * inter;
-#pragma omp simd
-    for (int i = 0; i < inter; i++) {
-      const float g = to_float(gate[i]);
-      // Below -87 the denominator would leave the range of exp2_fast; silu is 0 there to within 1e-36.
-      const float exponent = g < -87.0f ? 87.0f : -g;
-      to[i] = from_float<T>(g * reciprocal(1.0f + exp2_fast(exponent * LOG2_E)) * to_float(up[i]));
-    }
+    for_lanes(inter, [=](int i, auto v) {
+      using V = decltype(v);
+      const V g = load_as<V>(gate + i);
+      // 2^125 is as good as infinity: silu is 0 there to within 1e-35.
+      const V sigmoid = reciprocal(1.0f + exp2_fast(min_of(g * -LOG2_E, V{} + 125.0f)));
+      store_as<V>(to + i, g * sigmoid * load_as<V>(up + i));
+    });
   }
 }
 
 template <class T>
 PDS_INLINE void rotate(T* head, const float* cos, const float* sin, int half) {
-#pragma omp simd
-  for (int i = 0; i < half; i++) {
-    const float first = to_float(head[i]), second = to_float(head[half + i]);
-    head[i] = from_float<T>(first * cos[i] - second * sin[i]);
-    head[half + i] = from_float<T>(second * cos[i] + first * sin[i]);
-  }
+  for_lanes(half, [=](int i, auto v) {
+    using V = decltype(v);
+    const V first = load_as<V>(head + i), second = load_as<V>(head + half + i);
+    const V c = load_as<V>(cos + i), s = load_as<V>(sin + i);
+    store_as<V>(head + i, first * c - second * s);
+    store_as<V>(head + half + i, second * c + first * s);
+  });
 }
 
 template <class T>

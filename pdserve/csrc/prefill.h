@@ -99,8 +99,7 @@ class Prefill {
     const float* scores = chunk.scores + v * LANES;
     Floats top = max;
     for (int k = 0; k < count; k++) {
-      const Floats s = load_floats(scores + k * COLS) * scale_log2_;
-      top = s > top ? s : top;
+      top = max_of(top, load_floats(scores + k * COLS) * scale_log2_);
     }
     Floats block_sum{};
     for (int k = 0; k < count; k += 2) {

@@ -79,8 +79,7 @@ class PlainChunk {
   static constexpr int ROWS = LANES == 16 ? 8 : 4;  // ROWS x 2 sums fill half of the register file
 
   void widen(float* to, const T* from) {
-#pragma omp simd
-    for (int d = 0; d < dim_; d++) to[d] = to_float(from[d]);
+    for_lanes(dim_, [=](int d, auto v) { store_as<decltype(v)>(to + d, load_as<decltype(v)>(from + d)); });
   }
 
   // c [ROWS, COLS] = or += a [ROWS, depth] * b [depth, COLS]

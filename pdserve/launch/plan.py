@@ -91,6 +91,8 @@ def router_command(options: UpOptions, model: Path, redis_url: str) -> Command:
         "--model": str(model),
         "--redis": redis_url,
         "--namespace": options.namespace,
+        # The workers end with it, so there is nothing that its streams could wait for.
+        "--drain-s": "0",
     }
     if options.policy is not None:
         values["--policy"] = options.policy

@@ -72,6 +72,8 @@ def check_submit(message: pb.Submit, *, vocab_size: int, max_model_len: int) -> 
         raise InvalidRequest("the prompt is empty", param="prompt")
     if length >= max_model_len:
         raise InvalidRequest(f"{length} tokens leave no room in a context of {max_model_len}", param="prompt")
+    if len(message.output_token_ids) >= message.sampling.max_tokens:
+        raise InvalidRequest("the request has all its tokens already", param="output_token_ids")
     if max(message.prompt_token_ids) >= vocab_size or max(message.output_token_ids, default=0) >= vocab_size:
         raise InvalidRequest(f"token ids must lie below {vocab_size}", param="prompt")
     if len(message.root_key) != KEY_BYTES:

@@ -160,7 +160,7 @@ class DecodeSide:
     # --- the arrivals' listener --------------------------------------------------------------------------------------
 
     def committed(self, arrival: Arrival, output_token_ids: tuple[int, ...]) -> None:
-        """The sequence runs from the next step on."""
+        """The sequence runs from the next step on: all blocks are its own, and exactly one token is new."""
         entry = self._arrivals.pop(arrival)
         entry.arrival = None
         sequence = entry.sequence

@@ -31,7 +31,10 @@ class WorkerMetrics:
         self._tokens = Counter("pdserve_computed_tokens_total", "Tokens whose KV was computed.", registry=registry)
         self._output_tokens = Counter("pdserve_sampled_tokens_total", "Output tokens sampled.", registry=registry)
         self._failed_steps = Counter("pdserve_failed_steps_total", "Steps that raised an error.", registry=registry)
-        self._preempted = Gauge("pdserve_preempted_sequences", "Sequences preempted since start.", registry=registry)
+        self._preempted = Counter(
+            "pdserve_preempted_sequences_total", "Sequences that lost their blocks and start over.", registry=registry
+        )
+        self._preempted_before = 0
         self._sequences = Gauge("pdserve_sequences", "Sequences by state.", ["state"], registry=registry)
         self._waiting_tokens = Gauge(
             "pdserve_waiting_tokens", "Prompt tokens queued and not yet computed.", registry=registry
@@ -63,7 +66,8 @@ class WorkerMetrics:
             self._output_tokens.inc(len(report.tokens))
         if report.failed:
             self._failed_steps.inc()
-        self._preempted.set(report.load.preempted)
+        self._preempted.inc(report.load.preempted - self._preempted_before)
+        self._preempted_before = report.load.preempted
         self._sequences.labels("waiting").set(report.load.waiting_sequences)
         self._sequences.labels("running").set(report.load.running_sequences)
         self._waiting_tokens.set(report.load.waiting_tokens)

@@ -58,7 +58,7 @@ class RequestTable:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._entries: dict[str, Entry] = {}
-        self._draining: set[asyncio.Future[None]] = set()
+        self._draining: dict[str, asyncio.Future[None]] = {}  # ended, but their blocks are still being read
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(list(self._entries.values()))
@@ -72,7 +72,7 @@ class RequestTable:
     def open(self, session: RouterSession, submit: pb.Submit, *, prefill_only: bool) -> Entry | None:
         """A new entry, or None: what cannot be run is answered with an error, what is here already is ignored."""
         name = entry_name(submit.request_id, submit.attempt)
-        if name in self._entries:
+        if name in self._entries or name in self._draining:
             return None
         try:
             codec.check_submit(submit, vocab_size=self._vocab_size, max_model_len=self._max_model_len)
@@ -113,13 +113,16 @@ class RequestTable:
             return
         if entry.push is not None:
             drained = asyncio.ensure_future(entry.push.stop())
-            self._draining.add(drained)
-            drained.add_done_callback(self._draining.discard)
-            drained.add_done_callback(lambda _: self._give_back(entry.sequence))
+            self._draining[entry.name] = drained
+            drained.add_done_callback(lambda _: self._drained(entry))
         else:
             self._give_back(entry.sequence)
             if entry.arrival is not None:
                 entry.arrival.stop("the request is over")
+
+    def _drained(self, entry: Entry) -> None:
+        del self._draining[entry.name]
+        self._give_back(entry.sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
         self._engine.post(lambda engine, now_s: engine.finish(sequence))

@@ -19,7 +19,7 @@ from pdserve.protocol import PROTOCOL_VERSION
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.protocol.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
 
-VOCAB_SIZE = 50_000
+VOCAB_SIZE = 49_152  # that of the default model
 FINGERPRINT = b"stub"
 
 TicketId = tuple[str, int, int]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc.aio
 
@@ -69,21 +69,26 @@ class RouterClient:
         self._channel = grpc.aio.insecure_channel(address)
         self.stub = WorkerStub(self._channel)
         self._changed = asyncio.Event()
+        self._outbox: asyncio.Queue[pb.RouterMessage] = asyncio.Queue()
 
     async def open(self) -> pb.WorkerHello:
-        self._call = self.stub.Session()
-        await self.send(hello=pb.RouterHello(protocol_version=PROTOCOL_VERSION, router_id="test"))
+        self._call = self.stub.Session(self._outgoing())
+        self.send(hello=pb.RouterHello(protocol_version=PROTOCOL_VERSION, router_id="test"))
         self._reader = asyncio.create_task(self._read())
         return await self.wait(lambda message: message.hello if message.WhichOneof("body") == "hello" else None)
 
     async def close(self) -> None:
         """As a router that dies: the stream breaks, nothing is said before."""
         self._call.cancel()
-        await self._reader
+        await self.wait_end()
         await self._channel.close()
 
-    async def send(self, **body: object) -> None:
-        await self._call.write(pb.RouterMessage(**body))  # type: ignore[arg-type]
+    def send(self, **body: Any) -> None:
+        self._outbox.put_nowait(pb.RouterMessage(**body))
+
+    async def _outgoing(self) -> AsyncIterator[pb.RouterMessage]:
+        while True:
+            yield await self._outbox.get()
 
     async def _read(self) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
@@ -109,7 +114,7 @@ class RouterClient:
                 await self._changed.wait()
 
     async def wait_end(self) -> None:
-        """The worker ends the session."""
+        """The session is over."""
         async with asyncio.timeout(DEADLINE_S):
             await self._reader
 

@@ -151,11 +151,11 @@ class Node:
     transport: HoldingTransport
     engine: Engine  # its thread owns it: look at it only while nothing runs
 
-    async def submit(self, ask: Ask, *, disaggregated: bool = True) -> None:
-        await self.router.send(submit=ask.submit(disaggregated=disaggregated))
+    def submit(self, ask: Ask, *, disaggregated: bool = True) -> None:
+        self.router.send(submit=ask.submit(disaggregated=disaggregated))
 
-    async def reserve(self, ask: Ask, prefill: Node) -> None:
-        await self.router.send(
+    def reserve(self, ask: Ask, prefill: Node) -> None:
+        self.router.send(
             reserve=pb.Reserve(
                 request=ask.submit(),
                 prefill_worker_id=prefill.hello.worker_id,
@@ -163,13 +163,13 @@ class Node:
             )
         )
 
-    async def hand_off(self, ask: Ask, ticket: pb.Ticket) -> None:
-        await self.router.send(handoff=pb.Handoff(request_id=ask.request_id, attempt=ask.attempt, ticket=ticket))
+    def hand_off(self, ask: Ask, ticket: pb.Ticket) -> None:
+        self.router.send(handoff=pb.Handoff(request_id=ask.request_id, attempt=ask.attempt, ticket=ticket))
 
-    async def abort(self, ask: Ask) -> None:
-        await self.router.send(abort=pb.Abort(request_id=ask.request_id, attempt=ask.attempt))
+    def abort(self, ask: Ask) -> None:
+        self.router.send(abort=pb.Abort(request_id=ask.request_id, attempt=ask.attempt))
 
-    async def list_peers(self, *nodes: Node) -> None:
+    def list_peers(self, *nodes: Node) -> None:
         peers = [
             pb.Peer(
                 worker_id=node.hello.worker_id,
@@ -179,7 +179,7 @@ class Node:
             )
             for node in nodes
         ]
-        await self.router.send(peers=pb.Peers(peers=peers))
+        self.router.send(peers=pb.Peers(peers=peers))
 
     async def get(self, path: str) -> httpx.Response:
         async with httpx.AsyncClient(verify=False) as client:
@@ -212,11 +212,11 @@ class Pair:
 
     async def hand_over(self, ask: Ask) -> pb.Ticket:
         """Submit to prefill, reserve on decode, and bring the ticket back."""
-        await self.prefill.submit(ask)
+        self.prefill.submit(ask)
         await self.prefill.router.wanted(ask)
-        await self.decode.reserve(ask, self.prefill)
+        self.decode.reserve(ask, self.prefill)
         ticket = await self.decode.router.reserved(ask)
-        await self.prefill.hand_off(ask, ticket)
+        self.prefill.hand_off(ask, ticket)
         return ticket
 
     async def run(self, ask: Ask) -> list[int]:
@@ -309,13 +309,18 @@ async def worker_pair(*, prefill_options: dict[str, Any] | None = None, **option
     before = asyncio.all_tasks()
     faults = Faults()
     network = LoopbackNetwork(faults)
-    async with contextlib.AsyncExitStack() as stack:
-        prefill_options = {**options, **(prefill_options or {})}
-        prefill = await stack.enter_async_context(running_node(network, "p", Role.PREFILL, **prefill_options))
-        decode = await stack.enter_async_context(running_node(network, "d", Role.DECODE, **options))
-        await prefill.list_peers(decode)
+    nodes = [
+        running_node(network, "p", Role.PREFILL, **{**options, **(prefill_options or {})}),
+        running_node(network, "d", Role.DECODE, **options),
+    ]
+    try:
+        prefill, decode = [await node.__aenter__() for node in nodes]
+        prefill.list_peers(decode)
         await prefill.router.link("d", up=True)
         yield Pair([prefill, decode], faults, network)
+    finally:
+        # At the same time: half of a test's time is the end of its workers.
+        await asyncio.gather(*(node.__aexit__(None, None, None) for node in nodes))
     left = {task for task in asyncio.all_tasks() - before if not task.done()}
     assert not left, left
     threads = [thread.name for thread in threading.enumerate() if thread.name in ("engine", "loopback-progress")]

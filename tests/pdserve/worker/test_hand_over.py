@@ -24,7 +24,7 @@ from tests.support.worker_pair import (
 
 
 async def run_whole(node: Node, ask: Ask) -> list[int]:
-    await node.submit(ask, disaggregated=False)
+    node.submit(ask, disaggregated=False)
     await node.router.finished(ask)
     return [*ask.output, *check_stream(node.router.events(ask), len(ask.output))]
 
@@ -99,14 +99,14 @@ async def test_earlier_chunks_travel_while_the_last_is_computed() -> None:
     async with worker_pair(tokens=16) as pair:
         pair.prefill.gate.close()
         ask = Ask("r", prompt_of(40))
-        await pair.prefill.submit(ask)
+        pair.prefill.submit(ask)
         for _ in range(2):
             pair.prefill.gate.pass_step()
         await pair.prefill.router.wanted(ask)
         await pair.prefill.gate.reached()
-        await pair.decode.reserve(ask, pair.prefill)
+        pair.decode.reserve(ask, pair.prefill)
         ticket = await pair.decode.router.reserved(ask)
-        await pair.prefill.hand_off(ask, ticket)
+        pair.prefill.hand_off(ask, ticket)
 
         async def sent() -> bool:
             return pair.faults.seen == list(range(32 // BLOCK_SIZE))
@@ -172,17 +172,17 @@ async def test_first_token_is_the_last(stop: bool) -> None:
         if stop:
             ask = replace(ask, stop_token_ids=(ask.expected[0],))
         pair.prefill.gate.close()
-        await pair.prefill.submit(ask)
+        pair.prefill.submit(ask)
         for _ in range(2):
             pair.prefill.gate.pass_step()
         await pair.prefill.router.wanted(ask)
-        await pair.decode.reserve(ask, pair.prefill)
-        await pair.prefill.hand_off(ask, await pair.decode.router.reserved(ask))
+        pair.decode.reserve(ask, pair.prefill)
+        pair.prefill.hand_off(ask, await pair.decode.router.reserved(ask))
         pair.prefill.gate.open()
         event = await pair.prefill.router.finished(ask)
         assert (event.index, event.token_id) == (0, ask.expected[0])
         assert event.finish == (pb.STOP if stop else pb.LENGTH)
-        await pair.decode.abort(ask)
+        pair.decode.abort(ask)
         await pair.whole()
         assert pair.decode.router.events(ask) == []
         following = Ask("following", prompt_of(21, salt=3))
@@ -193,13 +193,13 @@ async def test_same_attempt_twice_is_one_request() -> None:
     async with worker_pair() as pair:
         ask = Ask("r", prompt_of(20))
         pair.prefill.gate.close()
-        await pair.prefill.submit(ask)
-        await pair.prefill.submit(ask)
+        pair.prefill.submit(ask)
+        pair.prefill.submit(ask)
         pair.prefill.gate.open()
         await pair.prefill.router.wanted(ask)
         for _ in range(2):
-            await pair.decode.reserve(ask, pair.prefill)
-        await pair.prefill.hand_off(ask, await pair.decode.router.reserved(ask))
+            pair.decode.reserve(ask, pair.prefill)
+        pair.prefill.hand_off(ask, await pair.decode.router.reserved(ask))
         await pair.decode.router.finished(ask)
         events = [*pair.prefill.router.events(ask), *pair.decode.router.events(ask)]
         assert check_stream(events, 0) == ask.expected

@@ -1,0 +1,74 @@
+"""Writes METRICS.md from the code: `make docs`. A test fails when the file is stale."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import ClassVar, cast
+
+from prometheus_client import CollectorRegistry
+
+from pdserve.worker.metrics import WorkerMetrics
+from router.dispatch import RouterDispatcher
+from router.fleet import Fleet
+from router.fleet_metrics import FleetCollector
+from router.metrics import RouterMetrics
+
+TARGET = Path(__file__).parent.parent / "METRICS.md"
+HEAD = """# Metrics
+
+Generated from the code (`make docs`). Base units everywhere. A histogram `x` has the series `x_bucket`, `x_sum` and `x_count`.
+"""
+
+
+class OneWorker:
+    """What `FleetCollector` asks of a fleet, with one worker in it, so that its labels show."""
+
+    index: tuple[()] = ()
+
+    def counts(self) -> dict[tuple[str, str], int]:
+        return {("mixed", "ready"): 1}
+
+
+class OneEvent:
+    """What `FleetCollector` asks of a dispatcher."""
+
+    num_active = 0
+    counts: ClassVar[dict[str, int]] = {"migrations": 0}
+
+
+def router_registry() -> CollectorRegistry:
+    registry = CollectorRegistry()
+    RouterMetrics(registry)
+    registry.register(FleetCollector(cast(Fleet, OneWorker()), cast(RouterDispatcher, OneEvent())))
+    return registry
+
+
+def rows(registry: CollectorRegistry) -> list[str]:
+    """One row a metric: name as scraped, type, labels, help."""
+    found = []
+    collectors = list(registry._collector_to_names)  # the registry has no public way to list its collectors
+    for collector in collectors:
+        for metric in collector.collect():
+            names = getattr(collector, "_labelnames", None) or [n for sample in metric.samples for n in sample.labels]
+            labels = ", ".join(f"`{name}`" for name in names if name not in ("le", "version", "component"))
+            name = metric.name + {"counter": "_total", "info": "_info"}.get(metric.type, "")
+            found.append(f"| `{name}` | {metric.type} | {labels} | {metric.documentation} |")
+    return sorted(found)
+
+
+def render() -> str:
+    parts = [HEAD]
+    for title, port, registry in (
+        ("Router", "`/metrics` on the HTTP port", router_registry()),
+        ("Worker", "`/metrics` on the admin port", WorkerMetrics("mixed").registry),
+    ):
+        parts.append(f"\n## {title}\n\n{port}.\n\n| name | type | labels | meaning |\n|---|---|---|---|\n")
+        parts.append("\n".join(rows(registry)) + "\n")
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv:
+        sys.exit(0 if TARGET.read_text() == render() else "METRICS.md is stale: run make docs")
+    TARGET.write_text(render())

@@ -1,0 +1,33 @@
+"""What is generated from the code is fresh, and every local link of the documents leads somewhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def test_metrics_page_is_fresh() -> None:
+    command = [sys.executable, "docs/make_metrics.py", "--check"]
+    found = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": "."}, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_local_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_named_in_tables_exist(page: Path) -> None:
+    for line in page.read_text().splitlines():
+        if line.startswith("| `") and page.name == "README.md":
+            for name in re.findall(r"`((?:router|pdserve|kvstore|tests|docs)/[\w/.]*)`", line.split("|")[1]):
+                assert (ROOT / name).exists(), f"{page.name} names {name}"
