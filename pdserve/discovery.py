@@ -220,8 +220,10 @@ class _Calls:
         return result
 
     def _note(self, up: bool, reason: str) -> None:
-        if up != self._up and not (up and self._up is None):
-            log.log(logging.INFO if up else logging.WARNING, "redis %s %s", "is back" if up else "is down:", reason)
+        if not up and self._up is not False:
+            log.warning("redis is down: %s", reason)
+        elif up and self._up is False:
+            log.info("redis is back")
         self._up = up
 
     async def close(self) -> None:

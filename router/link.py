@@ -11,6 +11,7 @@ always cancelled. Messages leave in the order of `send`, through one bounded que
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable
@@ -109,9 +110,9 @@ class WorkerLink:
         was_up = False
         reason = ""
         channel = grpc.aio.insecure_channel(self.address, options=_OPTIONS)
+        call = WorkerStub(channel).Session()
         tasks: list[asyncio.Task[None]] = []
         try:
-            call = WorkerStub(channel).Session()
             messages = aiter(call)
             hello = await self._shake_hands(call, messages)
             self.up = was_up = True
@@ -119,7 +120,7 @@ class WorkerLink:
             parts = (self._read(messages), self._write(call), self._watch())
             tasks = [asyncio.create_task(self._guard(part)) for part in parts]
             reason = await self._ended
-        except (grpc.aio.AioRpcError, TimeoutError, ValueError) as error:
+        except (grpc.aio.AioRpcError, grpc.aio.BaseError, TimeoutError, ValueError) as error:
             reason = _sentence(error)
         finally:
             self.up = False
@@ -128,6 +129,7 @@ class WorkerLink:
                 task.cancel()
             if was_up:
                 self._listener.link_down(self, reason)
+            call.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await channel.close(None)
         return was_up
@@ -151,7 +153,7 @@ class WorkerLink:
         try:
             await part
             self._end("the worker ended the session")
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError, TimeoutError, ValueError) as error:
+        except (grpc.aio.AioRpcError, grpc.aio.BaseError, TimeoutError, ValueError) as error:
             self._end(_sentence(error))
         except Exception as error:
             log.exception("link %s: a bug ended the session", self.address)
@@ -164,8 +166,9 @@ class WorkerLink:
                 self._listener.link_message(self, message)
 
     async def _write(self, call: Any) -> None:
-        while True:
-            await call.write(await self._outbox.get())
+        with contextlib.suppress(asyncio.InvalidStateError):  # the call has ended; `_read` hears why
+            while True:
+                await call.write(await self._outbox.get())
 
     async def _watch(self) -> None:
         """Ping, and count silence in ticks: a pause of this process is not the worker's silence."""

@@ -23,7 +23,6 @@ LIGHT = {
     "pdserve.launch.announce",
     "pdserve.launch.folders",
     "pdserve.models.config",
-    "pdserve.models.config",
     "pdserve.models.folder",
     "pdserve.protocol",
     "pdserve.protocol.codec",

@@ -39,7 +39,7 @@ def compare(runs: Mapping[str, Run], rounds: int) -> dict[str, float]:
             run()
             times[name].append((time.perf_counter() - began_s) * 1e3)
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
-    first, last = list(medians)[0], list(medians)[-1]
+    first, *_, last = medians
     return {f"{name}_ms": round(ms, 3) for name, ms in medians.items()} | {
         f"{last}_over_{first}": round(medians[last] / medians[first], 2)
     }
@@ -188,7 +188,9 @@ def main() -> None:
             "kernels": getattr(kernels, "features", kernels.name),
             "ops_16_tokens": compare_ops(kernels, 16, args.rounds),
             "ops_512_tokens": compare_ops(kernels, 512, args.rounds),
-            "decode_attention": {f"batch_{n}": compare_attention(kernels, n, CONTEXT, 1, args.rounds) for n in (1, 8, 32)},
+            "decode_attention": {
+                f"batch_{n}": compare_attention(kernels, n, CONTEXT, 1, args.rounds) for n in (1, 8, 32)
+            },
             "prefill_attention": {
                 f"{queries}_of_{context}": compare_attention(kernels, 1, context, queries, args.rounds)
                 for queries, context in ((512, 512), (512, 2560), (64, 2048), (8, 512))

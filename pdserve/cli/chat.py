@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pdserve.cli.chat_stream import AnswerStats, ChatFailed, request_body, stream_answer
+from pdserve.cli.chat_stream import AnswerStats, ChatFailed, stream_answer
 from pdserve.errors import ConfigError
 from pdserve.launch.http_front import first_model
 
@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
         model: Annotated[str | None, typer.Option(help="Default: the first that the server lists.")] = None,
         system: Annotated[str | None, typer.Option(help="A system message.")] = None,
         max_tokens: Annotated[int, typer.Option(min=1)] = 512,
-        temperature: Annotated[float | None, typer.Option(min=0.0)] = None,
+        temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; small models ramble near 1.")] = 0.3,
     ) -> None:
         """Chat with a running server; the answer streams, and each ends with its TTFT and speed."""
         try:
@@ -40,12 +40,12 @@ class Chat:
     """A conversation. The server is told all of it each turn and finds the earlier turns in its prefix cache."""
 
     def __init__(
-        self, url: str, model: str, system: str | None, max_tokens: int, temperature: float | None, console: Console
+        self, url: str, model: str, system: str | None, max_tokens: int, temperature: float, console: Console
     ) -> None:
         self._url = url
         self._model = model
         self._opening = [{"role": "system", "content": system}] if system else []
-        self._sampling = {"max_tokens": max_tokens, "temperature": temperature}
+        self._body = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
         self._console = console
         self.messages = list(self._opening)
 
@@ -73,8 +73,7 @@ class Chat:
         """One question and its answer. An answer that was cut short stays in the conversation as far as it came."""
         question = {"role": "user", "content": text}
         stats = AnswerStats(started_s=time.monotonic())
-        body = request_body(self._model, [*self.messages, question], **self._sampling)
-        pieces = stream_answer(self._url, body, stats)
+        pieces = stream_answer(self._url, {**self._body, "messages": [*self.messages, question]}, stats)
         answer: list[str] = []
         note = ""
         try:
@@ -88,6 +87,6 @@ class Chat:
             note = f"{error} · "
         finally:
             pieces.close()
-        self._console.print(f"\n{note}{stats.describe()}", style="dim", markup=False)
+        self._console.print(f"\n{note}{stats.describe()}", style="dim", markup=False, soft_wrap=True)
         if answer:
             self.messages += [question, {"role": "assistant", "content": "".join(answer)}]

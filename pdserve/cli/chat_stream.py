@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,8 +101,3 @@ def _refusal(status: int, body: bytes) -> str:
         return f"{json.loads(body)['error']['message']} (status {status})"
     except (ValueError, KeyError, TypeError):
         return f"The server answered with status {status}."
-
-
-def request_body(model: str, messages: Sequence[dict[str, str]], **sampling: float | None) -> dict[str, Any]:
-    given = {name: value for name, value in sampling.items() if value is not None}
-    return {"model": model, "messages": list(messages), **given}

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "decode_tile.h"
+#include "vector.h"
 
 // A part of the context of one (sequence, kv head).
 struct DecodeItem {
@@ -54,17 +55,23 @@ PDS_INLINE void online_softmax(float* scores, int tokens, float scale_log2, floa
   sum = sum * shrink + tile_sum;
   max = top;
   if (shrink == 1.0f) return;
-#pragma omp simd
-  for (int d = 0; d < dim; d++) out[d] *= shrink;
+  for_lanes(dim, [=](int d, auto v) { store_as<decltype(v)>(out + d, load_as<decltype(v)>(out + d) * shrink); });
 }
 
 template <class T, class Products>
 class Decode {
  public:
   Decode(T* out, const T* qkv, const Batch& batch, const Pool& pool, int layer, int heads, float scale)
-      : out_(out), qkv_(qkv), batch_(batch), pool_(pool), layer_(layer), heads_(heads),
+      : out_(out),
+        qkv_(qkv),
+        batch_(batch),
+        pool_(pool),
+        layer_(layer),
+        heads_(heads),
         group_(heads / pool.kv_heads),
-        padded_(ceil_div(group_, Products::HEADS) * Products::HEADS), dim_(pool.head_dim), scale_log2_(scale * LOG2_E) {}
+        padded_(ceil_div(group_, Products::HEADS) * Products::HEADS),
+        dim_(pool.head_dim),
+        scale_log2_(scale * LOG2_E) {}
 
   void run(const std::vector<int>& sequences, int threads) const {
     const int pairs = static_cast<int>(sequences.size()) * pool_.kv_heads;

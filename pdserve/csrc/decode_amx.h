@@ -20,7 +20,8 @@ class AmxProducts {
     for (int h = 0; h < group_; h += HEADS) {
       for (int d = 0; d < DIM; d += 32) {
         __m512i r[16];
-        PDS_UNROLL for (int i = 0; i < 16; i++) r[i] = load(q + smaller(h + i, group_ - 1) * DIM + d);
+        PDS_UNROLL
+        for (int i = 0; i < 16; i++) r[i] = load(q + smaller(h + i, group_ - 1) * DIM + d);
         store_tile(q_ + h * DIM + d * 16, r);
       }
     }
@@ -31,7 +32,7 @@ class AmxProducts {
     for (int r = 0; r < tile.num_runs; r++) {
       const auto& run = tile.runs[r];
       for (int at = 0; at < run.count; at += 16) {
-        for (int h = 0; h < group_; h += HEADS) score_16(scores + h, tile.runs[r], at, h);
+        for (int h = 0; h < group_; h += HEADS) score_16(scores + h, run, at, h);
         next.prefetch_keys(r, at, 16, DIM);
       }
     }
@@ -46,7 +47,8 @@ class AmxProducts {
       }
     }
     // The products take 32 tokens at a time.
-    if ((tile.tokens - 1) % 32 < 16) pair_16(tile.tokens / 16 * 16 + (tile.tokens % 16 ? 16 : 0), nullptr, 0, [](int) {});
+    const int halves = ceil_div(tile.tokens, 16);
+    if (halves % 2 != 0) pair_16(halves * 16, nullptr, 0, [](int) {});
     for (int h = 0; h < group_; h += HEADS) weigh_heads(out + h * DIM, scores + h, h, ceil_div(tile.tokens, 32));
   }
 
@@ -58,23 +60,26 @@ class AmxProducts {
   PDS_INLINE void score_16(Scores* scores, const Tile<bf16>::Run& run, int at, int h) const {
     alignas(64) float sums[16 * 16];
     _tile_zero(0);
-    PDS_UNROLL for (int d = 0; d < DIM; d += 32) {
+    PDS_UNROLL
+    for (int d = 0; d < DIM; d += 32) {
       _tile_loadd(4, run.keys + at * DIM + d, DIM * sizeof(bf16));
       _tile_loadd(6, q_ + h * DIM + d * 16, 64);
       _tile_dpbf16ps(0, 4, 6);
     }
     _tile_stored(0, sums, 64);
     __m512i t[16];
-    PDS_UNROLL for (int i = 0; i < 16; i++) t[i] = _mm512_load_si512(sums + i * 16);
+    PDS_UNROLL
+    for (int i = 0; i < 16; i++) t[i] = _mm512_load_si512(sums + i * 16);
     transpose_16x16(t);
     const int heads = smaller(group_ - h, HEADS);
-    PDS_UNROLL for (int i = 0; i < 16; i++) {
+    PDS_UNROLL
+    for (int i = 0; i < 16; i++) {
       if (i < heads) _mm512_storeu_si512(scores[i] + run.start + at, t[i]);
     }
   }
 
-  // 16 tokens of the tile, from `token` on, as half of the rows of tiles [32 tokens][dim / 16][16 pairs][16 dims]; those
-  // past `count` are zero, for what lies there is not a number.
+  // 16 tokens of the tile, from `token` on, as half of the rows of tiles [32 tokens][dim / 16][16 pairs][16 dims];
+  // those past `count` are zero, for what lies there is not a number.
   template <class Between>
   PDS_INLINE void pair_16(int token, const bf16* values, int count, Between between) {
     bf16* to = values_ + token / 32 * 32 * DIM + token % 32 * 16;

@@ -54,10 +54,12 @@ class Bf16Products {
   // Keys 0..last (at most 16) against one query; lanes past `last` repeat it.
   static PDS_INLINE __m512 score_16(const bf16* q, const bf16* keys, int last) {
     __m512 dots[16];
-    PDS_UNROLL for (int j = 0; j < 16; j++) {
+    PDS_UNROLL
+    for (int j = 0; j < 16; j++) {
       const bf16* key = keys + smaller(j, last) * DIM;
       dots[j] = _mm512_setzero_ps();
-      PDS_UNROLL for (int d = 0; d < DIM; d += 32) dots[j] = dot(dots[j], load(q + d), load(key + d));
+      PDS_UNROLL
+      for (int d = 0; d < DIM; d += 32) dots[j] = dot(dots[j], load(q + d), load(key + d));
     }
     return sum_lanes(dots);
   }
@@ -75,8 +77,10 @@ class Bf16Products {
     }
     for (int d = 0; d < DIM; d += 64) {
       __m512 sums[HEADS][4];
-      PDS_UNROLL for (int h = 0; h < HEADS; h++) {
-        PDS_UNROLL for (int i = 0; i < 4; i++) sums[h][i] = _mm512_loadu_ps(out + h * DIM + d + i * 16);
+      PDS_UNROLL
+      for (int h = 0; h < HEADS; h++) {
+        PDS_UNROLL
+        for (int i = 0; i < 4; i++) sums[h][i] = _mm512_loadu_ps(out + h * DIM + d + i * 16);
       }
       for (int r = 0; r < tile.num_runs; r++) {
         const auto& run = tile.runs[r];
@@ -88,16 +92,20 @@ class Bf16Products {
           const __m512i a = load(values), b = load(second), c = load(values + 32), e = load(second + 32);
           const __m512i pairs[4] = {_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b),
                                     _mm512_unpacklo_epi16(c, e), _mm512_unpackhi_epi16(c, e)};
-          PDS_UNROLL for (int h = 0; h < HEADS; h++) {
+          PDS_UNROLL
+          for (int h = 0; h < HEADS; h++) {
             uint32_t weight;
             std::memcpy(&weight, narrow[h] + run.start + j, sizeof weight);
             const __m512i both = _mm512_set1_epi32(static_cast<int>(odd ? weight & 0xffffu : weight));
-            PDS_UNROLL for (int i = 0; i < 4; i++) sums[h][i] = dot(sums[h][i], both, pairs[i]);
+            PDS_UNROLL
+            for (int i = 0; i < 4; i++) sums[h][i] = dot(sums[h][i], both, pairs[i]);
           }
         }
       }
-      PDS_UNROLL for (int h = 0; h < HEADS; h++) {
-        PDS_UNROLL for (int i = 0; i < 4; i++) _mm512_storeu_ps(out + h * DIM + d + i * 16, sums[h][i]);
+      PDS_UNROLL
+      for (int h = 0; h < HEADS; h++) {
+        PDS_UNROLL
+        for (int i = 0; i < 4; i++) _mm512_storeu_ps(out + h * DIM + d + i * 16, sums[h][i]);
       }
     }
   }

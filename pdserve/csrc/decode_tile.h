@@ -1,7 +1,7 @@
 // What decode attention takes from the pool at a time.
 #pragma once
 
-#include "common.h"
+#include "paged.h"
 
 constexpr int KEYS = 64;   // tokens of a tile: amortises the reductions of the softmax; its K and V stay in L1
 constexpr int SLACK = 16;  // keys are scored 16 at a time: what lies past the end of a run is overwritten or masked

@@ -1,9 +1,9 @@
 // Norms, activation, and rotation with the write into the pool: one pass over memory each.
 #pragma once
 
-#include "common.h"
+#include "paged.h"
+#include "vector.h"
 
-// row <- row / rms(row) * weight; the mean is taken in float32.
 // out <- x / rms(x) * weight; the mean is taken in float.
 template <class T>
 PDS_INLINE void norm_row(T* out, const T* x, const T* weight, int hidden, float eps) {

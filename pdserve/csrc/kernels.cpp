@@ -1,6 +1,8 @@
 // The C interface: pdserve/kernels/native.py declares the same. Sizes and alignments are checked there.
 
-#include "common.h"
+#include <type_traits>
+#include <vector>
+
 #include "decode.h"
 #include "decode_amx.h"
 #include "decode_bf16.h"
@@ -121,30 +123,30 @@ PDS_EXPORT int pds_batch_fits(const Batch* batch, const Pool* pool) {
   return 1;
 }
 
-#define PDS_KERNELS(T, NAME)                                                                                         \
-  PDS_EXPORT void pds_rms_norm_##NAME(T* out, const T* x, const T* weight, int rows, int hidden, float eps,          \
-                                      int threads) {                                                                 \
-    rms_norm(out, x, weight, rows, hidden, eps, threads);                                                            \
-  }                                                                                                                  \
-  PDS_EXPORT void pds_add_rms_norm_##NAME(T* out, const T* x, T* residual, const T* weight, int rows, int hidden,    \
-                                          float eps, int threads) {                                                  \
-    add_rms_norm(out, x, residual, weight, rows, hidden, eps, threads);                                              \
-  }                                                                                                                  \
-  PDS_EXPORT void pds_silu_and_mul_##NAME(T* out, const T* x, int rows, int inter, int threads) {                    \
-    silu_and_mul(out, x, rows, inter, threads);                                                                      \
-  }                                                                                                                  \
-  /* 0, and nothing done, where a position lies outside the table of max_position rows. */                           \
-  PDS_EXPORT int pds_rope_append_##NAME(T* qkv, const float* cos_sin, int max_position, const Batch* batch,          \
-                                        const Pool* pool, int layer, int heads, int threads) {                       \
-    for (int t = 0; t < batch->tokens; t++) {                                                                        \
-      if (batch->positions[t] < 0 || batch->positions[t] >= max_position) return 0;                                  \
-    }                                                                                                                \
-    rope_append(qkv, cos_sin, *batch, *pool, layer, heads, threads);                                                 \
-    return 1;                                                                                                        \
-  }                                                                                                                  \
-  PDS_EXPORT void pds_attention_##NAME(T* out, const T* qkv, const Batch* batch, const Pool* pool, int layer,        \
-                                       int heads, float scale, int threads) {                                        \
-    attend(Attention<T>{out, qkv, *batch, *pool, layer, heads, scale, threads});                                       \
+#define PDS_KERNELS(T, NAME)                                                                                      \
+  PDS_EXPORT void pds_rms_norm_##NAME(T* out, const T* x, const T* weight, int rows, int hidden, float eps,       \
+                                      int threads) {                                                              \
+    rms_norm(out, x, weight, rows, hidden, eps, threads);                                                         \
+  }                                                                                                               \
+  PDS_EXPORT void pds_add_rms_norm_##NAME(T* out, const T* x, T* residual, const T* weight, int rows, int hidden, \
+                                          float eps, int threads) {                                               \
+    add_rms_norm(out, x, residual, weight, rows, hidden, eps, threads);                                           \
+  }                                                                                                               \
+  PDS_EXPORT void pds_silu_and_mul_##NAME(T* out, const T* x, int rows, int inter, int threads) {                 \
+    silu_and_mul(out, x, rows, inter, threads);                                                                   \
+  }                                                                                                               \
+  /* 0, and nothing done, where a position lies outside the table of max_position rows. */                        \
+  PDS_EXPORT int pds_rope_append_##NAME(T* qkv, const float* cos_sin, int max_position, const Batch* batch,       \
+                                        const Pool* pool, int layer, int heads, int threads) {                    \
+    for (int t = 0; t < batch->tokens; t++) {                                                                     \
+      if (batch->positions[t] < 0 || batch->positions[t] >= max_position) return 0;                               \
+    }                                                                                                             \
+    rope_append(qkv, cos_sin, *batch, *pool, layer, heads, threads);                                              \
+    return 1;                                                                                                     \
+  }                                                                                                               \
+  PDS_EXPORT void pds_attention_##NAME(T* out, const T* qkv, const Batch* batch, const Pool* pool, int layer,     \
+                                       int heads, float scale, int threads) {                                     \
+    attend(Attention<T>{out, qkv, *batch, *pool, layer, heads, scale, threads});                                  \
   }
 
 PDS_KERNELS(bf16, bf16)

@@ -28,16 +28,20 @@ inline void panel_of_dots(const LinearArgs& args, int panel) {
     const bf16* w = args.w + at * k;
     for (int row = 0; row < args.rows; row += 4) {
       const bf16* x[4];
-      PDS_UNROLL for (int i = 0; i < 4; i++) x[i] = args.x + smaller(row + i, args.rows - 1) * k;
+      PDS_UNROLL
+      for (int i = 0; i < 4; i++) x[i] = args.x + smaller(row + i, args.rows - 1) * k;
       __m512 sums[16] = {};
       for (int64_t d = 0; d < k; d += 32) {
         if (row == 0) {
-          PDS_UNROLL for (int j = 4; j < 8; j++) __builtin_prefetch(w + j * k + d);
+          PDS_UNROLL
+          for (int j = 4; j < 8; j++) __builtin_prefetch(w + j * k + d);
         }
         const __m512i rows[4] = {load(w + d), load(w + k + d), load(w + 2 * k + d), load(w + 3 * k + d)};
-        PDS_UNROLL for (int i = 0; i < 4; i++) {
+        PDS_UNROLL
+        for (int i = 0; i < 4; i++) {
           const __m512i column = load(x[i] + d);
-          PDS_UNROLL for (int j = 0; j < 4; j++) sums[4 * i + j] = dot(sums[4 * i + j], rows[j], column);
+          PDS_UNROLL
+          for (int j = 0; j < 4; j++) sums[4 * i + j] = dot(sums[4 * i + j], rows[j], column);
         }
       }
       alignas(64) float block[16];

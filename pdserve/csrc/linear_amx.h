@@ -1,5 +1,5 @@
-// The matrix product in AMX tiles. Rows of w are rows of tiles as they lie, so the result is computed transposed, w x^T,
-// and only x is packed.
+// The matrix product in AMX tiles. Rows of w are rows of tiles as they lie, so the result is computed transposed, w
+// x^T, and only x is packed.
 #pragma once
 
 #include "amx.h"
@@ -7,7 +7,7 @@
 
 #if PDS_AMX
 
-constexpr int PACKED_BYTES = 3 << 19;  // of x at a time: stays in the L2 cache while all of w passes
+constexpr int PACKED_BYTES = 1 << 20;  // of x at a time: stays in the L2 cache while all of w passes
 constexpr int DEPTH = 576;             // of a panel at a time: 32 rows of w stay in the L1 cache while x passes
 
 // A block of rows of x as tiles of pairs, [rows / 16][k / 32][16 pairs of k][16 rows], missing rows being zero.
@@ -26,7 +26,8 @@ inline PackedRows pack_rows(const LinearArgs& args, int first, int rows, bf16* t
     const bf16* from = args.x + int64_t{first + row} * args.k;
     for (int at = 0; at < args.k; at += 32, to += TILE) {
       __m512i r[16];
-      PDS_UNROLL for (int i = 0; i < 16; i++) {
+      PDS_UNROLL
+      for (int i = 0; i < 16; i++) {
         r[i] = row + i < rows ? load(from + int64_t{i} * args.k + at) : _mm512_setzero_si512();
       }
       store_tile(to, r);
@@ -41,7 +42,8 @@ PDS_INLINE void store_sums(const LinearArgs& args, const PackedRows& x, const fl
   transpose_to_bf16(r, sums, ld, args.bias == nullptr ? nullptr : args.bias + panel);
   const int count = smaller(x.rows - row, 16);
   bf16* to = args.out + int64_t{x.first + row} * args.n + panel;
-  PDS_UNROLL for (int i = 0; i < 16; i++) {
+  PDS_UNROLL
+  for (int i = 0; i < 16; i++) {
     if (i < count) _mm512_storeu_si512(to + int64_t{i} * args.n, r[i]);
   }
 }
@@ -55,7 +57,8 @@ inline void panel_of_few(const LinearArgs& args, const PackedRows& x, int panel)
   _tile_zero(0);
   _tile_zero(1);
   for (int at = 0; at < args.k; at += 32, next += PANEL * 64) {
-    PDS_UNROLL for (int i = 0; i < PANEL; i++) __builtin_prefetch(next + i * 64, 0, 2);
+    PDS_UNROLL
+    for (int i = 0; i < PANEL; i++) __builtin_prefetch(next + i * 64, 0, 2);
     _tile_loadd(6, x.tile(0, at, args.k), 64);
     _tile_loadd(4, upper + at, row_bytes);
     _tile_dpbf16ps(0, 4, 6);
@@ -89,6 +92,8 @@ inline void panel_of_many(const LinearArgs& args, const PackedRows& x, int panel
   }
 }
 
+struct PartialSums : Scratch {};
+
 inline void linear_amx(const LinearArgs& args, int threads) {
   const int most = larger(PACKED_BYTES / (args.k * static_cast<int>(sizeof(bf16))) / 32 * 32, 32);
   for (int first = 0; first < args.rows; first += most) {
@@ -98,8 +103,7 @@ inline void linear_amx(const LinearArgs& args, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       const AmxScope scope;
-      struct Partial : Scratch {};  // a scratch of its own
-      float* partial = of_this_thread<Partial>().template get<float>(size_t(ceil_div(rows, 32)) * 32 * PANEL);
+      float* partial = of_this_thread<PartialSums>().get<float>(size_t(ceil_div(rows, 32)) * 32 * PANEL);
 #pragma omp for schedule(static)
       for (int panel = 0; panel < args.n; panel += PANEL) {
         rows <= 16 ? panel_of_few(args, x, panel) : panel_of_many(args, x, panel, partial);

@@ -24,8 +24,14 @@ class Prefill {
 
  public:
   Prefill(T* out, const T* qkv, const Batch& batch, const Pool& pool, int layer, int heads, float scale)
-      : out_(out), qkv_(qkv), batch_(batch), pool_(pool), layer_(layer), heads_(heads),
-        group_(heads / pool.kv_heads), scale_log2_(scale * LOG2_E) {}
+      : out_(out),
+        qkv_(qkv),
+        batch_(batch),
+        pool_(pool),
+        layer_(layer),
+        heads_(heads),
+        group_(heads / pool.kv_heads),
+        scale_log2_(scale * LOG2_E) {}
 
   void run(const std::vector<int>& sequences, int threads) const {
     // Each part gathers K and V again, which is cheap beside a few hundred columns.

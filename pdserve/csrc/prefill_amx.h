@@ -41,7 +41,8 @@ class AmxChunk {
     for (int half = 0; half < 2; half++) {
       for (int d = 0; d < dim_; d += 32) {
         __m512i r[16];
-        PDS_UNROLL for (int c = 0; c < 16; c++) {
+        PDS_UNROLL
+        for (int c = 0; c < 16; c++) {
           r[c] = load(queries.row(smaller(column + half * 16 + c, queries.count - 1)) + d);
         }
         store_tile(queries_ + (d / 16 + half) * TILE, r);
@@ -95,7 +96,8 @@ class AmxChunk {
 
   static void transpose_values(bf16* to, const bf16* const values[KEY_PAD], int d) {
     __m512i upper[16], lower[16];  // pairs of keys by dims d .. d + 15, and by d + 16 .. d + 31
-    PDS_UNROLL for (int i = 0; i < 16; i++) {
+    PDS_UNROLL
+    for (int i = 0; i < 16; i++) {
       const __m512i even = load(values[2 * i] + d), odd = load(values[2 * i + 1] + d);
       upper[i] = pair_up(_mm512_inserti64x4(even, _mm512_castsi512_si256(odd), 1));
       lower[i] = pair_up(_mm512_shuffle_i64x2(even, odd, 0xee));

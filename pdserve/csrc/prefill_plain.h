@@ -1,7 +1,8 @@
 // The products of prefill attention in float, in the compiler's vector type: any element type, any machine.
 #pragma once
 
-#include "common.h"
+#include "paged.h"
+#include "vector.h"
 
 constexpr int KEY_BLOCK = 128;  // keys between two updates of the running maximum
 constexpr int KEY_PAD = 32;     // K and V are gathered up to a multiple of it, the rest being zero
@@ -86,18 +87,23 @@ class PlainChunk {
   template <bool ADD>
   static void multiply(float* c, const float* a, int64_t row_stride, int64_t depth_stride, const float* b, int depth) {
     Floats sum[ROWS][2];
-    PDS_UNROLL for (int r = 0; r < ROWS; r++) {
-      PDS_UNROLL for (int v = 0; v < 2; v++) sum[r][v] = ADD ? load_floats(c + r * COLS + v * LANES) : Floats{};
+    PDS_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      PDS_UNROLL
+      for (int v = 0; v < 2; v++) sum[r][v] = ADD ? load_floats(c + r * COLS + v * LANES) : Floats{};
     }
     for (int k = 0; k < depth; k++, a += depth_stride, b += COLS) {
       const Floats left = load_floats(b), right = load_floats(b + LANES);
-      PDS_UNROLL for (int r = 0; r < ROWS; r++) {
+      PDS_UNROLL
+      for (int r = 0; r < ROWS; r++) {
         sum[r][0] += a[r * row_stride] * left;
         sum[r][1] += a[r * row_stride] * right;
       }
     }
-    PDS_UNROLL for (int r = 0; r < ROWS; r++) {
-      PDS_UNROLL for (int v = 0; v < 2; v++) store_floats(c + r * COLS + v * LANES, sum[r][v]);
+    PDS_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      PDS_UNROLL
+      for (int v = 0; v < 2; v++) store_floats(c + r * COLS + v * LANES, sum[r][v]);
     }
   }
 

@@ -16,7 +16,8 @@ PDS_INLINE __m512i to_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvt
 // Lane i of the result is the sum of the lanes of v[i].
 PDS_INLINE __m512 sum_lanes(const __m512 v[16]) {
   __m512 quads[4];  // lane 4 b + i of quads[g] is the sum of 128-bit block b of v[4 g + i]
-  PDS_UNROLL for (int g = 0; g < 4; g++) {
+  PDS_UNROLL
+  for (int g = 0; g < 4; g++) {
     const __m512 *a = v + 4 * g, *b = a + 1, *c = a + 2, *d = a + 3;
     const __m512 ab = _mm512_unpacklo_ps(*a, *b) + _mm512_unpackhi_ps(*a, *b);
     const __m512 cd = _mm512_unpacklo_ps(*c, *d) + _mm512_unpackhi_ps(*c, *d);
@@ -39,23 +40,27 @@ PDS_INLINE void store_unpacked(bf16* to, const float* from, float scale) {
 // r[i] lane j <-> r[j] lane i, of 32 bits.
 PDS_INLINE void transpose_16x16(__m512i r[16]) {
   __m512i t[16];
-  PDS_UNROLL for (int i = 0; i < 16; i += 2) {
+  PDS_UNROLL
+  for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
     t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
   }
-  PDS_UNROLL for (int i = 0; i < 16; i += 4) {
+  PDS_UNROLL
+  for (int i = 0; i < 16; i += 4) {
     r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
     r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
     r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
     r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
   }
-  PDS_UNROLL for (int i = 0; i < 4; i++) {
+  PDS_UNROLL
+  for (int i = 0; i < 4; i++) {
     t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
     t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
     t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
     t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
   }
-  PDS_UNROLL for (int i = 0; i < 4; i++) {
+  PDS_UNROLL
+  for (int i = 0; i < 4; i++) {
     r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
     r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
     r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);

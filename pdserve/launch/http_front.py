@@ -97,6 +97,7 @@ def example_command(url: str, model: str) -> str:
     body = {
         "model": model,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0,  # a small model rambles at the API's default of 1
         "stream": True,
     }
     return f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"

@@ -24,6 +24,7 @@ from kvstore.transfer.session import (
     Fail,
     ReceiveAction,
     ReceiveSession,
+    ReceiveState,
     Release,
 )
 from kvstore.transfer.tags import MANIFEST, message_tag
@@ -43,6 +44,10 @@ class ArrivalListener(Protocol):
         ...
 
     def failed(self, arrival: Arrival, reason: str) -> None: ...
+
+    def landed_late(self) -> None:
+        """A message of a failed arrival; it changes nothing."""
+        ...
 
     def drained(self, refs: list[BlockRef]) -> None:
         """Nothing lands in these blocks of a failed arrival any more."""
@@ -81,6 +86,7 @@ class Arrival:
         self._session = ReceiveSession(ticket.ticket_id, peer.peer_id, expected, num_output_tokens)
         self._refs = {ref.block_id: ref for ref in blocks}
         self._fence: asyncio.Task[None] | None = None
+        self._drained = asyncio.Event()
 
     def start(self) -> None:
         """Post all receives."""
@@ -91,10 +97,6 @@ class Arrival:
     def stop(self, reason: str) -> None:
         """The request is over. Idempotent; blocks are told as drained when they are."""
         self._do(self._session.abort(reason))
-
-    @property
-    def late_events(self) -> int:
-        return self._session.late_events
 
     def _receive(self, ordinal: int, into: Buffer) -> None:
         tag = message_tag(self._ticket.ticket_id, ordinal)
@@ -111,9 +113,11 @@ class Arrival:
                 self._links.close(self._peer, f"a receive failed: {completion.error}")
             self._do(self._session.ended_badly(ordinal, completion.outcome))
             return
+        if self._session.state is not ReceiveState.RECEIVING:
+            self._listener.landed_late()
         landed_s = time.monotonic()
         if ordinal == MANIFEST:
-            actions = self._session.manifest_landed(self._manifest.tobytes())
+            actions = self._session.manifest_landed(self._manifest[: completion.num_bytes].tobytes())
         else:
             checksum = block_checksum(self._memory.block(self.blocks[ordinal].block_id))
             actions = self._session.block_landed(ordinal, checksum)
@@ -135,9 +139,14 @@ class Arrival:
                         self._peer.cancel(self._operations[ordinal])
                 case Release(block_ids):
                     self._listener.drained([self._refs[block_id] for block_id in block_ids])
+        if self._session.state is ReceiveState.DRAINED:
+            self._drained.set()
 
     async def _ask_fence(self) -> None:
-        """Have the sender say what it sent; without an answer, close the link, which ends every receive."""
+        """Have the sender say what it sent, and wait until it is here.
+
+        A peer that does not answer, or whose messages do not come, has its link closed, which ends every receive.
+        """
         request = pb.FenceRequest(
             decode_worker_id=self._ticket.decode_worker_id,
             decode_incarnation=self._ticket.decode_incarnation,
@@ -150,3 +159,8 @@ class Arrival:
             await self._links.close(self._peer, "a fence was not acknowledged")
             return
         self._do(self._session.fenced(reply.sent_ordinals))
+        try:
+            async with asyncio.timeout(self._fence_s):
+                await self._drained.wait()
+        except TimeoutError:
+            self._links.close(self._peer, "what was sent before a fence did not arrive")

@@ -30,6 +30,7 @@ class LinkLimits:
     dial_s: float = 5.0  # for the peer's answer, and for the probe
     backoff_s: tuple[float, ...] = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # before dialling again
     probe_bytes: int = 8 << 20
+    check_s: float = 2.0  # between two questions whether the peer still has its end
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,7 +114,8 @@ class DecodeSide:
             error = answer.exception()
             if isinstance(error, NoRoom):
                 return  # stays the first in line; tried again when something has changed
-            self._pending.pop(pending.entry.name, None)
+            if self._pending.get(pending.entry.name) is pending:
+                del self._pending[pending.entry.name]
             if error is not None:
                 self._requests.fail(pending.entry, f"reserving failed: {error}")
             else:
@@ -183,6 +184,9 @@ class DecodeSide:
         if self._requests.get(entry.name) is entry:
             self._metrics.transfer_failures.labels("receive").inc()
             self._requests.fail(entry, reason)
+
+    def landed_late(self) -> None:
+        self._metrics.late_landings.inc()
 
     def drained(self, refs: list[BlockRef]) -> None:
         """Nothing lands in these quarantined blocks any more."""

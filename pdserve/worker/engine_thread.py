@@ -92,14 +92,19 @@ class EngineThread:
         """Ends after the step in progress."""
         self._commands.put(None)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.died.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self.died.wait()
 
     def post(self, command: Command) -> None:
         """Run `command(engine, now_s)` before the next step."""
         self._commands.put(command)
 
+    def tell(self, question: Callable[[Engine, float], T], listener: Callable[[T], None]) -> None:
+        """Like `post`; what it returns goes to `listener` on the loop, in order with the reports of steps."""
+        self._commands.put(lambda engine, now_s: self._call(listener, question(engine, now_s)))
+
     def ask(self, question: Callable[[Engine, float], T]) -> asyncio.Future[T]:
-        """Like `post`, with the result or the exception as a future."""
+        """Like `post`, with the result or the exception as a future; its callbacks may run after the next report's."""
         future: asyncio.Future[T] = self._loop.create_future()
 
         def settle(result: T | None, error: Exception | None) -> None:
@@ -179,7 +184,7 @@ class EngineThread:
             log.exception("a step failed; its %d sequences end with an error", len(plan.chunks))
             failed = tuple(chunk.sequence for chunk in plan.chunks)
             for sequence in failed:
-                self._engine.finish(sequence)
+                self._take_out(sequence)
             self._failed_steps += 1
             if self._failed_steps >= _MAX_FAILED_STEPS:
                 raise
@@ -192,6 +197,13 @@ class EngineThread:
             Computed(token.sequence, tuple(token.sequence.block_ids)) for token in tokens if token.sequence.prefill_only
         )
         self._report(tuple(tokens), computed, (), plan.num_tokens, time.monotonic() - began_s)
+
+    def _take_out(self, sequence: Sequence) -> None:
+        """No step has it any more. A push may be reading a prompt's blocks: they are given back when that has drained."""
+        if sequence.prefill_only:
+            self._engine.scheduler.hand_off(sequence, time.monotonic() + self._engine.config.handoff_s)
+        else:
+            self._engine.finish(sequence)
 
     def _report(
         self,

@@ -10,6 +10,7 @@ machine the peer's death is learnt from its pidfd at once; between machines from
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -59,6 +60,7 @@ class PeerLink:
     incarnation: int
     address: str
     link: Link
+    peer_address: bytes = b""  # of the peer's end
     transport: str = ""
     bytes_per_second: float = 0.0
     closing: asyncio.Future[None] | None = None  # set once the link is being closed; done when that is proven
@@ -130,6 +132,7 @@ class LinkTable:
         for peer_id, (peer, task) in list(self._dialers.items()):
             if wanted.get(peer_id) != peer:
                 task.cancel()
+                self._await_end(task)
                 del self._dialers[peer_id]
                 self._last_report.pop(peer_id, None)
                 if peer_id in self._links:
@@ -156,30 +159,49 @@ class LinkTable:
                 "link to %s is up: %s, %.1f GB/s in a probe", peer.worker_id, link.transport, link.bytes_per_second / 1e9
             )
             self._publish(peer, link=link)
-            await link.gone.wait()
+            await self._until_gone(peer, link)
+
+    async def _until_gone(self, peer: pb.Peer, link: PeerLink) -> None:
+        """With nothing under way no operation fails when the peer closes its end: ask now and then whether it did."""
+        while True:
+            try:
+                async with asyncio.timeout(self._limits.check_s):
+                    await link.gone.wait()
+                return
+            except TimeoutError:
+                with contextlib.suppress(grpc.aio.AioRpcError):  # silence says nothing about the link
+                    if (await self._connect(peer, link)).link_address != link.peer_address:
+                        self.close(link, "the peer has closed its end")
+
+    async def _connect(self, peer: pb.Peer, link: PeerLink) -> pb.ConnectReply:
+        mine = self._identity
+        request = pb.ConnectRequest(
+            worker_id=mine.worker_id,
+            incarnation=mine.incarnation,
+            address=mine.address,
+            fingerprint=mine.fingerprint,
+            block_bytes=mine.block_bytes,
+            host_id=mine.host_id,
+            link_address=link.link.address,
+            transport=self._transport.name,
+            pid=os.getpid(),
+        )
+        reply: pb.ConnectReply = await self.stub(peer.address).Connect(request, timeout=self._limits.dial_s)
+        return reply
 
     async def _dial(self, peer: pb.Peer) -> PeerLink:
-        mine = self._identity
-        link = self._open(peer.worker_id, peer.incarnation, peer.address, same_host=peer.host_id == mine.host_id)
+        same_host = peer.host_id == self._identity.host_id
+        link = self._open(peer.worker_id, peer.incarnation, peer.address, same_host=same_host)
         try:
-            request = pb.ConnectRequest(
-                worker_id=mine.worker_id,
-                incarnation=mine.incarnation,
-                address=mine.address,
-                fingerprint=mine.fingerprint,
-                block_bytes=mine.block_bytes,
-                host_id=mine.host_id,
-                link_address=link.link.address,
-                transport=self._transport.name,
-                pid=os.getpid(),
-            )
-            reply = await self.stub(peer.address).Connect(request, timeout=self._limits.dial_s)
+            reply = await self._connect(peer, link)
             if reply.incarnation != peer.incarnation:
                 raise TransferError(f"{peer.worker_id} has restarted since it was listed")
             link.link.connect(reply.link_address)
-            if peer.host_id == mine.host_id:
+            link.peer_address = reply.link_address
+            if same_host:
                 self._watch(link, reply.pid)
-            link.bytes_per_second = await asyncio.wait_for(self._probe(link), self._limits.dial_s)
+            async with asyncio.timeout(self._limits.dial_s):
+                link.bytes_per_second = await self._probe(link)
             link.transport = link.link.describe()
         except BaseException:
             await self.close(link, "dialling failed")
@@ -213,7 +235,7 @@ class LinkTable:
     # --- decode accepts ----------------------------------------------------------------------------------------------
 
     async def accept(self, request: pb.ConnectRequest) -> pb.ConnectReply:
-        """Raises TransferError, with what differs, if the two workers cannot exchange blocks."""
+        """Idempotent for one end of the peer's. Raises TransferError, with what differs, if the two cannot exchange blocks."""
         mine = self._identity
         if request.transport != self._transport.name:
             raise TransferError(f"{mine.worker_id} moves blocks by {self._transport.name}, the peer by {request.transport}")
@@ -222,8 +244,9 @@ class LinkTable:
                 f"{request.worker_id} and {mine.worker_id} differ in model, dtype or block layout "
                 f"(blocks of {request.block_bytes} and {mine.block_bytes} bytes): start both with the same settings"
             )
-        older = self._links.get(request.worker_id)
-        if older is not None:
+        while (older := self._links.get(request.worker_id)) is not None:
+            if older.peer_address == request.link_address:
+                return self._accepted(older)
             await self.close(older, "the peer dials again")
         same_host = request.host_id == mine.host_id
         link = self._open(request.worker_id, request.incarnation, request.address, same_host=same_host)
@@ -232,11 +255,16 @@ class LinkTable:
             for number in range(_PROBES):
                 link.receive(message_tag(PROBE_TICKET, number), scratch, lambda completion: None)
             link.link.connect(request.link_address)
+            link.peer_address = request.link_address
+            if same_host:
+                self._watch(link, request.pid)
         except TransferError:
             await self.close(link, "connecting back failed")
             raise
-        if same_host:
-            self._watch(link, request.pid)
+        return self._accepted(link)
+
+    def _accepted(self, link: PeerLink) -> pb.ConnectReply:
+        mine = self._identity
         return pb.ConnectReply(
             worker_id=mine.worker_id, incarnation=mine.incarnation, link_address=link.link.address, pid=os.getpid()
         )
@@ -256,7 +284,7 @@ class LinkTable:
         """Close the link as soon as the peer's process is gone."""
         try:
             link.pidfd = os.pidfd_open(pid)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise TransferError(f"the process of {link.peer_id} (pid {pid}) is gone") from error
         self._loop.add_reader(link.pidfd, self.close, link, "the peer's process has ended")
 
@@ -269,14 +297,18 @@ class LinkTable:
                 os.close(link.pidfd)
             if self._links.get(link.peer_id) is link:
                 del self._links[link.peer_id]
-            dialled = self._dialers.get(link.peer_id)
-            if dialled is not None:
-                self._publish(dialled[0], error=reason)
+            last_report = self._last_report.get(link.peer_id)
+            if last_report is not None and last_report.up:  # else the dialler tells why it is not up
+                self._publish(self._dialers[link.peer_id][0], error=reason)
             link.closing = self._loop.run_in_executor(None, link.link.close)
-            self._closing.add(link.closing)
-            link.closing.add_done_callback(self._closing.discard)
+            self._await_end(link.closing)
             link.gone.set()
         return link.closing
+
+    def _await_end(self, ending: asyncio.Future[None]) -> None:
+        """Before we are shut down."""
+        self._closing.add(ending)
+        ending.add_done_callback(self._closing.discard)
 
     async def shut_down(self) -> None:
         """Close all links and channels."""

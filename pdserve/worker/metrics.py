@@ -52,10 +52,8 @@ class WorkerMetrics:
         self.transfer_failures = Counter(
             "pdserve_transfer_failures_total", "Hand-overs that failed, by reason.", ["reason"], registry=registry
         )
-        self.late_events = Counter(
-            "pdserve_late_transfer_events_total",
-            "Events of transfers that were over already; dropped.",
-            registry=registry,
+        self.late_landings = Counter(
+            "pdserve_late_landings_total", "Messages that landed for a request that was over; dropped.", registry=registry
         )
 
     def on_step(self, report: StepReport) -> None:

@@ -13,11 +13,11 @@ import numpy as np
 from kvstore.errors import TransferError
 from kvstore.transfer.checksum import block_checksum
 from kvstore.transfer.session import Fenced, SendAction, SendBlock, SendFailed, SendManifest, SendSession, SendState
-from kvstore.transfer.tags import MANIFEST, message_tag
+from kvstore.transfer.tags import MANIFEST, MAX_BLOCKS, MAX_TICKET_ID, message_tag
 from kvstore.transfer.transport import Buffer, Completion, Outcome
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.worker.config import WorkerLimits
-from pdserve.worker.links import LinkTable, PeerLink
+from pdserve.worker.links import PROBE_TICKET, LinkTable, PeerLink
 from pdserve.worker.memory import BlockMemory
 
 
@@ -67,7 +67,9 @@ class Push:
         """Send under this ticket. Raises TransferError if it cannot be one of ours."""
         if self._session is not None:
             raise TransferError("this prompt is being pushed under another ticket")
-        if len(ticket.block_ids) != len(ticket.generations):
+        num_blocks = len(ticket.block_ids)
+        fits = num_blocks <= MAX_BLOCKS and PROBE_TICKET < ticket.ticket_id <= MAX_TICKET_ID
+        if num_blocks != len(ticket.generations) or not fits:
             raise TransferError("the ticket is malformed")
         self._ticket, self._peer = ticket, peer
         self._session = SendSession(ticket.ticket_id, ticket.generations)
@@ -91,7 +93,8 @@ class Push:
 
     async def _wait_drained(self) -> None:
         try:
-            await asyncio.wait_for(self._drained.wait(), self._drain_s)
+            async with asyncio.timeout(self._drain_s):
+                await self._drained.wait()
         except TimeoutError:
             assert self._peer is not None
             await self._links.close(self._peer, "a send did not end")

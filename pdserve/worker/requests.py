@@ -97,20 +97,22 @@ class RequestTable:
 
     def refuse(self, entry: Entry, reason: str) -> None:
         """Not now: the router may try elsewhere."""
-        refused = pb.Refused(request_id=entry.request_id, attempt=entry.attempt, reason=reason)
-        entry.session.send(pb.WorkerMessage(refused=refused))
-        self.end(entry)
+        if self.get(entry.name) is entry:
+            refused = pb.Refused(request_id=entry.request_id, attempt=entry.attempt, reason=reason)
+            entry.session.send(pb.WorkerMessage(refused=refused))
+            self.end(entry)
 
     def fail(self, entry: Entry, error: str) -> None:
         """This attempt cannot go on."""
-        if entry.name in self._entries:
+        if self.get(entry.name) is entry:
             self._send_end(entry.session, entry.request_id, entry.attempt, pb.ERROR, error)
             self.end(entry)
 
     def end(self, entry: Entry) -> None:
         """The one exit. Idempotent; what was held is given back as soon as nothing moves in or out of it."""
-        if self._entries.pop(entry.name, None) is None:
+        if self.get(entry.name) is not entry:
             return
+        del self._entries[entry.name]
         if entry.push is not None:
             drained = asyncio.ensure_future(entry.push.stop())
             self._draining[entry.name] = drained

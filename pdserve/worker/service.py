@@ -44,7 +44,8 @@ class WorkerService(WorkerServicer):
 
     async def _greet(self, messages: AsyncIterator[pb.RouterMessage], context: Context) -> str:
         try:
-            first = await asyncio.wait_for(anext(messages), _HELLO_TIMEOUT_S)
+            async with asyncio.timeout(_HELLO_TIMEOUT_S):
+                first = await anext(messages)
         except (TimeoutError, StopAsyncIteration):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a session begins with a hello")
         if first.WhichOneof("body") != "hello":

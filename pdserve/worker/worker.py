@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
@@ -80,8 +79,7 @@ class Worker:
             session.send(pb.WorkerMessage(link=report))
         session.send(self._load_message())
         # Events since the last step are in the snapshot too; telling one twice does no harm.
-        keys = self._engine.ask(lambda engine, now_s: engine.pool.visible_keys())
-        keys.add_done_callback(lambda answer: session.subscribe(answer.result()))
+        self._engine.tell(lambda engine, now_s: engine.pool.visible_keys(), session.subscribe)
 
     def close_session(self, session: RouterSession) -> None:
         """The router is gone: nobody wants its requests any more."""
@@ -201,14 +199,15 @@ class Worker:
 
     async def ledger(self) -> Ledger:
         """Raises TimeoutError if the engine is busy for too long."""
-        ledger = await asyncio.wait_for(
-            self._engine.ask(lambda engine, now_s: engine.pool.ledger(now_s)), _LEDGER_TIMEOUT_S
-        )
-        self._metrics.on_ledger(ledger)
-        return ledger
+        async with asyncio.timeout(_LEDGER_TIMEOUT_S):
+            return await self._ask_ledger()
+
+    def _ask_ledger(self) -> asyncio.Future[Ledger]:
+        return self._engine.ask(lambda engine, now_s: engine.pool.ledger(now_s))
 
     async def watch(self) -> None:
         """Deadlines and health on their own clock, not on the arrival of work. Ends the process if the engine hangs."""
+        gauges = self._ask_ledger()
         while not self._engine.died.is_set():
             await asyncio.sleep(self._limits.tick_s)
             now_s = time.monotonic()
@@ -221,5 +220,6 @@ class Worker:
             if stalled_s > self._limits.exit_s:
                 log.critical("a step has taken %.0f s: ending, so that the requests move elsewhere", stalled_s)
                 os._exit(70)
-            with contextlib.suppress(TimeoutError):
-                await self.ledger()  # keeps the gauges of the pool fresh
+            if gauges.done():  # a long step makes the gauges old, and holds up no deadline
+                self._metrics.on_ledger(gauges.result())
+                gauges = self._ask_ledger()

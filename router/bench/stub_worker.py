@@ -88,6 +88,7 @@ class StubWorker(WorkerServicer):
         self.spec = spec
         self.address = ""
         self.submits: list[pb.Submit] = []
+        self.reserves: list[pb.Reserve] = []
         self.aborts: list[tuple[str, int]] = []
         self.sessions: set[StubSession] = set()
         self._fabric = fabric
@@ -155,6 +156,7 @@ class StubWorker(WorkerServicer):
                     self.submits.append(message.submit)
                     self._spawn(session, message.submit, self._prefill(session, message.submit))
                 case "reserve":
+                    self.reserves.append(message.reserve)
                     self._spawn(session, message.reserve.request, self._decode(session, message.reserve.request))
                 case "handoff":
                     handoff = message.handoff
@@ -291,3 +293,13 @@ class StubWorker(WorkerServicer):
 
 def _ticket_id(ticket: pb.Ticket) -> TicketId:
     return ticket.decode_worker_id, ticket.decode_incarnation, ticket.ticket_id
+
+
+async def _serve() -> None:
+    worker = StubWorker(StubSpec("stub", pb.MIXED), Fabric())
+    print(await worker.start(), flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve())

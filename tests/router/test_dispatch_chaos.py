@@ -73,6 +73,22 @@ async def test_a_mixed_worker_is_replaced_by_another(phase: str, kind: str) -> N
         assert generation.workers == ["m0", "m1"]
 
 
+async def test_a_death_during_the_hand_over_is_not_waited_out() -> None:
+    limits = with_limits(handoff_base_s=60.0, handoff_cap_s=60.0)
+    async with StubCluster(*pair({"die_at": "handoff"}, PREFILL, Fabric()), limits=limits) as cluster:
+        await assert_exact(cluster.start(GREEDY))
+
+
+async def test_a_late_reservation_names_the_tokens_that_prefill_was_submitted() -> None:
+    """Decode learns the tokens made since then from the hand-over itself."""
+    fabric = Fabric()
+    decode = FaultyWorker(StubSpec("d0", DECODE), fabric, refuse_at="reserve")
+    async with StubCluster(StubWorker(StubSpec("p0", PREFILL), fabric), decode) as cluster:
+        await assert_exact(cluster.start(GREEDY))
+    assert [list(reserve.request.output_token_ids) for reserve in decode.reserves] == [[], []]
+    assert decode.reserves[1].prefill_worker_id == "p0"
+
+
 async def test_stale_doubled_and_swapped_tokens_are_sorted_out() -> None:
     fabric = Fabric()
     workers = [FaultyWorker(StubSpec(n, r), fabric, noisy=True) for n, r in (("p0", PREFILL), ("d0", DECODE))]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from typing import Any
 
+import grpc
 import pytest
 
 from kvstore.keys import block_keys, root_key
@@ -212,3 +214,24 @@ async def test_an_address_where_no_worker_answers_is_dialled_and_reported(settin
     setting.listed.addresses.append("127.0.0.1:1")
     await until(lambda: "UNAVAILABLE" in str(setting.fleet.topology()["workers"]))
     assert setting.fleet.counts() == {("unknown", "unreachable"): 1}
+
+
+@pytest.mark.parametrize("before_hello", [True, False])
+async def test_a_session_that_the_worker_cancels_is_dialled_again(setting: Setting, before_hello: bool) -> None:
+    class Cancelling(StubWorker):
+        calls = 0
+
+        async def Session(
+            self, request_iterator: AsyncIterator[pb.RouterMessage], context: Any
+        ) -> AsyncIterator[pb.WorkerMessage]:
+            self.calls += 1
+            if self.calls == 1:
+                if not before_hello:
+                    yield pb.WorkerMessage(hello=self._hello())
+                await context.abort(grpc.StatusCode.CANCELLED, "not now")
+            async for message in super().Session(request_iterator, context):
+                yield message
+
+    worker = Cancelling(StubSpec("m0", MIXED), Fabric())
+    await setting.add(worker)
+    await until(lambda: worker.calls >= 2 and setting.state(worker.address) == "ready")

@@ -1,6 +1,6 @@
 """A real deployment for end-to-end tests: worker and router processes as `pdserve up` starts them, without its supervisor.
 
-Nothing restarts what a test kills, so what the survivors do is their own doing.
+Nothing restarts what a test kills, so what the survivors do is their own doing; `revive` is for the next test.
 """
 
 from __future__ import annotations
@@ -18,22 +18,51 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+from tests.support.api_client import ApiClient
+
 READY_S = 90.0
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "UCX_WARN_UNUSED_ENV_VARS": "n"}
 
 
-@dataclass
+@dataclass(slots=True)
 class WorkerProcess:
+    """Addresses are those of its first start, which it keeps when it is revived."""
+
     worker_id: str
     process: subprocess.Popen[bytes]
-    address: str
-    admin_address: str
+    address: str = ""
+    admin_address: str = ""
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
 
     def ledger(self) -> dict[str, Any]:
         return get_json(f"http://{self.admin_address}/ledger")
 
-    def send_signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
+    def blocks(self, state: str) -> int:
+        """Blocks in one of the ledger's states."""
+        return int(self.ledger()["by_state"][state])
+
+    def holds(self, request_id: str) -> bool:
+        """Whether it has blocks of any attempt at this request."""
+        return any(hold["owner"].startswith(f"{request_id}#") for hold in self.ledger()["holds"])
+
+    def metric(self, name: str, **labels: str) -> float:
+        return metric(f"http://{self.admin_address}/metrics", name, **labels)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
 
 
 @dataclass
@@ -44,7 +73,6 @@ class Stack:
     log_dir: Path
     roles: Mapping[str, int]  # for example {"prefill": 1, "decode": 1}
     worker_options: tuple[str, ...] = ("--dtype", "float32")
-    router_options: tuple[str, ...] = ()
     workers: dict[str, WorkerProcess] = field(default_factory=dict)
     router: subprocess.Popen[bytes] | None = None
     port: int = 0
@@ -53,17 +81,23 @@ class Stack:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def client(self) -> ApiClient:
+        return ApiClient(self.port, self.model.name)
+
+    @property
+    def living(self) -> list[WorkerProcess]:
+        return [worker for worker in self.workers.values() if worker.alive]
+
+    def with_role(self, role: str) -> list[WorkerProcess]:
+        return [worker for worker in self.workers.values() if worker.worker_id.startswith(f"{role}-")]
+
     def __enter__(self) -> Stack:
         try:
-            started = [
-                self._start_worker(role, f"{role}-{number}")
-                for role, count in self.roles.items()
-                for number in range(count)
-            ]
-            for worker_id, process, pipe in started:
-                ready = self._await_ready(worker_id, pipe)
-                self.workers[worker_id] = WorkerProcess(worker_id, process, ready["address"], ready["admin_address"])
-            self._start_router()
+            self._start_workers([f"{role}-{number}" for role, count in self.roles.items() for number in range(count)])
+            with socket.create_server(("127.0.0.1", 0)) as probe:
+                self.port = probe.getsockname()[1]
+            self.start_router()
         except BaseException:
             self.__exit__()
             raise
@@ -81,8 +115,70 @@ class Stack:
                 process.kill()
                 process.wait()
 
+    def revive(self) -> None:
+        """Start again what is dead, under its old address, and wait until all is as it was at first."""
+        self._start_workers([worker.worker_id for worker in self.workers.values() if not worker.alive])
+        if self.router is None or self.router.poll() is not None:
+            self.start_router()
+        else:
+            self._await_links()
+
+    def start_router(self) -> None:
+        arguments = ["router", "--port", str(self.port), "--model", str(self.model)]
+        for worker in self.workers.values():
+            arguments += ["--worker", worker.address]
+        self.router = self._spawn("router", arguments)
+        self._await_links()
+
+    # --- looking at it -----------------------------------------------------------------------------------------------
+
+    def holder(self, request_id: str, role: str) -> WorkerProcess:
+        """The worker of this role that runs the request."""
+        found: list[WorkerProcess] = []
+
+        def look() -> bool:
+            found[:] = [worker for worker in self.with_role(role) if worker.alive and worker.holds(request_id)]
+            return bool(found)
+
+        wait_for(look, 10.0, lambda: f"no {role} worker runs {request_id}")
+        return found[0]
+
+    def events(self, event: str) -> float:
+        """The router's count of one kind of retry."""
+        return metric(f"{self.url}/metrics", "pdserve_router_events_total", event=event)
+
+    def log(self, name: str) -> str:
+        return (self.log_dir / f"{name}.log").read_text(errors="replace")[-4000:]
+
+    def assert_pools_whole(self, within_s: float = 5.0) -> None:
+        """Every living worker's ledger comes to hold only free and cached blocks."""
+
+        def whole() -> bool:
+            return all(ledger["sums"] and ledger["idle"] for ledger in self._ledgers())
+
+        wait_for(whole, within_s, lambda: str([ledger for ledger in self._ledgers() if not ledger["idle"]]))
+
+    def _ledgers(self) -> list[dict[str, Any]]:
+        return [worker.ledger() for worker in self.living]
+
+    def _linked(self) -> bool:
+        """The router is ready, has every worker, and every prefill worker is linked to every decode worker."""
+        try:
+            topology = get_json(f"{self.url}/workers")
+        except OSError:
+            return False
+        ready = [worker for worker in topology["workers"] if worker["state"] == "ready"]
+        links = [link for worker in ready for link in worker["links"] if link["up"]]
+        pairs = len(self.with_role("prefill")) * len(self.with_role("decode"))
+        return bool(topology["ready"]) and len(ready) == len(self.workers) and len(links) == pairs
+
+    def _await_links(self) -> None:
+        wait_for(self._linked, READY_S, lambda: f"the router is not ready:\n{self.log('router')}")
+
+    # --- starting ----------------------------------------------------------------------------------------------------
+
     def _spawn(self, name: str, arguments: list[str], pass_fds: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
-        with (self.log_dir / f"{name}.log").open("wb") as log:
+        with (self.log_dir / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", *arguments],
                 stdout=log,
@@ -91,13 +187,26 @@ class Stack:
                 env={**os.environ, **_ENVIRONMENT},
             )
 
-    def _start_worker(self, role: str, worker_id: str) -> tuple[str, subprocess.Popen[bytes], int]:
+    def _start_workers(self, worker_ids: list[str]) -> None:
+        pipes = [self._start_worker(worker_id) for worker_id in worker_ids]
+        for worker_id, pipe in zip(worker_ids, pipes, strict=True):
+            ready = self._await_ready(worker_id, pipe)
+            worker = self.workers[worker_id]
+            worker.address, worker.admin_address = ready["address"], ready["admin_address"]
+
+    def _start_worker(self, worker_id: str) -> int:
+        """Returns the end to read of its ready pipe."""
+        before = self.workers.get(worker_id)
+        role = worker_id.partition("-")[0]
         read_fd, write_fd = os.pipe()
         arguments = ["pdserve.worker", "--role", role, "--worker-id", worker_id, "--model", str(self.model)]
+        if before is not None:
+            arguments += ["--port", before.address.rpartition(":")[2]]
         arguments += [*self.worker_options, "--ready-fd", str(write_fd)]
         process = self._spawn(worker_id, arguments, pass_fds=(write_fd,))
         os.close(write_fd)
-        return worker_id, process, read_fd
+        self.workers[worker_id] = WorkerProcess(worker_id, process)
+        return read_fd
 
     def _await_ready(self, worker_id: str, pipe: int) -> dict[str, str]:
         with os.fdopen(pipe) as lines:
@@ -109,39 +218,25 @@ class Stack:
                     return value
         raise RuntimeError(f"{worker_id} ended before it was ready:\n{self.log(worker_id)}")
 
-    def _start_router(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
-        arguments = ["router", "--port", str(self.port), "--model", str(self.model), *self.router_options]
-        for worker in self.workers.values():
-            arguments += ["--worker", worker.address]
-        self.router = self._spawn("router", arguments)
-        wait_for(self.ready, READY_S, lambda: f"the router is not ready:\n{self.log('router')}")
-
-    def ready(self) -> bool:
-        try:
-            return bool(get_json(f"{self.url}/readyz"))
-        except OSError:
-            return False
-
-    def log(self, name: str) -> str:
-        return (self.log_dir / f"{name}.log").read_text(errors="replace")[-4000:]
-
-    def pools_idle(self) -> bool:
-        """Every living worker's ledger has only free and cached blocks."""
-        living = [worker for worker in self.workers.values() if worker.process.poll() is None]
-        return all(ledger["sums"] and ledger["idle"] for ledger in (worker.ledger() for worker in living))
-
-    def assert_pools_whole(self, within_s: float = 5.0) -> None:
-        wait_for(
-            self.pools_idle, within_s, lambda: str([w.ledger() for w in self.workers.values() if w.process.poll() is None])
-        )
-
 
 def get_json(url: str) -> dict[str, Any]:
     with urllib.request.urlopen(url, timeout=5) as response:
         value: dict[str, Any] = json.load(response)
         return value
+
+
+def scrape(url: str) -> list[Sample]:
+    """Raises ValueError if Prometheus would not take the page."""
+    with urllib.request.urlopen(url, timeout=5) as response:
+        page = response.read().decode()
+    return [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+
+
+def metric(url: str, name: str, **labels: str) -> float:
+    """The sum of the samples with this name and these labels; 0 where there is none."""
+    return sum(
+        sample.value for sample in scrape(url) if sample.name == name and labels.items() <= sample.labels.items()
+    )
 
 
 def wait_for(condition: Callable[[], bool], within_s: float, describe: Callable[[], str]) -> None:
@@ -150,4 +245,4 @@ def wait_for(condition: Callable[[], bool], within_s: float, describe: Callable[
     while not condition():
         if time.monotonic() > deadline_s:
             raise AssertionError(f"not within {within_s} s: {describe()}")
-        time.sleep(0.02)
+        time.sleep(0.01)

@@ -150,6 +150,7 @@ class Node:
     gate: Gate
     transport: HoldingTransport
     engine: Engine  # its thread owns it: look at it only while nothing runs
+    pings: int = 0
 
     def submit(self, ask: Ask, *, disaggregated: bool = True) -> None:
         self.router.send(submit=ask.submit(disaggregated=disaggregated))
@@ -181,6 +182,17 @@ class Node:
         ]
         self.router.send(peers=pb.Peers(peers=peers))
 
+    async def heard(self) -> None:
+        """The worker has acted on all that was sent before."""
+        self.pings += 1
+        self.router.send(ping=pb.Ping(sequence=self.pings))
+        await self.router.wait(lambda message: message.pong.sequence == self.pings or None)
+
+    async def rejoin(self) -> None:
+        """A new session, after the old one broke."""
+        self.router = RouterClient(self.hello.address)
+        await self.router.open()
+
     async def get(self, path: str) -> httpx.Response:
         async with httpx.AsyncClient(verify=False) as client:
             return await client.get(f"http://{self.hello.admin_address}{path}", timeout=DEADLINE_S)
@@ -209,6 +221,11 @@ class Pair:
     @property
     def decode(self) -> Node:
         return self.nodes[1]
+
+    @property
+    def num_links_up(self) -> int:
+        """How often prefill's link came up in its present session."""
+        return sum(message.link.up for message in self.prefill.router.messages)
 
     async def hand_over(self, ask: Ask) -> pb.Ticket:
         """Submit to prefill, reserve on decode, and bring the ticket back."""
@@ -294,13 +311,13 @@ async def running_node(
     config = WorkerConfig(role=role, worker_id=worker_id, model=Path("oracle"), limits=limits)
     transport = HoldingTransport(network)
     async with running_worker(config, built, transport) as hello:
-        router = RouterClient(hello.address)
+        node = Node(hello, RouterClient(hello.address), gate, transport, engine)
         try:
-            await router.open()
-            yield Node(hello, router, gate, transport, engine)
+            await node.router.open()
+            yield node
         finally:
             gate.open()
-            await router.close()
+            await node.router.close()
 
 
 @contextlib.asynccontextmanager

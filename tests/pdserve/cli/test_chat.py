@@ -41,7 +41,7 @@ USAGE = event(
 
 def chat(server: Server) -> tuple[Chat, io.StringIO]:
     out = io.StringIO()
-    return Chat(server.url, "tiny", "Be brief.", 32, None, Console(file=out, width=200)), out
+    return Chat(server.url, "tiny", "Be brief.", 32, 0.5, Console(file=out, width=200)), out
 
 
 def test_two_turns(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,7 +55,7 @@ def test_two_turns(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = server.bodies
     assert first["stream"] is True
     assert first["max_tokens"] == 32
-    assert "temperature" not in first
+    assert first["temperature"] == 0.5
     assert [message["content"] for message in second["messages"]] == [
         "Be brief.",
         "Capital of France?",

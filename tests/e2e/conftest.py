@@ -1,0 +1,46 @@
+"""Real processes with the real model, in float32, where the order of a sum does not change an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+from tests.support.passages import Encode
+from tests.support.stack import Stack
+
+MakeStack = Callable[..., Stack]
+
+
+@pytest.fixture(scope="session")
+def make_stack(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeStack:
+    """Makes a stack, to be entered: keywords are numbers of workers by role; further options are the workers'."""
+
+    def make(*options: str, **roles: int) -> Stack:
+        worker_options = ("--dtype", "float32", *options)
+        return Stack(default_model, tmp_path_factory.mktemp("stack"), roles, worker_options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def disaggregated(make_stack: MakeStack) -> Iterator[Stack]:
+    """One prefill and one decode worker, for tests that leave both as they were. Small chunks, so that a prompt is
+    pushed while it is computed and a step is over soon."""
+    with make_stack("--max-batched-tokens", "128", prefill=1, decode=1) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def mixed(make_stack: MakeStack) -> Iterator[Stack]:
+    """One mixed worker: what it answers is what every other deployment has to answer."""
+    with make_stack(mixed=1) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def encode(default_model: Path) -> Encode:
+    tokenizer = tokenizers.Tokenizer.from_file(str(default_model / "tokenizer.json"))
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids

@@ -1,0 +1,263 @@
+"""Whatever dies or freezes, in whichever phase: the answer is the undisturbed one, soon, and the survivors' pools are whole.
+
+`wide` has a second worker of each role; in `pair` the survivor does the whole request.
+"""
+
+from __future__ import annotations
+
+import http.client
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import MakeStack
+from tests.support.api_client import Answer, ApiClient, ApiError
+from tests.support.passages import Encode, passage_tokens
+from tests.support.stack import Stack, WorkerProcess, wait_for
+
+pytestmark = pytest.mark.e2e
+
+BOUND_S = 15.0  # for the first token, and for every gap
+DEATH_S = 10.0
+FREEZE_S = 12.0
+OPTIONS = ("--max-batched-tokens", "256")  # a prompt of 1,000 tokens is in each of its phases for a while
+
+in_both = pytest.mark.parametrize("stack", ["wide", "pair"], indirect=True)
+in_wide = pytest.mark.parametrize("stack", ["wide"], indirect=True)
+in_pair = pytest.mark.parametrize("stack", ["pair"], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def wide(make_stack: MakeStack) -> Iterator[Stack]:
+    with make_stack(*OPTIONS, prefill=2, decode=2) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def pair(make_stack: MakeStack) -> Iterator[Stack]:
+    with make_stack(*OPTIONS, prefill=1, decode=1) as stack:
+        yield stack
+
+
+@pytest.fixture
+def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
+    """Complete at the start of each test, which also shows that workers that come back are taken in again."""
+    stack: Stack = request.getfixturevalue(request.param)
+    stack.revive()
+    yield stack
+    stack.assert_pools_whole()
+
+
+@pytest.fixture
+def client(stack: Stack) -> ApiClient:
+    return ApiClient(stack.port, stack.model.name, timeout_s=BOUND_S)
+
+
+class Background:
+    """Requests whose first token is still to come."""
+
+    def __init__(self, client: ApiClient, bodies: Sequence[dict[str, Any]]) -> None:
+        self._executor = ThreadPoolExecutor(len(bodies))
+        self._answers: list[Future[Answer]] = [
+            self._executor.submit(lambda body: client.stream(body).finish(), body) for body in bodies
+        ]
+
+    def texts(self) -> list[str]:
+        with self._executor:
+            return [answer.result().text for answer in self._answers]
+
+
+def busy(stack: Stack, role: str, state: str) -> WorkerProcess:
+    """The worker of this role that comes to have blocks in this state; nothing else is being asked."""
+    found: list[WorkerProcess] = []
+
+    def look() -> bool:
+        found[:] = [worker for worker in stack.with_role(role) if worker.blocks(state)]
+        return bool(found)
+
+    wait_for(look, BOUND_S, lambda: f"no {role} worker has {state} blocks")
+    return found[0]
+
+
+def test_undisturbed(mixed: Stack) -> None:
+    """What the others compare with is no accident of one run."""
+    body = {"prompt": "The river Tagus flows", "max_tokens": 40}
+    assert mixed.client.ask(body).text == mixed.client.ask(body).text != ""
+
+
+# --- prefill dies ----------------------------------------------------------------------------------------------------
+
+
+@in_both
+def test_prefill_killed_with_requests_queued(stack: Stack, client: ApiClient, mixed: Stack, encode: Encode) -> None:
+    # A long prompt occupies each prefill worker, and a short one waits behind it.
+    workers = len(stack.with_role("prefill"))
+    lengths = [1000] * workers + [50] * workers
+    bodies = [{"prompt": passage_tokens(encode, 500 + n, length)} for n, length in enumerate(lengths)]
+    expected = [mixed.client.ask(body).text for body in bodies]
+    asked = Background(client, bodies)
+    queued: list[WorkerProcess] = []
+
+    def look() -> bool:
+        queued[:] = [w for w in stack.with_role("prefill") if w.metric("pdserve_sequences", state="waiting")]
+        return bool(queued)
+
+    wait_for(look, BOUND_S, lambda: "nothing is queued")
+    queued[0].kill()
+    assert asked.texts() == expected
+
+
+@in_both
+def test_prefill_killed_while_prefilling(stack: Stack, client: ApiClient, mixed: Stack, encode: Encode) -> None:
+    body = {"prompt": passage_tokens(encode, 510, 1500)}
+    expected = mixed.client.ask(body).text
+    asked = Background(client, [body])
+    busy(stack, "prefill", "held").kill()
+    assert asked.texts() == [expected]
+    assert stack.events("redispatches") > 0
+
+
+@in_both
+def test_prefill_killed_while_handing_over(stack: Stack, client: ApiClient, mixed: Stack, encode: Encode) -> None:
+    body = {"prompt": passage_tokens(encode, 520, 1024)}
+    expected = mixed.client.ask(body).text
+    asked = Background(client, [body])
+    prefill = busy(stack, "prefill", "held")
+    busy(stack, "decode", "receiving")
+    prefill.kill()
+    assert asked.texts() == [expected]
+
+
+@in_both
+def test_prefill_killed_while_decoding(stack: Stack, client: ApiClient, mixed: Stack, encode: Encode) -> None:
+    """Its part is over: nothing happens."""
+    body = {"prompt": passage_tokens(encode, 530, 100), "max_tokens": 40}
+    expected = mixed.client.ask(body).text
+    migrations = stack.events("migrations")
+    with client.stream(body) as stream:
+        stream.read(5)
+        for worker in stack.with_role("prefill"):
+            worker.kill()
+        assert stream.finish().text == expected
+    assert stack.events("migrations") == migrations
+    # Decode serves alone until prefill is back.
+    assert client.ask(body).text == expected
+
+
+# --- decode dies -----------------------------------------------------------------------------------------------------
+
+
+@in_both
+def test_decode_killed_while_handing_over(stack: Stack, client: ApiClient, mixed: Stack, encode: Encode) -> None:
+    body = {"prompt": passage_tokens(encode, 540, 1024)}
+    expected = mixed.client.ask(body).text
+    asked = Background(client, [body])
+    busy(stack, "decode", "receiving").kill()
+    assert asked.texts() == [expected]
+
+
+@in_both
+def test_decode_killed_while_streaming(stack: Stack, client: ApiClient, mixed: Stack, encode: Encode) -> None:
+    body = {"prompt": passage_tokens(encode, 550, 300), "max_tokens": 60}
+    expected = mixed.client.ask(body).text
+    with client.stream(body) as stream:
+        stream.read(10)
+        stack.holder(stream.request_id, "decode").kill()
+        assert stream.finish().text == expected
+    assert stream.longest_gap_s < DEATH_S
+    assert stack.events("migrations") > 0
+
+
+@in_wide
+def test_decode_killed_under_seeded_sampling(stack: Stack, client: ApiClient, mixed: Stack, encode: Encode) -> None:
+    body = {"prompt": passage_tokens(encode, 555, 60), "max_tokens": 60, "temperature": 0.9, "seed": 11}
+    expected = mixed.client.ask(body).text
+    with client.stream(body) as stream:
+        stream.read(10)
+        stack.holder(stream.request_id, "decode").kill()
+        assert stream.finish().text == expected
+
+
+@in_wide
+def test_both_workers_of_a_request_killed(stack: Stack, client: ApiClient, mixed: Stack, encode: Encode) -> None:
+    body = {"prompt": passage_tokens(encode, 560, 1024), "max_tokens": 40}
+    expected = mixed.client.ask(body).text
+    asked = Background(client, [body])
+    prefill = busy(stack, "prefill", "held")
+    decode = busy(stack, "decode", "receiving")
+    prefill.kill()
+    decode.kill()
+    assert asked.texts() == [expected]
+
+
+# --- freezing --------------------------------------------------------------------------------------------------------
+
+
+@in_both
+def test_decode_frozen_while_streaming(stack: Stack, client: ApiClient, mixed: Stack, encode: Encode) -> None:
+    """What the zombie still has to say when it wakes up, in the middle of the answer, is not in the answer."""
+    body = {"prompt": passage_tokens(encode, 570, 200), "max_tokens": 120, "ignore_eos": True}
+    expected = mixed.client.ask(body).text
+    with client.stream(body) as stream:
+        stream.read(10)
+        decode = stack.holder(stream.request_id, "decode")
+        decode.freeze()
+        try:
+            # More than what was on its way when it froze.
+            while stream.longest_gap_s < 2.0:
+                stream.read(1)
+        finally:
+            decode.thaw()
+        assert stream.finish().text == expected
+    assert stream.longest_gap_s < FREEZE_S
+    stack.assert_pools_whole()
+
+
+@in_wide
+def test_prefill_frozen_while_handing_over(stack: Stack, client: ApiClient, mixed: Stack, encode: Encode) -> None:
+    """Its late writes land in nobody's blocks."""
+    body = {"prompt": passage_tokens(encode, 580, 1024), "max_tokens": 40}
+    expected = mixed.client.ask(body).text
+    asked = Background(client, [body])
+    prefill = busy(stack, "prefill", "held")
+    busy(stack, "decode", "receiving")
+    prefill.freeze()
+    try:
+        assert asked.texts() == [expected]
+    finally:
+        prefill.thaw()
+    stack.assert_pools_whole()
+    assert client.ask(body).text == expected
+
+
+# --- the router dies -------------------------------------------------------------------------------------------------
+
+
+@in_pair
+def test_router_killed_while_streaming(stack: Stack, client: ApiClient, mixed: Stack, encode: Encode) -> None:
+    """The client sees a broken connection, never a false end; the workers take back what the request had."""
+    body = {"prompt": passage_tokens(encode, 590, 200), "max_tokens": 500, "ignore_eos": True}
+    assert stack.router is not None
+    with client.stream(body) as stream:
+        stream.read(5)
+        stack.router.kill()
+        stack.router.wait()
+        with pytest.raises((ApiError, http.client.HTTPException, ConnectionError)):
+            stream.finish()
+    assert stream.finish_reason is None
+    stack.assert_pools_whole(5.0)
+    stack.start_router()
+    again = {**body, "max_tokens": 16}
+    assert client.ask(again).text == mixed.client.ask(again).text
+
+
+@in_pair
+def test_router_killed_while_prefilling(stack: Stack, client: ApiClient, encode: Encode) -> None:
+    assert stack.router is not None
+    with client.send({"prompt": passage_tokens(encode, 591, 1500)}):
+        busy(stack, "prefill", "held")
+        stack.router.kill()
+        stack.router.wait()
+        stack.assert_pools_whole(5.0)

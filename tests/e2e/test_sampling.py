@@ -1,0 +1,65 @@
+"""A seeded answer depends on prompt, parameters and seed only: not on the deployment, nor on what else is in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from tests.support.api_client import Answer
+from tests.support.passages import passage
+from tests.support.stack import Stack
+
+pytestmark = pytest.mark.e2e
+
+PARAMETERS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.7},
+    {"temperature": 1.0},
+    {"temperature": 1.3, "top_p": 0.9},
+    {"temperature": 1.0, "top_p": 0.5},
+    {"temperature": 1.0, "top_k": 5},
+    {"temperature": 1.5, "top_k": 50, "top_p": 0.95},
+    {"temperature": 0.2, "top_p": 0.99},
+    {"temperature": 2.0, "top_k": 2},
+)
+# 16 requests of different lengths, with all parameters twice.
+BODIES: tuple[dict[str, Any], ...] = tuple(
+    {"prompt": passage(200 + n, 1 + 5 * n), "seed": 1000 + n, "max_tokens": 16, **PARAMETERS[n % len(PARAMETERS)]}
+    for n in range(16)
+)
+
+
+def ask_all(stack: Stack, bodies: Sequence[dict[str, Any]], at_once: int) -> list[Answer]:
+    with ThreadPoolExecutor(at_once) as executor:
+        return list(executor.map(stack.client.ask, bodies))
+
+
+def texts(answers: Sequence[Answer]) -> list[tuple[str, int]]:
+    return [(answer.text, answer.output_tokens) for answer in answers]
+
+
+def test_same_text_everywhere_alone_and_in_a_batch(disaggregated: Stack, mixed: Stack) -> None:
+    stacks = (disaggregated, mixed)
+    with ThreadPoolExecutor() as executor:
+        alone = [texts(answers) for answers in executor.map(lambda stack: ask_all(stack, BODIES, 1), stacks)]
+        batch = [texts(answers) for answers in executor.map(lambda stack: ask_all(stack, BODIES, 16), stacks)]
+    assert alone[0] == alone[1]
+    assert batch == alone
+
+
+def test_the_seed_decides(mixed: Stack) -> None:
+    """The same request 8 times in one batch, with seeds 0 to 3 twice."""
+    bodies = [{"prompt": passage(300, 2), "temperature": 1.0, "seed": n % 4} for n in range(8)]
+    found = texts(ask_all(mixed, bodies, 8))
+    assert found[:4] == found[4:]
+    assert len(set(found)) == 4
+
+
+def test_almost_no_choice_is_greedy(disaggregated: Stack) -> None:
+    prompt = passage(301, 3)
+    greedy = disaggregated.client.complete(prompt)
+    one_candidate = disaggregated.client.complete(prompt, temperature=2.0, top_k=1, seed=5)
+    no_mass = disaggregated.client.complete(prompt, temperature=1.0, top_p=0.0, seed=6)
+    assert greedy.text == one_candidate.text == no_mass.text
