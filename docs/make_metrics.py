@@ -17,7 +17,8 @@ from router.metrics import RouterMetrics
 TARGET = Path(__file__).parent.parent / "METRICS.md"
 HEAD = """# Metrics
 
-Generated from the code (`make docs`). Base units everywhere. A histogram `x` has the series `x_bucket`, `x_sum` and `x_count`.
+Generated from the code (`make docs`). Base units everywhere. A histogram `x` has the series `x_bucket`, `x_sum` and
+`x_count`.
 """
 
 

@@ -1,11 +1,11 @@
 """Errors of the store and the transfer plane.
 
-    KvError
-    ├── NoRoom           the pool cannot give that many blocks now; nothing was taken
-    ├── StaleBlock       a block reference whose generation has passed (design invariant I2)
-    └── TransferError    a transfer cannot go on
-        ├── LinkClosed   the link is closed; nothing more lands through it
-        └── Unavailable  the transport is not usable on this machine; the message says what is missing
+KvError
+├── NoRoom           the pool cannot give that many blocks now; nothing was taken
+├── StaleBlock       a block reference whose generation has passed (design invariant I2)
+└── TransferError    a transfer cannot go on
+    ├── LinkClosed   the link is closed; nothing more lands through it
+    └── Unavailable  the transport is not usable on this machine; the message says what is missing
 """
 
 from __future__ import annotations

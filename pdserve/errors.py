@@ -1,13 +1,13 @@
 """Errors that a client can see, each mapped once to HTTP (`router.http.errors`) and to gRPC.
 
-    ServeError               status  type                    code
-    ├── InvalidRequest       400     invalid_request_error   names the field in `param`
-    ├── ModelNotFound        404     invalid_request_error   model_not_found
-    ├── PayloadTooLarge      413     invalid_request_error   payload_too_large
-    ├── Overloaded           503     overloaded_error        `retry_after_s`
-    ├── WorkerFailed         502     server_error            workers failed and the retry budget is spent
-    ├── DeadlineExceeded     504     server_error            deadline_exceeded
-    └── InternalError        500     server_error            a bug of ours
+ServeError               status  type                    code
+├── InvalidRequest       400     invalid_request_error   names the field in `param`
+├── ModelNotFound        404     invalid_request_error   model_not_found
+├── PayloadTooLarge      413     invalid_request_error   payload_too_large
+├── Overloaded           503     overloaded_error        `retry_after_s`
+├── WorkerFailed         502     server_error            workers failed and the retry budget is spent
+├── DeadlineExceeded     504     server_error            deadline_exceeded
+└── InternalError        500     server_error            a bug of ours
 """
 
 from __future__ import annotations

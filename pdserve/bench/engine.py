@@ -1,7 +1,7 @@
-"""`python -m pdserve.bench.engine`: a whole engine step against the bare weight GEMMs of the same shapes, in one run, one thread.
+"""`python -m pdserve.bench.engine`: a whole engine step against the bare weight GEMMs of its shapes, on one thread.
 
-The engine is the real one: scheduler, batch building, model, sampling. The GEMMs are `torch.nn.functional.linear` with the
-model's own weights and nothing else. The two alternate, and medians are compared, because small machines are noisy.
+The engine is the real one: scheduler, batch building, model, sampling. The GEMMs are `torch.nn.functional.linear` with
+the model's own weights and nothing else. The two alternate, and medians are compared, because small machines are noisy.
 """
 
 from __future__ import annotations

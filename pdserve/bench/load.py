@@ -1,7 +1,7 @@
 """A small open-loop load generator: Poisson arrivals, streamed completions, and what each request experienced.
 
-Prompts are token ids, so that lengths are exact. Written on plain asyncio streams: on a small machine the client shares the
-cores with what it measures.
+Prompts are token ids, so that lengths are exact. Written on plain asyncio streams: on a small machine the client shares
+the cores with what it measures.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ async def complete(host: str, port: int, workload: Workload, seed: int, timeout_
         status = status if status != 200 else 598
     if not arrivals:
         return Outcome(status, float("inf"), float("inf"), (), 0, time.monotonic() - began_s)
-    gaps = tuple(later - earlier for earlier, later in zip(arrivals, arrivals[1:], strict=False))
+    gaps = tuple(later - earlier for earlier, later in pairwise(arrivals))
     tpot_s = (arrivals[-1] - arrivals[0]) / max(tokens - 1, 1)
     return Outcome(status, arrivals[0] - began_s, tpot_s, gaps, tokens, arrivals[-1] - began_s)
 

@@ -1,8 +1,8 @@
-"""`python -m pdserve.bench.serving`: disaggregated against mixed on the same machine, under the same router, in one run.
+"""`python -m pdserve.bench.serving`: disaggregated against mixed, on the same machine, under the same router.
 
-Two workers each time: one prefill and one decode, or two mixed. For every workload a sweep of Poisson rates, open loop, and
-one closed loop of 16 clients. The objectives are set from the machine itself: multiples of what one request alone takes on the
-mixed topology. Rejected and failed requests count in every denominator.
+Two workers each time: one prefill and one decode, or two mixed. For every workload a sweep of Poisson rates, open loop,
+and one closed loop of 16 clients. The objectives are set from the machine itself: multiples of what one request alone
+takes on the mixed topology. Rejected and failed requests count in every denominator.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ from pathlib import Path
 from pdserve.bench.load import Outcome, Slo, Workload, percentile, run_closed, run_poisson, summarise
 
 TOPOLOGIES = {"disaggregated": ("--prefill", "1", "--decode", "1"), "mixed": ("--mixed", "2")}
-WORKLOADS = (Workload("512 in, 64 out", 512, 64), Workload("1024 in, 32 out", 1024, 32), Workload("128 in, 128 out", 128, 128))
+WORKLOADS = (
+    Workload("512 in, 64 out", 512, 64),
+    Workload("1024 in, 32 out", 1024, 32),
+    Workload("128 in, 128 out", 128, 128),
+)
 RATES_RPS = (1.0, 2.0, 3.0, 4.0)
 TTFT_SCALE, TPOT_SCALE = 8.0, 2.5
 _READY_S = 300.0
@@ -100,7 +104,9 @@ def main() -> None:
                 report[f"{name}, {workload.name}, alone"] = {"ttft_s": round(ttft_s, 4), "tpot_s": round(tpot_s, 4)}
                 slos.setdefault(workload.name, Slo(TTFT_SCALE * ttft_s, TPOT_SCALE * tpot_s))
             report[name] = measure(port, slos, rates_rps, args.requests)
-    report["slo"] = {name: {"ttft_s": round(slo.ttft_s, 3), "tpot_s": round(slo.tpot_s, 4)} for name, slo in slos.items()}
+    report["slo"] = {
+        name: {"ttft_s": round(slo.ttft_s, 3), "tpot_s": round(slo.tpot_s, 4)} for name, slo in slos.items()
+    }
     text = json.dumps(report, indent=1)
     print(text)
     if args.json:

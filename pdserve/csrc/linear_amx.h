@@ -79,7 +79,7 @@ inline void panel_of_many(const LinearArgs& args, const PackedRows& x, int panel
   for (int begin = 0; begin < args.k; begin += depth) {
     const int end = smaller(begin + depth, args.k);
     for (int row = 0; row < x.rows; row += 32) {
-      float* sums = partial + row * PANEL;
+      float* sums = depth < args.k ? partial + row * PANEL : partial;
       begin == 0 ? zero_2x2() : load_2x2(sums);
       for (int at = begin; at < end; at += 32) {
         multiply_2x2<true>(upper + at, lower + at, row_bytes, x.tile(row, at, args.k), x.tile(row + 16, at, args.k));

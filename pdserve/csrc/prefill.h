@@ -103,10 +103,12 @@ class Prefill {
   // One vector of columns: scores to weights, the state to the new maximum.
   PDS_INLINE void softmax(Chunk& chunk, int v, int count, Floats& max, Floats& sum) const {
     const float* scores = chunk.scores + v * LANES;
-    Floats top = max;
-    for (int k = 0; k < count; k++) {
-      top = max_of(top, load_floats(scores + k * COLS) * scale_log2_);
+    Floats tops[4] = {max, max, max, max};  // one chain of maxima would wait for itself
+    for (int k = 0; k < count; k += 4) {
+      PDS_UNROLL
+      for (int i = 0; i < 4; i++) tops[i] = max_of(tops[i], load_floats(scores + (k + i) * COLS) * scale_log2_);
     }
+    const Floats top = max_of(max_of(tops[0], tops[1]), max_of(tops[2], tops[3]));
     Floats block_sum{};
     for (int k = 0; k < count; k += 2) {
       const Floats even = exp2_fast(load_floats(scores + k * COLS) * scale_log2_ - top);

@@ -1,4 +1,4 @@
-"""The decode side of a worker: makes room for a sequence, receives its missing blocks, and lets it run once they are verified."""
+"""The decode side of a worker: room for a sequence, its missing blocks received and verified, and off it runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Pending:
 class DecodeSide:
     """Use on the asyncio loop only.
 
-    Reserve ──> room? (waits a little) ──> receives posted, ticket ──> blocks land and are verified ──> the sequence runs
+    Reserve ──> room? (waits a little) ──> receives posted, ticket ──> blocks verified ──> the sequence runs
     """
 
     def __init__(

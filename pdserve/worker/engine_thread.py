@@ -1,7 +1,7 @@
 """The engine's thread: runs commands between steps, and steps while there is work.
 
-Everything that touches the pool or the scheduler happens here, as a function posted from outside. Results go back to the
-asyncio loop, one call per step.
+Everything that touches the pool or the scheduler happens here, as a function posted from outside. Results go back to
+the asyncio loop, one call per step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MAX_FAILED_STEPS = 3
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """Blocks of a sequence to be handed over whose KV is complete, in order of position, counted from its first block."""
+    """Blocks, from the first on, of a sequence to be handed over whose KV is complete."""
 
     sequence: Sequence
     block_ids: tuple[int, ...]
@@ -199,7 +199,7 @@ class EngineThread:
         self._report(tuple(tokens), computed, (), plan.num_tokens, time.monotonic() - began_s)
 
     def _take_out(self, sequence: Sequence) -> None:
-        """No step has it any more. A push may be reading a prompt's blocks: they are given back when that has drained."""
+        """No step has it any more. A push may be reading its blocks: they are given back when that has drained."""
         if sequence.prefill_only:
             self._engine.scheduler.hand_off(sequence, time.monotonic() + self._engine.config.handoff_s)
         else:

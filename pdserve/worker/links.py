@@ -3,8 +3,9 @@
     DIALLING ── Connect answered, probe arrived ──> UP ── peer died, operation failed, peer unlisted ──> CLOSED
         └──────────── refused or late: backoff ────────────────────────────────────────────────────────────┘
 
-Closing is the proof that nothing lands any more, so every open operation of a closed link completes as FAILED first. On one
-machine the peer's death is learnt from its pidfd at once; between machines from UCX's own keep-alive and from deadlines.
+Closing is the proof that nothing lands any more, so every open operation of a closed link completes as FAILED first. On
+one machine the peer's death is learnt from its pidfd at once; between machines from UCX's own keep-alive and from
+deadlines.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import grpc
 import grpc.aio
@@ -38,18 +40,12 @@ CHANNEL_OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What this worker tells its peers about itself."""
-
-    worker_id: str
-    incarnation: int
-    address: str
-    host_id: str
-    fingerprint: bytes
-    block_bytes: int
+# A peer that was gone for long comes back under its address: gRPC's own pauses, of up to 2 minutes, would hide that.
+_CLIENT_OPTIONS = (
+    *CHANNEL_OPTIONS,
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -97,8 +93,8 @@ class PeerLink:
 class LinkTable:
     """All links of this worker, by peer. Use on the asyncio loop only."""
 
-    def __init__(self, identity: Identity, transport: Transport, limits: LinkLimits) -> None:
-        self._identity = identity
+    def __init__(self, hello: pb.WorkerHello, transport: Transport, limits: LinkLimits) -> None:
+        self._hello = hello  # what peers may know of this worker
         self._transport = transport
         self._limits = limits
         self.on_report: Callable[[pb.LinkReport], None] = lambda report: None
@@ -121,14 +117,14 @@ class LinkTable:
         """A client for a peer's control service."""
         channel = self._channels.get(address)
         if channel is None:
-            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=_CLIENT_OPTIONS)
         return WorkerStub(channel)
 
     # --- prefill dials -----------------------------------------------------------------------------------------------
 
     def set_peers(self, peers: Iterable[pb.Peer]) -> None:
         """Be linked to exactly these decode workers."""
-        wanted = {peer.worker_id: peer for peer in peers if peer.worker_id != self._identity.worker_id}
+        wanted = {peer.worker_id: peer for peer in peers if peer.worker_id != self._hello.worker_id}
         for peer_id, (peer, task) in list(self._dialers.items()):
             if wanted.get(peer_id) != peer:
                 task.cancel()
@@ -155,9 +151,8 @@ class LinkTable:
                 attempt += 1
                 continue
             attempt = 0
-            log.info(
-                "link to %s is up: %s, %.1f GB/s in a probe", peer.worker_id, link.transport, link.bytes_per_second / 1e9
-            )
+            gigabytes_per_s = link.bytes_per_second / 1e9
+            log.info("link to %s is up: %s, %.1f GB/s in a probe", peer.worker_id, link.transport, gigabytes_per_s)
             self._publish(peer, link=link)
             await self._until_gone(peer, link)
 
@@ -174,7 +169,7 @@ class LinkTable:
                         self.close(link, "the peer has closed its end")
 
     async def _connect(self, peer: pb.Peer, link: PeerLink) -> pb.ConnectReply:
-        mine = self._identity
+        mine = self._hello
         request = pb.ConnectRequest(
             worker_id=mine.worker_id,
             incarnation=mine.incarnation,
@@ -190,7 +185,7 @@ class LinkTable:
         return reply
 
     async def _dial(self, peer: pb.Peer) -> PeerLink:
-        same_host = peer.host_id == self._identity.host_id
+        same_host = peer.host_id == self._hello.host_id
         link = self._open(peer.worker_id, peer.incarnation, peer.address, same_host=same_host)
         try:
             reply = await self._connect(peer, link)
@@ -215,7 +210,7 @@ class LinkTable:
         for number in range(_PROBES):
             done: asyncio.Future[Completion] = self._loop.create_future()
             began_s = time.monotonic()
-            link.send(message_tag(PROBE_TICKET, number), data, lambda c, f=done: f.done() or f.set_result(c))  # type: ignore[misc]
+            link.send(message_tag(PROBE_TICKET, number), data, partial(_resolve, done))
             completion = await done
             if completion.outcome is not Outcome.DONE:
                 raise TransferError(f"the probe to {link.peer_id} failed: {completion.error}")
@@ -223,7 +218,8 @@ class LinkTable:
         return data.size / seconds
 
     def _publish(self, peer: pb.Peer, link: PeerLink | None = None, error: str = "") -> None:
-        report = pb.LinkReport(peer_id=peer.worker_id, peer_incarnation=peer.incarnation, up=link is not None, error=error)
+        report = pb.LinkReport(peer_id=peer.worker_id, peer_incarnation=peer.incarnation, error=error)
+        report.up = link is not None
         if link is not None:
             report.transport, report.bytes_per_second = link.transport, link.bytes_per_second
         if self._last_report.get(peer.worker_id) != report:
@@ -235,10 +231,11 @@ class LinkTable:
     # --- decode accepts ----------------------------------------------------------------------------------------------
 
     async def accept(self, request: pb.ConnectRequest) -> pb.ConnectReply:
-        """Idempotent for one end of the peer's. Raises TransferError, with what differs, if the two cannot exchange blocks."""
-        mine = self._identity
+        """Idempotent for one end of the peer's. Raises TransferError, with what differs, if the two do not fit."""
+        mine = self._hello
         if request.transport != self._transport.name:
-            raise TransferError(f"{mine.worker_id} moves blocks by {self._transport.name}, the peer by {request.transport}")
+            ours = self._transport.name
+            raise TransferError(f"{mine.worker_id} moves blocks by {ours}, the peer by {request.transport}")
         if request.fingerprint != mine.fingerprint or request.block_bytes != mine.block_bytes:
             raise TransferError(
                 f"{request.worker_id} and {mine.worker_id} differ in model, dtype or block layout "
@@ -264,7 +261,7 @@ class LinkTable:
         return self._accepted(link)
 
     def _accepted(self, link: PeerLink) -> pb.ConnectReply:
-        mine = self._identity
+        mine = self._hello
         return pb.ConnectReply(
             worker_id=mine.worker_id, incarnation=mine.incarnation, link_address=link.link.address, pid=os.getpid()
         )
@@ -289,7 +286,7 @@ class LinkTable:
         self._loop.add_reader(link.pidfd, self.close, link, "the peer's process has ended")
 
     def close(self, link: PeerLink, reason: str) -> asyncio.Future[None]:
-        """Close for good; done when it is proven that nothing lands any more. Its open operations complete as FAILED."""
+        """Close for good; done once it is proven that nothing lands any more. Open operations complete as FAILED."""
         if link.closing is None:
             log.info("closing the link with %s: %s", link.peer_id, reason)
             if link.pidfd is not None:
@@ -318,3 +315,9 @@ class LinkTable:
         await asyncio.gather(*self._closing, return_exceptions=True)
         for channel in self._channels.values():
             await channel.close(None)
+
+
+def _resolve(future: asyncio.Future[Completion], completion: Completion) -> None:
+    """The probe that waited may have been given up."""
+    if not future.done():
+        future.set_result(completion)

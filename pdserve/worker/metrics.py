@@ -53,7 +53,7 @@ class WorkerMetrics:
             "pdserve_transfer_failures_total", "Hand-overs that failed, by reason.", ["reason"], registry=registry
         )
         self.late_landings = Counter(
-            "pdserve_late_landings_total", "Messages that landed for a request that was over; dropped.", registry=registry
+            "pdserve_late_landings_total", "Messages that landed for a request that was over.", registry=registry
         )
 
     def on_step(self, report: StepReport) -> None:

@@ -22,7 +22,7 @@ class PrefillSide:
     """Use on the asyncio loop only.
 
     A prompt is submitted ──> its last chunk is scheduled (HandoffWanted) ──> Handoff with a ticket ──> pushed ──> end.
-    The ticket may come while the last chunk is still computed: blocks before it leave at once, the others as they are ready.
+    The ticket may come while the last chunk is still computed: blocks before it leave at once, the others when ready.
     """
 
     def __init__(

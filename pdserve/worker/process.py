@@ -1,7 +1,7 @@
 """One worker process from start to end: build, listen, be found, serve, drain.
 
-Start-up order: weights and pool, engine thread, transport, gRPC and admin ports, then the lease that lets routers find us.
-Shutdown is the reverse: first nobody finds us, then sessions end (which gives every block back), then threads stop.
+Start-up order: weights and pool, engine thread, transport, gRPC and admin ports, then the lease that lets routers find
+us. Shutdown is the reverse: first nobody finds us, then sessions end (which gives every block back), then threads stop.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pdserve.protocol.worker_pb2_grpc import add_WorkerServicer_to_server
 from pdserve.worker.admin import make_admin_app
 from pdserve.worker.config import WorkerConfig, host_id
 from pdserve.worker.engine_thread import EngineThread
-from pdserve.worker.links import CHANNEL_OPTIONS, Identity, LinkTable
+from pdserve.worker.links import CHANNEL_OPTIONS, LinkTable
 from pdserve.worker.memory import BlockMemory
 from pdserve.worker.metrics import WorkerMetrics
 from pdserve.worker.service import WorkerService
@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
 
 _MAX_MESSAGE_BYTES = 64 << 20
-_STOP_S = 2.0
+_STOP_S = 1.0
 _SERVICE = pb.DESCRIPTOR.services_by_name["Worker"].full_name
 
 
@@ -97,59 +97,21 @@ def build_engine(config: WorkerConfig, progress: Progress) -> Built:
 
 @contextlib.asynccontextmanager
 async def running_worker(config: WorkerConfig, built: Built, transport: Transport) -> AsyncIterator[pb.WorkerHello]:
-    """A worker that serves while entered; yields what it tells routers about itself. Closes the transport at the end."""
-    loop = asyncio.get_running_loop()
-    incarnation = secrets.randbits(63)
+    """A worker that serves while entered; yields what it tells routers about itself. Closes the transport at the end.
+
+    Raises:
+        ConfigError: a port is taken.
+    """
     admin_socket = _listen(config.host, config.admin_port)
-    server = grpc.aio.server(
-        options=[
-            ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-            ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-            ("grpc.http2.min_ping_interval_without_data_ms", 1000),
-            ("grpc.so_reuseport", 0),
-            *CHANNEL_OPTIONS,
-        ]
-    )
-    try:
-        port = server.add_insecure_port(f"{config.host}:{config.port}")
-    except RuntimeError as error:
-        raise ConfigError(f"{config.host}:{config.port} cannot be listened on; choose another --port") from error
-    engine_config = built.engine.config
-    hello = pb.WorkerHello(
-        protocol_version=PROTOCOL_VERSION,
-        worker_id=config.worker_id,
-        incarnation=incarnation,
-        role=config.role.to_proto(),
-        model=config.model.name,
-        fingerprint=built.fingerprint,
-        block_size=built.geometry.block_size,
-        block_bytes=built.geometry.block_bytes,
-        num_blocks=engine_config.num_blocks,
-        max_model_len=engine_config.max_model_len,
-        max_sequences=engine_config.max_sequences,
-        address=f"{config.host}:{port}",
-        admin_address=f"{config.host}:{admin_socket.getsockname()[1]}",
-        host_id=host_id(),
-        eos_token_ids=built.eos_token_ids,
-        vocab_size=built.vocab_size,
-    )
-    identity = Identity(
-        worker_id=config.worker_id,
-        incarnation=incarnation,
-        address=hello.address,
-        host_id=hello.host_id,
-        fingerprint=built.fingerprint,
-        block_bytes=built.geometry.block_bytes,
-    )
-    links = LinkTable(identity, transport, config.limits.link)
+    server, port = _make_server(config)
+    hello = _make_hello(config, built, f"{config.host}:{port}", f"{config.host}:{admin_socket.getsockname()[1]}")
+    loop = asyncio.get_running_loop()
     engine = EngineThread(built.engine, loop)
+    links = LinkTable(hello, transport, config.limits.link)
     memory, metrics = BlockMemory(built.engine.runner.pool), WorkerMetrics(config.role.value)
     worker = Worker(hello, engine, links, memory, metrics, config.limits)
     engine.start(worker)
-    add_WorkerServicer_to_server(WorkerService(worker), server)
-    healthy = health.aio.HealthServicer()  # type: ignore[attr-defined]  # chosen by Python version inside
-    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    healthy = _add_services(server, worker)
     admin = uvicorn.Server(uvicorn.Config(make_admin_app(worker, config.limits), log_level="warning", lifespan="off"))
     admin_task = asyncio.create_task(_serve_admin(admin, admin_socket), name="admin port")
     watch = asyncio.create_task(worker.watch(), name="watch")
@@ -160,14 +122,62 @@ async def running_worker(config: WorkerConfig, built: Built, transport: Transpor
         async with _lease(config, hello):
             yield hello
     finally:
-        await healthy.enter_graceful_shutdown()
         watch.cancel()
+        await healthy.enter_graceful_shutdown()
         await server.stop(None)  # ends the sessions, which ends every request
         await links.shut_down()
         await engine.stop(_STOP_S)
         await loop.run_in_executor(None, transport.close)
         admin.should_exit = True
         await asyncio.wait([admin_task], timeout=_STOP_S)
+
+
+def _make_server(config: WorkerConfig) -> tuple[grpc.aio.Server, int]:
+    """A gRPC server that is not started, and its port."""
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+            ("grpc.so_reuseport", 0),
+            *CHANNEL_OPTIONS,
+        ]
+    )
+    try:
+        return server, server.add_insecure_port(f"{config.host}:{config.port}")
+    except RuntimeError as error:
+        raise ConfigError(f"{config.host}:{config.port} cannot be listened on; choose another --port") from error
+
+
+def _make_hello(config: WorkerConfig, built: Built, address: str, admin_address: str) -> pb.WorkerHello:
+    limits = built.engine.config
+    return pb.WorkerHello(
+        protocol_version=PROTOCOL_VERSION,
+        worker_id=config.worker_id,
+        incarnation=secrets.randbits(63),
+        role=config.role.to_proto(),
+        model=config.model.name,
+        fingerprint=built.fingerprint,
+        block_size=built.geometry.block_size,
+        block_bytes=built.geometry.block_bytes,
+        num_blocks=limits.num_blocks,
+        max_model_len=limits.max_model_len,
+        max_sequences=limits.max_sequences,
+        address=address,
+        admin_address=admin_address,
+        host_id=host_id(),
+        eos_token_ids=built.eos_token_ids,
+        vocab_size=built.vocab_size,
+    )
+
+
+def _add_services(server: grpc.aio.Server, worker: Worker) -> health.aio.HealthServicer:  # type: ignore[name-defined]
+    """The worker's own service, the standard health service, and reflection."""
+    add_WorkerServicer_to_server(WorkerService(worker), server)
+    healthy = health.aio.HealthServicer()  # type: ignore[attr-defined]  # chosen by Python version inside
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    return healthy
 
 
 def _lease(config: WorkerConfig, hello: pb.WorkerHello) -> contextlib.AbstractAsyncContextManager[object]:
@@ -189,7 +199,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), reuse_port=False)
     except OSError as error:
-        raise ConfigError(f"{host}:{port} cannot be listened on ({error.strerror}); choose another --admin-port") from error
+        reason = error.strerror or str(error)
+        raise ConfigError(f"{host}:{port} cannot be listened on ({reason}); choose another --admin-port") from error
 
 
 def _end_process(watch: asyncio.Task[None]) -> None:
@@ -210,7 +221,8 @@ async def run(config: WorkerConfig, built: Built, ready: Callable[[pb.WorkerHell
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with running_worker(config, built, UcxTransport()) as hello:
-        log.info("worker %s (%s) serves on %s, admin on %s", hello.worker_id, config.role.value, hello.address, hello.admin_address)
+        where = (config.role.value, hello.address, hello.admin_address)
+        log.info("worker %s (%s) serves on %s, admin on %s", hello.worker_id, *where)
         ready(hello)
         await stop.wait()
         log.info("worker %s is ending", hello.worker_id)

@@ -1,4 +1,4 @@
-"""One push: blocks of a computed prompt on their way to the decode worker that a ticket names. The hands of SendSession."""
+"""One push: blocks of a prompt on their way to the decode worker that a ticket names. The hands of SendSession."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TicketId(NamedTuple):
 class Push:
     """Use on the asyncio loop only. `ready`, `complete` and `start` come in any order.
 
-    `over(error)` is called once when nothing reads the blocks any more: with None if all was sent, else with the reason.
+    `over(error)` is called once, when nothing reads the blocks any more: None if all was sent, else the reason.
     """
 
     def __init__(
@@ -114,7 +114,8 @@ class Push:
         if session.num_ready == count and first + count == len(self._block_ids):
             self._do(session.finish(self._tokens))
         else:
-            self._error = f"the ticket asks for blocks {first} to {first + count}, the prompt has {len(self._block_ids)}"
+            has = len(self._block_ids)
+            self._error = f"the ticket asks for blocks {first} to {first + count}, the prompt has {has}"
             self._do(session.abort())
 
     def _do(self, actions: Sequence[SendAction]) -> None:
@@ -147,7 +148,8 @@ class Push:
             self.num_bytes += data.size if ordinal != MANIFEST else 0
 
     def _ended(self, ordinal: int, completion: Completion) -> None:
-        assert self._session is not None and self._peer is not None
+        assert self._session is not None
+        assert self._peer is not None
         self._do(self._session.ended(ordinal, completion.outcome))
         if completion.outcome is Outcome.FAILED:
             self._links.close(self._peer, f"a send failed: {completion.error}")

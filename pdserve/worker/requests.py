@@ -1,8 +1,8 @@
 """The requests of this worker: one entry each, from `Submit` or `Reserve` to its end, which is one path.
 
-`end` first stops whatever moves blocks in or out, then the engine gives the blocks back. A push reads the blocks, so they
-stay held until it has drained; an arrival is written by a peer, so its blocks go into quarantine at once and leave it one
-by one as the transfer plane proves each of them drained.
+`end` first stops whatever moves blocks in or out, then the engine gives the blocks back. A push reads the blocks, so
+they stay held until it has drained; an arrival is written by a peer, so its blocks go into quarantine at once and leave
+it one by one as the transfer plane proves each of them drained.
 """
 
 from __future__ import annotations

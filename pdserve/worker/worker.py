@@ -1,9 +1,9 @@
-"""The worker: hears routers, asks the engine, and tells routers what each step brought. Decides on the asyncio loop only.
+"""The worker: hears routers, asks the engine, and tells routers what each step brought. All on the asyncio loop.
 
-                       ┌── PrefillSide ── Push ────┐
-    RouterSession ──> Worker                       LinkTable ──> peers
-                       └── DecodeSide ── Arrival ──┘
-                            EngineThread
+                   ┌── PrefillSide ── Push ────┐
+RouterSession ──> Worker                       LinkTable ──> peers
+                   └── DecodeSide ── Arrival ──┘
+                        EngineThread
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Worker:
             event.times.CopyFrom(entry.times or self._compute_times(entry.received_s, sequence.scheduled_s))
         entry.tokens_sent += 1
         entry.session.add_token(event)
-        # A prompt that is to be handed over stays until it is pushed; if its first token was its last, it is not pushed.
+        # A prompt that is to be handed over stays until it is pushed; one whose first token is its last is not pushed.
         if token.finish_reason is not None:
             self._requests.end(entry)
 

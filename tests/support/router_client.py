@@ -81,7 +81,7 @@ class RouterClient:
         """As a router that dies: the stream breaks, nothing is said before."""
         self._call.cancel()
         await self.wait_end()
-        await self._channel.close()
+        await self._channel.close(None)
 
     def send(self, **body: Any) -> None:
         self._outbox.put_nowait(pb.RouterMessage(**body))
@@ -122,8 +122,10 @@ class RouterClient:
         """The first message of this kind (a field of WorkerMessage.body) about this attempt."""
 
         def find(message: pb.WorkerMessage) -> pb.WorkerMessage | None:
-            body = getattr(message, kind) if message.WhichOneof("body") == kind else None
-            return message if body is not None and (body.request_id, body.attempt) == (ask.request_id, ask.attempt) else None
+            if message.WhichOneof("body") != kind:
+                return None
+            body = getattr(message, kind)
+            return message if (body.request_id, body.attempt) == (ask.request_id, ask.attempt) else None
 
         return await self.wait(find)
 

@@ -15,6 +15,7 @@ from tests.support.router_client import Ask
 from tests.support.tiny_engine import BLOCK_SIZE
 from tests.support.worker_pair import (
     HELD,
+    Node,
     Pair,
     blocks,
     eventually,
@@ -24,24 +25,27 @@ from tests.support.worker_pair import (
     worker_pair,
 )
 
-# Three chunks of 16, 16 and 8 tokens.
-ASK = Ask("r", prompt_of(40))
-PhaseOf = Callable[[Pair], Awaitable[None]]
+PhaseOf = Callable[[Pair, Ask], Awaitable[None]]
 
 
-async def chunks(pair: Pair, passed: int) -> None:
+def ask_for(phase: PhaseOf) -> Ask:
+    """Three chunks of 16, 16 and 8 tokens, which no other phase has in common with it."""
+    return Ask(phase.__name__, prompt_of(40, salt=PHASES.index(phase)))
+
+
+async def chunks(pair: Pair, ask: Ask, passed: int) -> None:
     """Prefill stands before the next chunk of the request."""
     pair.prefill.gate.close()
-    pair.prefill.submit(ASK)
+    pair.prefill.submit(ask)
     for _ in range(passed):
         await pair.prefill.gate.reached()
         pair.prefill.gate.pass_step()
 
 
-async def reserved(pair: Pair) -> pb.Ticket:
-    await pair.prefill.router.wanted(ASK)
-    pair.decode.reserve(ASK, pair.prefill)
-    return await pair.decode.router.reserved(ASK)
+async def reserved(pair: Pair, ask: Ask) -> pb.Ticket:
+    await pair.prefill.router.wanted(ask)
+    pair.decode.reserve(ask, pair.prefill)
+    return await pair.decode.router.reserved(ask)
 
 
 async def sent(pair: Pair, *ordinals: int) -> None:
@@ -51,77 +55,77 @@ async def sent(pair: Pair, *ordinals: int) -> None:
     await eventually(all_sent, f"sent {pair.faults.seen}")
 
 
-async def queued(pair: Pair) -> None:
+async def queued(pair: Pair, ask: Ask) -> None:
     pair.prefill.gate.close()
-    pair.prefill.submit(Ask("before", prompt_of(16, salt=5), max_tokens=2), disaggregated=False)
+    pair.prefill.submit(Ask("before", prompt_of(16, salt=30), max_tokens=2), disaggregated=False)
     await pair.prefill.gate.reached()
-    pair.prefill.submit(ASK)
+    pair.prefill.submit(ask)
 
 
-async def prefilling(pair: Pair) -> None:
-    await chunks(pair, 1)
+async def prefilling(pair: Pair, ask: Ask) -> None:
+    await chunks(pair, ask, 1)
     await pair.prefill.gate.reached()
 
 
-async def in_the_last_chunk(pair: Pair) -> None:
-    await chunks(pair, 2)
-    await pair.prefill.router.wanted(ASK)
+async def in_the_last_chunk(pair: Pair, ask: Ask) -> None:
+    await chunks(pair, ask, 2)
+    await pair.prefill.router.wanted(ask)
 
 
-async def waiting_for_a_ticket(pair: Pair) -> None:
-    pair.prefill.submit(ASK)
-    await pair.prefill.router.event(ASK)
+async def waiting_for_a_ticket(pair: Pair, ask: Ask) -> None:
+    pair.prefill.submit(ask)
+    await pair.prefill.router.event(ask)
 
 
-async def ticket_not_delivered(pair: Pair) -> None:
-    pair.prefill.submit(ASK)
-    await reserved(pair)
+async def ticket_not_delivered(pair: Pair, ask: Ask) -> None:
+    pair.prefill.submit(ask)
+    await reserved(pair, ask)
 
 
-async def nothing_sent(pair: Pair) -> None:
+async def nothing_sent(pair: Pair, ask: Ask) -> None:
     """The ticket asks for what is still being computed."""
-    pair.decode.submit(Ask("held", ASK.prompt[:32]), disaggregated=False)
+    pair.decode.submit(Ask("held", ask.prompt[:32]), disaggregated=False)
     await pair.decode.router.finished(Ask("held", ()))
-    await chunks(pair, 2)
-    pair.prefill.hand_off(ASK, await reserved(pair))
+    await chunks(pair, ask, 2)
+    pair.prefill.hand_off(ask, await reserved(pair, ask))
 
 
-async def half_sent(pair: Pair) -> None:
-    await chunks(pair, 2)
-    pair.prefill.hand_off(ASK, await reserved(pair))
+async def half_sent(pair: Pair, ask: Ask) -> None:
+    await chunks(pair, ask, 2)
+    pair.prefill.hand_off(ask, await reserved(pair, ask))
     await sent(pair, *range(8))
 
 
-async def transferring(pair: Pair) -> None:
+async def transferring(pair: Pair, ask: Ask) -> None:
     pair.faults.rules.append((blocks, Fault(delay_s=HELD)))
-    await pair.hand_over(ASK)
+    await pair.hand_over(ask)
     await sent(pair, *range(10), MANIFEST)
 
 
-async def manifest_on_its_way(pair: Pair) -> None:
+async def manifest_on_its_way(pair: Pair, ask: Ask) -> None:
     pair.faults.rules.append((manifests, Fault(delay_s=HELD)))
-    await pair.hand_over(ASK)
+    await pair.hand_over(ask)
     await sent(pair, *range(10), MANIFEST)
 
 
-async def decoding(pair: Pair) -> None:
+async def decoding(pair: Pair, ask: Ask) -> None:
     pair.decode.gate.close()
-    await pair.hand_over(ASK)
+    await pair.hand_over(ask)
     await pair.decode.gate.reached()
 
 
-async def streaming(pair: Pair) -> None:
+async def streaming(pair: Pair, ask: Ask) -> None:
     pair.decode.gate.close()
-    await pair.hand_over(ASK)
+    await pair.hand_over(ask)
     for number in range(2):
         await pair.decode.gate.reached()
         pair.decode.gate.pass_step()
-        await pair.decode.router.event(ASK, number)
+        await pair.decode.router.event(ask, number)
     await pair.decode.gate.reached()
 
 
-async def over(pair: Pair) -> None:
-    await pair.run(ASK)
+async def over(pair: Pair, ask: Ask) -> None:
+    await pair.run(ask)
 
 
 PHASES = [
@@ -148,94 +152,102 @@ def release(pair: Pair) -> None:
         node.transport.let_go()
 
 
-async def next_request(pair: Pair, attempt: int = 1) -> None:
-    again = replace(ASK, attempt=attempt)
+async def next_request(pair: Pair, ask: Ask) -> None:
+    again = replace(ask, attempt=ask.attempt + 1)
     assert await pair.run(again) == again.expected
-    other = Ask("other", prompt_of(23, salt=9))
+    other = Ask(f"after {ask.request_id}", prompt_of(23, salt=31))
     assert await pair.run(other) == other.expected
     await pair.whole()
 
 
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("first", [0, 1], ids=["prefill first", "decode first"])
-async def test_abort(phase: PhaseOf, first: int) -> None:
-    async with worker_pair() as pair:
+async def in_each_phase(pair: Pair, act: Callable[[Ask], Awaitable[None]]) -> None:
+    """Bring a request to the phase, act, let go what is held back: all is whole, and the next requests succeed."""
+    for phase in PHASES:
+        ask = ask_for(phase)
         num_tasks = len(asyncio.all_tasks())
-        await phase(pair)
-        for node in (pair.nodes[first], pair.nodes[1 - first]):
-            node.abort(ASK)
-            await node.heard()
-        counts = [len(node.router.events(ASK)) for node in pair.nodes]
-        release(pair)
-        await pair.settled(num_tasks)
-        assert [len(node.router.events(ASK)) for node in pair.nodes] == counts, "something came after the abort"
-        await next_request(pair)
+        pair.faults.seen.clear()
+        try:
+            await phase(pair, ask)
+            await act(ask)
+            release(pair)
+            await pair.settled(num_tasks)
+            await next_request(pair, ask)
+        except BaseException as error:
+            error.add_note(f"in phase {phase.__name__}")
+            raise
+
+
+async def abort(ask: Ask, *nodes: Node) -> None:
+    for node in nodes:
+        node.abort(ask)
+        await node.heard()
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["prefill first", "decode first"])
+async def test_abort(first: int) -> None:
+    async with worker_pair() as pair:
+        streams: dict[str, list[int]] = {}
+
+        def lengths(ask: Ask) -> list[int]:
+            return [len(node.router.events(ask)) for node in pair.nodes]
+
+        async def act(ask: Ask) -> None:
+            await abort(ask, pair.nodes[first], pair.nodes[1 - first])
+            streams[ask.request_id] = lengths(ask)
+
+        await in_each_phase(pair, act)
+        for phase in PHASES:
+            assert lengths(ask_for(phase)) == streams[phase.__name__], "something came after the abort"
         assert pair.num_links_up == 1, "the link did not survive"
 
 
-@pytest.mark.parametrize("phase", PHASES)
-async def test_only_decode_is_aborted(phase: PhaseOf) -> None:
+async def test_only_decode_is_aborted() -> None:
     """Prefill is told by the fence, or ends by its own deadline."""
-    limits = shorter(handoff_s=0.2)
-    async with worker_pair(prefill_options={"limits": limits}) as pair:
-        num_tasks = len(asyncio.all_tasks())
-        await phase(pair)
-        pair.decode.abort(ASK)
-        await pair.decode.heard()
-        release(pair)
-        await pair.settled(num_tasks)
-        await next_request(pair)
+    async with worker_pair(prefill_options={"limits": shorter(handoff_s=0.5)}) as pair:
+        await in_each_phase(pair, lambda ask: abort(ask, pair.decode))
 
 
-@pytest.mark.parametrize("phase", PHASES)
-async def test_only_prefill_is_aborted(phase: PhaseOf) -> None:
+async def test_only_prefill_is_aborted() -> None:
     """Decode does not hear of it, and ends by its own deadline."""
-    async with worker_pair(limits=shorter(arrival_s=0.3)) as pair:
-        num_tasks = len(asyncio.all_tasks())
-        await phase(pair)
-        pair.prefill.abort(ASK)
-        await pair.prefill.heard()
-        release(pair)
-        await pair.settled(num_tasks)
-        await next_request(pair)
+    async with worker_pair(limits=shorter(arrival_s=0.5)) as pair:
+        await in_each_phase(pair, lambda ask: abort(ask, pair.prefill))
 
 
-@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("lost", ["p", "d", "pd"])
-async def test_router_is_lost(phase: PhaseOf, lost: str) -> None:
+async def test_router_is_lost(lost: str) -> None:
     """Of the worker whose session holds, the router (another one than the lost) aborts the request."""
     async with worker_pair() as pair:
-        num_tasks = len(asyncio.all_tasks())
-        await phase(pair)
-        for node in pair.nodes:
-            if node.hello.worker_id in lost:
-                await node.router.close()
-            else:
-                node.abort(ASK)
-                await node.heard()
-        release(pair)
-        await pair.whole()
-        for node in pair.nodes:
-            if node.hello.worker_id in lost:
-                await node.rejoin()
-        if "p" in lost:
-            pair.prefill.list_peers(pair.decode)
-            await pair.prefill.router.link("d", up=True)
-        await pair.settled(num_tasks)
-        await next_request(pair)
+
+        async def act(ask: Ask) -> None:
+            for node in pair.nodes:
+                if node.hello.worker_id in lost:
+                    await node.router.close()
+                else:
+                    await abort(ask, node)
+            release(pair)
+            await pair.whole()
+            for node in pair.nodes:
+                if node.hello.worker_id in lost:
+                    await node.rejoin()
+            if "p" in lost:
+                pair.prefill.list_peers(pair.decode)
+                await pair.prefill.router.link("d", up=True)
+
+        await in_each_phase(pair, act)
 
 
 @pytest.mark.parametrize("phase", [half_sent, transferring, manifest_on_its_way])
 async def test_sends_that_never_end(phase: PhaseOf) -> None:
     """Neither side waits for ever: the link is closed under them, and dialled anew."""
+    ask = ask_for(phase)
     async with worker_pair(limits=shorter(drain_s=0.1, fence_s=0.1)) as pair:
         num_tasks = len(asyncio.all_tasks())
         if phase is half_sent:
             pair.faults.rules.append((blocks, Fault(delay_s=HELD)))
-        await phase(pair)
+        await phase(pair, ask)
         before = len(pair.prefill.router.messages)
         for node in pair.nodes:
-            node.abort(ASK)
+            node.abort(ask)
         pair.prefill.gate.open()
         pair.faults.rules.clear()
         await pair.prefill.router.link("d", up=True, since=before)
@@ -244,14 +256,14 @@ async def test_sends_that_never_end(phase: PhaseOf) -> None:
         pair.prefill.transport.let_go()
         pair.prefill.transport.flush()
         assert pair.network.dropped == late, "a send outlived its link"
-        await next_request(pair)
+        await next_request(pair, ask)
 
 
 async def test_landing_after_the_abort_is_dropped_and_counted() -> None:
     async with worker_pair() as pair:
-        await transferring(pair)
-        pair.decode.abort(ASK)
-        await pair.decode.heard()
+        ask = ask_for(transferring)
+        await transferring(pair, ask)
+        await abort(ask, pair.decode)
         ledger = await pair.decode.ledger()
         assert ledger["by_state"]["quarantined"] == 40 // BLOCK_SIZE
         release(pair)
@@ -263,11 +275,11 @@ async def test_landing_after_the_abort_is_dropped_and_counted() -> None:
 async def test_late_writer_does_not_harm_the_next_owner() -> None:
     """The blocks of an aborted request go to another one; what was sent to them comes only then."""
     async with worker_pair(num_blocks=12) as pair:
+        ask = Ask("late", prompt_of(40))
         with pair.faults.on(blocks, Fault(late=True)):
-            await pair.hand_over(ASK)
+            await pair.hand_over(ask)
             await sent(pair, *range(10), MANIFEST)
-            for node in pair.nodes:
-                node.abort(ASK)
+            await abort(ask, *pair.nodes)
             await pair.whole()
         pair.decode.gate.close()
         other = Ask("other", prompt_of(40, salt=9))
@@ -298,4 +310,4 @@ async def test_abort_storm() -> None:
         for start in range(0, 60, 6):
             await asyncio.gather(*(run_and_abort(number) for number in range(start, start + 6)))
         await pair.settled(num_tasks)
-        await next_request(pair)
+        await next_request(pair, Ask("last", prompt_of(40)))

@@ -8,9 +8,8 @@ import signal
 from dataclasses import replace
 from typing import Any
 
-import pytest
-
 from kvstore.transfer.loopback import Fault, LoopbackNetwork
+from pdserve.errors import InvalidRequest
 from pdserve.protocol import codec
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.worker.config import Role
@@ -238,7 +237,7 @@ def test_every_check_of_submit_is_covered() -> None:
         try:
             codec.check_submit(submit, vocab_size=VOCAB_SIZE, max_model_len=32 * 4)
             codec.sampling_from_proto(submit.sampling, VOCAB_SIZE)
-        except codec.InvalidRequest as error:
+        except InvalidRequest as error:
             errors.add(error.param)
         else:
             raise AssertionError(f"{submit} is fine")

@@ -1,4 +1,4 @@
-"""Messages that are dropped, doubled, damaged, cut or late never give a wrong token, and both pools are whole afterwards."""
+"""Messages that are dropped, doubled, damaged, cut or late give no wrong token, and both pools are whole afterwards."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def test_drop_ends_with_the_deadline(harms: Callable[[int], bool]) -> None
 
 
 async def test_retry_after_a_drop() -> None:
-    async with worker_pair(limits=shorter(arrival_s=0.4)) as pair:
+    async with worker_pair(limits=shorter(arrival_s=0.5)) as pair:
         with pair.faults.on(one_block, Fault(drop=True)):
             await pair.hand_over(ASK)
             await pair.decode.router.failed(ASK)
@@ -118,7 +118,7 @@ async def test_late_messages_are_waited_for(harms: Callable[[int], bool]) -> Non
 
 @pytest.mark.parametrize("harms", WHICH)
 async def test_messages_after_the_deadline_are_dropped(harms: Callable[[int], bool]) -> None:
-    async with worker_pair(limits=shorter(arrival_s=0.2)) as pair:
+    async with worker_pair(limits=shorter(arrival_s=0.5)) as pair:
         with pair.faults.on(harms, Fault(late=True)):
             await pair.hand_over(ASK)
             assert await pair.decode.router.failed(ASK) == "its blocks did not arrive in time"
@@ -148,7 +148,7 @@ async def test_manifest_overtakes_the_blocks() -> None:
 
 async def test_prefill_gives_up_when_sends_do_not_end() -> None:
     """The router hears of it from both sides, and the next attempt goes over a new link."""
-    async with worker_pair(limits=shorter(handoff_s=0.2, drain_s=0.1, arrival_s=0.5)) as pair:
+    async with worker_pair(limits=shorter(handoff_s=0.5, drain_s=0.1, arrival_s=1.0)) as pair:
         before = len(pair.prefill.router.messages)
         with pair.faults.on(blocks, Fault(delay_s=HELD)):
             await pair.hand_over(ASK)
@@ -165,11 +165,11 @@ def has_error(pair: Pair, number: int) -> bool | None:
     return any(event.finish == pb.ERROR for event in pair.nodes[number].router.events(ASK)) or None
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 async def test_random_faults_under_load(seed: int) -> None:
     """Each request ends with the undisturbed stream or with an error, and nothing is left behind."""
     kinds = [Fault(drop=True), Fault(corrupt=True), Fault(duplicate=True), Fault(truncate_to_bytes=3), Fault(late=True)]
-    limits = shorter(arrival_s=0.3, fence_s=0.3)
+    limits = shorter(arrival_s=0.5, fence_s=0.3)
     limits = replace(limits, link=replace(limits.link, check_s=0.05))
     async with worker_pair(num_blocks=48, limits=limits) as pair:
         num_tasks = len(asyncio.all_tasks())

@@ -1,4 +1,4 @@
-"""A fenced ticket sends nothing more, whenever the fence comes; a forged ticket is an error, never a crash or a wrong token."""
+"""A fenced ticket sends nothing more, whenever the fence comes; a forged ticket is an error and never a crash."""
 
 from __future__ import annotations
 

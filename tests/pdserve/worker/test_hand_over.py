@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
+from kvstore.transfer.loopback import LoopbackNetwork
 from kvstore.transfer.tags import MANIFEST
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.worker.config import Role
 from tests.support.router_client import Ask
 from tests.support.tiny_engine import BLOCK_SIZE
 from tests.support.worker_pair import (
-    LoopbackNetwork,
     Node,
     check_stream,
     eventually,

@@ -1,4 +1,4 @@
-"""Health is progress: a step that hangs leaves pings unanswered and `/readyz` unready, and deadlines go on all the same."""
+"""Health is progress: a step that hangs leaves pings unanswered and `/readyz` unready; deadlines go on all the same."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ async def refused(address: str, messages: Iterable[pb.RouterMessage]) -> grpc.St
     call = client.stub.Session(iter(messages))
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await call.read()
-    await client._channel.close()
+    await client._channel.close(None)
     return error.value.code()
 
 

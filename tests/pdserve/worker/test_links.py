@@ -1,10 +1,9 @@
-"""Links are made with fitting peers only, follow the peers that routers list, and heal; a closed link lets nothing land."""
+"""Links are made with fitting peers only, follow what routers list, and heal; a closed link lets nothing land."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import subprocess
 from dataclasses import replace
 from typing import Any
 
@@ -83,6 +82,7 @@ async def test_other_weights_are_refused_in_clear_text() -> None:
         prefill.list_peers()
         prefill.abort(ASK)
         await prefill.heard()
+        assert sum(message.HasField("link") for message in prefill.router.messages) == 1, "told at every attempt"
         await num_links(network, 0)
 
 
@@ -117,8 +117,7 @@ async def test_unfit_peers_are_refused_and_leave_nothing(changes: dict[str, Any]
 async def test_second_connect_closes_the_older_link() -> None:
     async with worker_pair() as pair, raw_link(pair.network) as first, raw_link(pair.network) as second:
         replies = [
-            await pair.decode.router.stub.Connect(connect_request(link.address), timeout=10)
-            for link in (first, second)
+            await pair.decode.router.stub.Connect(connect_request(link.address), timeout=10) for link in (first, second)
         ]
         assert replies[0].link_address not in pair.network.links
         assert replies[1].link_address in pair.network.links
@@ -136,14 +135,17 @@ async def test_connects_at_once_leave_one_link() -> None:
 
 async def test_death_of_the_peers_process_closes_the_link() -> None:
     async with worker_pair() as pair, raw_link(pair.network) as link:
-        with subprocess.Popen(["sleep", "60"]) as process:
+        process = await asyncio.create_subprocess_exec("sleep", "60")
+        try:
             request = connect_request(link.address, host_id=pair.decode.hello.host_id, pid=process.pid)
             reply = await pair.decode.router.stub.Connect(request, timeout=10)
             assert reply.link_address in pair.network.links
             before = len(pair.network.links)
+        finally:
             process.kill()
-            await num_links(pair.network, before - 1)
-            assert reply.link_address not in pair.network.links
+        await num_links(pair.network, before - 1)
+        assert reply.link_address not in pair.network.links
+        await process.wait()
 
 
 async def test_unlisted_peer_loses_its_link() -> None:
@@ -202,8 +204,8 @@ async def test_restarted_peer_under_the_old_listing_is_refused() -> None:
 async def test_unreachable_peer_is_reported_and_tried_again() -> None:
     network = LoopbackNetwork()
     async with running_node(network, "p", Role.PREFILL) as prefill:
-        nobody = Node(pb.WorkerHello(worker_id="d", incarnation=1, address="127.0.0.1:1"), *([None] * 4))  # type: ignore[arg-type]
-        prefill.list_peers(nobody)
+        nobody = pb.Peer(worker_id="d", incarnation=1, address="127.0.0.1:1")
+        prefill.router.send(peers=pb.Peers(peers=[nobody]))
         report = await prefill.router.link("d", up=False)
         assert "onnect" in report.error
         async with running_node(network, "d", Role.DECODE) as decode:
@@ -214,7 +216,7 @@ async def test_unreachable_peer_is_reported_and_tried_again() -> None:
 
 
 async def test_frozen_peer_cannot_keep_our_blocks() -> None:
-    """Prefill does not answer the fence: decode closes the link, and has its blocks back while the writer still holds on."""
+    """Prefill does not answer the fence: decode closes the link, and has its blocks back while the writer holds on."""
     limits = shorter(fence_s=0.1)
     async with worker_pair(limits=limits, prefill_options={"limits": shorter(drain_s=5.0)}) as pair:
         with pair.faults.on(blocks, Fault(delay_s=HELD)):

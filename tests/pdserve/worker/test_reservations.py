@@ -91,7 +91,7 @@ async def test_refused_after_the_limit() -> None:
 
 async def test_refused_reservation_may_be_asked_again_at_once() -> None:
     """As the router does: abort, then the same attempt again, while the engine has yet to answer the first."""
-    async with worker_pair(num_blocks=12, limits=shorter(reservation_s=0.1)) as pair:
+    async with worker_pair(num_blocks=12, limits=shorter(reservation_s=0.5)) as pair:
         await fill(pair)
         await ask_for(pair, SMALL)
         await pair.decode.router.refused(SMALL)
@@ -103,7 +103,7 @@ async def test_refused_reservation_may_be_asked_again_at_once() -> None:
 
 
 async def test_aborted_while_it_waits() -> None:
-    async with worker_pair(num_blocks=12, limits=shorter(reservation_s=0.3)) as pair:
+    async with worker_pair(num_blocks=12, limits=shorter(reservation_s=0.5)) as pair:
         await fill(pair)
         await ask_for(pair, LARGE, SMALL)
         for node in pair.nodes:
