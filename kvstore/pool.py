@@ -90,6 +90,11 @@ class Ledger:
         return sum(parts) == self.total
 
     @property
+    def overdue(self) -> list[str]:
+        """Owners whose deadline has passed: whoever watches it has not given the blocks back yet."""
+        return [hold.owner for hold in self.holds if hold.expires_in_s is not None and hold.expires_in_s <= 0]
+
+    @property
     def idle(self) -> bool:
         """Only free and cached blocks are left."""
         return self.sums and self.free + self.cached == self.total
@@ -141,10 +146,6 @@ class BlockPool:
         """A sequence is computed; from now on its blocks are held only for being pushed to another worker."""
         hold = self._holds[owner]
         hold.kind, hold.deadline_s = HoldKind.SEND, deadline_s
-
-    def expired(self, now_s: float) -> list[str]:
-        """Owners whose deadline has passed."""
-        return [owner for owner, h in self._holds.items() if h.deadline_s is not None and h.deadline_s <= now_s]
 
     def release(self, owner: str) -> list[BlockRef]:
         """Give back all that `owner` holds; nothing if it holds nothing. Returns the blocks now in quarantine."""

@@ -65,8 +65,8 @@ class Timeline:
         }
 
     def handoff_stages(self) -> dict[str, float]:
-        """Seconds by stage, summing to the first inter-token gap; empty before the second token."""
-        if self.first_token_s is None or self.second_token_s is None:
+        """Seconds by stage, summing to the first inter-token gap; empty before it, and if nothing was handed over."""
+        if self.first_token_s is None or self.second_token_s is None or "transfer" not in self.reported:
             return {}
         gap = self.second_token_s - self.first_token_s
         return self._split(gap, ("reserve", "transfer", "commit"), "resume")

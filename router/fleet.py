@@ -184,6 +184,9 @@ class Fleet:
         if reason:
             log.warning("worker=%s address=%s lost: %s", member.worker_id, link.address, reason)
         self._membership_changed()
+        for other in self._members.values():
+            if other.incompatible:  # perhaps only beside the one that is gone
+                other.link.renew("to be judged again")
         if self._listener is not None:
             self._listener.on_worker_lost(member.worker_id, reason)
 
@@ -206,6 +209,21 @@ class Fleet:
             member.partners = sum(1 for facts in links if facts is not None and facts.up)
 
     # --- for the dispatcher ---
+
+    def distrust(self, prompt_id: str, decode_id: str) -> None:
+        """A hand-over between the two failed, whatever their link says: give them none for a while."""
+        prompt, decode = self._by_id.get(prompt_id), self._by_id.get(decode_id)
+        if prompt is None or decode is None:
+            return  # one of them is gone, which explains it
+        life = decode.hello.incarnation
+        prompt.distrusted.add(life)
+        self._count_partners()
+        asyncio.get_running_loop().call_later(self._limits.distrust_s, self._trust, prompt, life)
+
+    def _trust(self, prompt: Member, life: int) -> None:
+        prompt.distrusted.discard(life)
+        self._count_partners()
+        self._wake()
 
     def candidates(self, depths: Mapping[int, int], now_s: float, *, linked_from: str | None = None) -> list[Candidate]:
         """All workers that ever said hello. `depths`: leading blocks held, by slot, as the index says."""

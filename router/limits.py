@@ -24,6 +24,7 @@ class FleetLimits:
     forget_s: float = 30.0  # dial an address this long after it was listed last
     warmup_s: float = 10.0  # wait this long for the first prefill-decode link before being ready without one
     workers: int = 1024
+    distrust_s: float = 30.0  # a pair whose hand-over failed gets no other so long
     link: LinkLimits = field(default_factory=LinkLimits)
 
 

@@ -90,6 +90,10 @@ class WorkerLink:
             return False
         return True
 
+    def renew(self, reason: str) -> None:
+        """End the session and begin a new one."""
+        self._end(reason)
+
     def _end(self, reason: str) -> None:
         if self._ended is not None and not self._ended.done():
             self._ended.set_result(reason)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvstore.keys import KEY_BYTES
@@ -75,6 +75,7 @@ class Member:
     load: pb.LoadReport = field(default_factory=pb.LoadReport)
     next_event: int | None = None  # sequence number of the next KV event; None: a snapshot must come first
     links: dict[str, tuple[int, LinkFacts]] = field(default_factory=dict)  # by peer id: incarnation, facts
+    distrusted: set[int] = field(default_factory=set)  # incarnations of peers to which a hand-over failed lately
     told_peers: bytes = b""  # the last Peers message
     partners: int = 0
     recent: DecayingSum = field(default_factory=lambda: DecayingSum(RECENT_HALF_LIFE_S))
@@ -120,9 +121,11 @@ class Member:
         self.next_event = event.sequence + 1
 
     def link_to(self, peer: Member) -> LinkFacts | None:
-        """The data-plane link to the peer's present life."""
+        """The data-plane link to the peer's present life; down while it is distrusted."""
         incarnation, facts = self.links.get(peer.worker_id, (None, None))
-        return facts if incarnation == peer.hello.incarnation else None
+        if facts is None or incarnation != peer.hello.incarnation:
+            return None
+        return replace(facts, up=False, error="a hand-over failed") if incarnation in self.distrusted else facts
 
     def load_view(self, now_s: float) -> LoadView:
         load = self.load

@@ -88,7 +88,7 @@ class RoutedGeneration:
             return
         finish = finish_from_proto(event.finish)
         if finish in (FinishReason.ERROR, FinishReason.ABORT):
-            attempt.post(Failed(worker_id, event.error or f"{finish.value} without a reason"))
+            self._worker_failed(attempt, worker_id, event.error or f"{finish.value} without a reason")
             return
         self._note_phase(attempt, worker_id, event)
         ready = self._order.offer(event)
@@ -118,12 +118,14 @@ class RoutedGeneration:
 
     def on_worker_lost(self, worker_id: str, reason: str) -> None:
         attempt = self._attempt
-        if attempt is None or worker_id not in attempt.worker_ids:
-            return
+        if attempt is not None and worker_id in attempt.worker_ids:
+            self._worker_failed(attempt, worker_id, f"lost: {reason}")
+
+    def _worker_failed(self, attempt: Attempt, worker_id: str, reason: str) -> None:
+        """What becomes of prefill once decode goes on by itself does not matter."""
         decode_goes_on = attempt.decode is not None and attempt.state is State.DECODING and not self._order.gap
-        if worker_id == attempt.prompt_id and decode_goes_on:
-            return
-        attempt.post(Failed(worker_id, f"lost: {reason}"))
+        if worker_id != attempt.prompt_id or not decode_goes_on:
+            attempt.post(Failed(worker_id, reason))
 
     def _current(self, worker_id: str, number: int) -> Attempt | None:
         attempt = self._attempt
@@ -213,7 +215,7 @@ class RoutedGeneration:
                 self._fleet,
                 self._limits,
                 choose=lambda avoid: self._placer.place_decode(
-                    self._need(Phase.DECODE, avoid), keys, attempt.prompt_id
+                    self._need(Phase.DECODE, avoid | self._avoid), keys, attempt.prompt_id
                 ),
                 submit=lambda: self._submit(attempt),
             )
@@ -268,6 +270,8 @@ class RoutedGeneration:
         )
         self._leave(attempt)
         self._avoid.add(failure.worker_id)
+        if attempt.state is State.HANDING_OFF and attempt.decode_id is not None:
+            self._fleet.distrust(attempt.prompt_id, attempt.decode_id)
         if failure.refused and attempt.state is State.PREFILLING:
             self._counts["refusals"] += 1  # nothing was begun; how long this may go on is the queue's limit
             return
@@ -323,5 +327,5 @@ class RoutedGeneration:
 
     def _stages(self) -> dict[str, float]:
         """Seconds by stage; those of a hand-over only if there was one."""
-        handoff = self.timeline.handoff_stages() if "transfer" in self.timeline.reported else {}
+        handoff = self.timeline.handoff_stages()
         return {**self.timeline.ttft_stages(), **handoff}

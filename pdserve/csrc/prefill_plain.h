@@ -4,8 +4,8 @@
 #include "paged.h"
 #include "vector.h"
 
-constexpr int KEY_BLOCK = 32;  // keys between two updates of the running maximum
-constexpr int KEY_PAD = 32;     // K and V are gathered up to a multiple of it, the rest being zero
+constexpr int KEY_BLOCK = 64;  // keys between two updates of the running maximum
+constexpr int KEY_PAD = 32;    // K and V are gathered up to a multiple of it, the rest being zero
 
 // The rows, of queries or of output, that belong to one (sequence, kv head): column c is head c % group of token
 // c / group, so that neighbours share a position.

@@ -215,6 +215,7 @@ class NativeKernels:
         tokens, sequences, max_blocks = len(batch.positions), len(batch.context_len), batch.block_tables.shape[1]
         if len(batch.query_start) != sequences + 1 or batch.block_tables.shape[0] != sequences:
             raise ValueError("the tensors of a batch disagree on the number of sequences")
+        self._batch = None  # until the new one has passed
         pointers = (t.data_ptr() for t in tensors)
         self._batch_struct = _Batch(*pointers, tokens, sequences, max_blocks)
         self._batch_pointer = ctypes.addressof(self._batch_struct)

@@ -48,9 +48,12 @@ class RunFolder:
         try:
             self.path = Path(tempfile.mkdtemp(prefix=RUN_PREFIX, dir=self._parent))
             self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
         except OSError as error:
             raise ConfigError(f"No run folder can be made in {self._parent}: {error.strerror}.") from error
+        if not (self.path / _LOCK).exists():  # another start took it for a stale one before it was locked
+            os.close(self._lock)
+            return self.__enter__()
         return self.path
 
     def __exit__(

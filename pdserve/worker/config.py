@@ -39,7 +39,7 @@ class WorkerLimits:
 
     handoff_s: float = 30.0  # prefill: from the last chunk's start until everything has been sent
     drain_s: float = 5.0  # what is under way ends within this, or the link is closed under it
-    fenced_tickets: int = 4096  # remembered as fenced before their hand-over came
+    closed_tickets: int = 4096  # remembered, with what was sent under each
     reservations: int = 256  # that wait for room
     reservation_s: float = 5.0  # a reservation waits so long for room, then the router is told to look elsewhere
     arrival_s: float = 30.0  # decode: from the ticket until the blocks must be there

@@ -299,8 +299,15 @@ class LinkTable:
                 self._publish(self._dialers[link.peer_id][0], error=reason)
             link.closing = self._loop.run_in_executor(None, link.link.close)
             self._await_end(link.closing)
+            link.closing.add_done_callback(lambda _: self._drop_channel(link.address))
             link.gone.set()
         return link.closing
+
+    def _drop_channel(self, address: str) -> None:
+        """A peer that comes back has another address: keep no channel that nobody uses."""
+        used = {peer.address for peer, _ in self._dialers.values()} | {link.address for link in self._links.values()}
+        if address not in used and address in self._channels:
+            self._await_end(asyncio.ensure_future(self._channels.pop(address).close(None)))
 
     def _await_end(self, ending: asyncio.Future[None]) -> None:
         """Before we are shut down."""

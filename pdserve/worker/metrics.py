@@ -40,6 +40,9 @@ class WorkerMetrics:
             "pdserve_waiting_tokens", "Prompt tokens queued and not yet computed.", registry=registry
         )
         self._blocks = Gauge("pdserve_kv_blocks", "Blocks of the KV pool by state.", ["state"], registry=registry)
+        self._overdue = Gauge(
+            "pdserve_kv_holds_overdue", "Holds on blocks whose deadline has passed; stays at 0.", registry=registry
+        )
         self.transfer_seconds = Histogram(
             "pdserve_transfer_seconds",
             "Time from the ticket until all blocks of a hand-over were verified.",
@@ -73,3 +76,4 @@ class WorkerMetrics:
     def on_ledger(self, ledger: Ledger) -> None:
         for state in ("free", "cached", "held", "sending", "receiving", "quarantined"):
             self._blocks.labels(state).set(getattr(ledger, state))
+        self._overdue.set(len(ledger.overdue))

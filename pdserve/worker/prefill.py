@@ -40,7 +40,8 @@ class PrefillSide:
         self._memory = memory
         self._metrics = metrics
         self._limits = limits
-        self._fenced: OrderedDict[TicketId, None] = OrderedDict()
+        # Tickets under which nothing is sent any more, with the ordinals that were.
+        self._closed: OrderedDict[TicketId, tuple[int, ...]] = OrderedDict()
         self._pushes: dict[TicketId, Push] = {}
 
     def submit(self, session: RouterSession, submit: pb.Submit) -> None:
@@ -84,7 +85,7 @@ class PrefillSide:
         entry = self._requests.get(entry_name(handoff.request_id, handoff.attempt))
         ticket = handoff.ticket
         ticket_id = TicketId(ticket.decode_worker_id, ticket.decode_incarnation, ticket.ticket_id)
-        if entry is None or entry.push is None or ticket_id in self._fenced:
+        if entry is None or entry.push is None or ticket_id in self._closed:
             return
         peer = self._links.get(ticket.decode_worker_id, ticket.decode_incarnation)
         if peer is None:
@@ -101,8 +102,9 @@ class PrefillSide:
     def _over(self, entry: Entry, error: str | None) -> None:
         """Nothing reads the blocks any more."""
         assert entry.push is not None
-        if entry.ticket_id is not None:
-            self._pushes.pop(entry.ticket_id, None)
+        assert entry.ticket_id is not None
+        del self._pushes[entry.ticket_id]
+        self._close(entry.ticket_id, entry.push.sent())
         self._metrics.transfer_bytes.labels("sent").inc(entry.push.num_bytes)
         if error is None:
             self._requests.end(entry)
@@ -123,8 +125,13 @@ class PrefillSide:
     async def fence(self, request: pb.FenceRequest) -> pb.FenceReply:
         """Nothing is sent under this ticket once this has returned; the reply lists what was."""
         ticket_id = TicketId(request.decode_worker_id, request.decode_incarnation, request.ticket_id)
-        self._fenced[ticket_id] = None
-        if len(self._fenced) > self._limits.fenced_tickets:
-            self._fenced.popitem(last=False)
         push = self._pushes.get(ticket_id)
-        return pb.FenceReply() if push is None else await push.fence()
+        if push is not None:
+            return await push.fence()
+        self._close(ticket_id, self._closed.get(ticket_id, ()))
+        return pb.FenceReply(sent_ordinals=self._closed[ticket_id])
+
+    def _close(self, ticket_id: TicketId, sent: tuple[int, ...]) -> None:
+        self._closed[ticket_id] = sent
+        if len(self._closed) > self._limits.closed_tickets:
+            self._closed.popitem(last=False)

@@ -41,8 +41,8 @@ class Push:
         self._links = links
         self._memory = memory
         self._over = over
+        self._limits = limits
         self._deadline_s = time.monotonic() + limits.handoff_s
-        self._drain_s = limits.drain_s
         self._block_ids: Sequence[int] = ()  # ready, from the sequence's first block on
         self._tokens: tuple[int, ...] | None = None
         self._session: SendSession | None = None
@@ -72,6 +72,7 @@ class Push:
         if num_blocks != len(ticket.generations) or not fits:
             raise TransferError("the ticket is malformed")
         self._ticket, self._peer = ticket, peer
+        self._deadline_s = time.monotonic() + self._limits.handoff_s
         self._session = SendSession(ticket.ticket_id, ticket.generations)
         self._advance()
 
@@ -85,6 +86,12 @@ class Push:
             await self._wait_drained()
         return pb.FenceReply(sent_ordinals=self._fenced)
 
+    def sent(self) -> tuple[int, ...]:
+        """Ordinals that were sent; to be asked once `over` was called."""
+        assert self._session is not None
+        self._do(self._session.fence())
+        return self._fenced
+
     async def stop(self) -> None:
         """Stop for good; returns when nothing reads the blocks any more."""
         if self._session is not None:
@@ -93,7 +100,7 @@ class Push:
 
     async def _wait_drained(self) -> None:
         try:
-            async with asyncio.timeout(self._drain_s):
+            async with asyncio.timeout(self._limits.drain_s):
                 await self._drained.wait()
         except TimeoutError:
             assert self._peer is not None

@@ -129,8 +129,6 @@ class Worker:
         """Tokens leave in one message per router; what the step changed is passed on."""
         for token in report.tokens:
             self._send_token(token)
-        for computed in report.computed:
-            self.prefill.computed(computed)
         for sequence in report.failed:
             entry = self._requests.get(sequence.name)
             if entry is not None:
@@ -138,6 +136,9 @@ class Worker:
         for session in self._sessions:
             session.flush()
             session.send_events(report.events)
+        for computed in report.computed:
+            # In a later turn of the loop: the first token is written before its blocks are sealed and sent.
+            asyncio.get_running_loop().call_soon(self.prefill.computed, computed)
         self._load = report.load
         if report.num_tokens:
             self._step_s = report.step_s

@@ -1,4 +1,4 @@
-"""A client that goes away, whatever its request is doing, leaves both pools whole within 2 s, and nobody else notices."""
+"""A client that goes away, in whichever phase, leaves both pools whole within 2 s, and nobody else notices."""
 
 from __future__ import annotations
 

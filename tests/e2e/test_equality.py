@@ -68,7 +68,7 @@ class Reference:
 
 @pytest.fixture(scope="module")
 def cases(default_model: Path, encode: Encode) -> list[Case]:
-    tokenizer = AutoTokenizer.from_pretrained(default_model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(default_model)
     ids = [(f"{n} tokens", passage_tokens(encode, n, n)) for n in LENGTHS]
     shared = passage_tokens(encode, 7, 200)
     # Prefixes that end inside a block, at its end, and one token behind it.
@@ -114,8 +114,8 @@ def reference(default_model: Path, cases: list[Case], asked: dict[str, Asked]) -
 
 def transformers_answers(folder: Path, cases: Sequence[Case], drafts: Future[list[Answer]]) -> list[Reference]:
     """What transformers generates, whatever the drafts are: a good one only saves it most of the steps."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = []
     for case, draft in zip(cases, drafts.result(), strict=True):
         token_ids = greedy(model, case.token_ids, tokenizer(draft.text)["input_ids"])
@@ -125,7 +125,8 @@ def transformers_answers(folder: Path, cases: Sequence[Case], drafts: Future[lis
 
 @torch.inference_mode()
 def greedy(model: Any, prompt: list[int], draft: list[int]) -> list[int]:
-    """Greedy decoding that checks `draft` in one pass, keeps what it would have chosen, and goes on from there."""
+    """Greedy decoding that checks `draft` (no stop token in it) in one pass, keeps what it would have chosen, and goes on
+    from there."""
     inputs = torch.tensor([prompt + draft])
     output = model(inputs, use_cache=True, logits_to_keep=len(draft) + 1)
     likeliest = output.logits[0].argmax(-1).tolist()  # after the prompt, and after each token of the draft
@@ -167,9 +168,7 @@ def test_sixty_prompts(cases: list[Case]) -> None:
 
 
 @pytest.mark.parametrize("name", ["disaggregated", "mixed"])
-def test_answers(
-    name: str, cases: list[Case], asked: dict[str, Asked], reference: Future[list[Reference]]
-) -> None:
+def test_answers(name: str, cases: list[Case], asked: dict[str, Asked], reference: Future[list[Reference]]) -> None:
     assert_equal(cases, asked[name].first.result(), reference.result())
     assert_equal(cases, asked[name].again.result(), reference.result())
     assert_cached(cases, asked[name].again.result())

@@ -1,4 +1,4 @@
-"""Whatever dies or freezes, in whichever phase: the answer is the undisturbed one, soon, and the survivors' pools are whole.
+"""Whatever dies or freezes, in whichever phase: the answer is the undisturbed one, and soon, and pools are whole.
 
 `wide` has a second worker of each role; in `pair` the survivor does the whole request.
 """

@@ -1,4 +1,4 @@
-"""A seeded answer depends on prompt, parameters and seed only: not on the deployment, nor on what else is in the batch."""
+"""A seeded answer depends on prompt, parameters and seed only: not on the deployment, nor on the rest of the batch."""
 
 from __future__ import annotations
 

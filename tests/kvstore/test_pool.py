@@ -162,7 +162,7 @@ def test_landed_blocks_are_committed_like_computed_ones() -> None:
         pool.land(ref)
         pool.commit("a", ref, key)
     pool.keep("a")
-    assert pool.expired(1e9) == []
+    assert pool.ledger(1e9).overdue == []
     pool.release("a")
     assert counts(pool) == {"cached": 2, "free": 6}
 
@@ -266,8 +266,8 @@ def test_ledger_names_every_owner_with_age_and_deadline() -> None:
     rows = [(e.owner, e.kind, e.num_blocks, e.age_s, e.expires_in_s) for e in ledger.holds]
     assert rows == [("a", "send", 2, 2.0, 28.0), ("b", "receive", 1, 2.0, 5.0)]
     assert (ledger.sending, ledger.receiving, ledger.idle) == (2, 1, False)
-    assert pool.expired(7.0) == ["b"]
-    assert pool.expired(30.0) == ["a", "b"]
+    assert pool.ledger(7.0).overdue == ["b"]
+    assert pool.ledger(30.0).overdue == ["a", "b"]
 
 
 # --- events ----------------------------------------------------------------------------------------------------------

@@ -224,7 +224,7 @@ class PoolMachine(RuleBasedStateMachine):
         """Time alone changes nothing but who is late."""
         self.now_s += seconds
         late = {n for n, o in self.owners.items() if o.deadline_s is not None and o.deadline_s <= self.now_s}
-        assert set(self.pool.expired(self.now_s)) == late
+        assert set(self.pool.ledger(self.now_s).overdue) == late
 
     @rule()
     def clear_cached(self) -> None:

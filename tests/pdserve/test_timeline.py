@@ -43,9 +43,10 @@ def test_stages_sum_to_what_was_measured_and_none_is_negative(
     assert timeline.second_token_s is not None
     ttft, handoff = timeline.ttft_stages(), timeline.handoff_stages()
     assert tuple(ttft) == TTFT_STAGES
-    assert tuple(handoff) == HANDOFF_STAGES
+    assert tuple(handoff) == (HANDOFF_STAGES if "transfer" in reported else ())
     assert sum(ttft.values()) == exactly(timeline.ttft_s or 0.0)
-    assert sum(handoff.values()) == exactly(timeline.second_token_s - timeline.first_token_s)
+    if handoff:
+        assert sum(handoff.values()) == exactly(timeline.second_token_s - timeline.first_token_s)
     assert all(stage_s >= 0 for stage_s in (*ttft.values(), *handoff.values()))
 
 

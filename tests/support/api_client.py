@@ -1,4 +1,4 @@
-"""A client of the HTTP API on bare sockets: one connection a request, so that a disconnect is what the test says it is."""
+"""A client of the HTTP API on bare sockets: one connection a request, so a disconnect is what a test says it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real deployment for end-to-end tests: worker and router processes as `pdserve up` starts them, without its supervisor.
+"""A real deployment for end-to-end tests: processes as `pdserve up` starts them, without its supervisor.
 
 Nothing restarts what a test kills, so what the survivors do is their own doing; `revive` is for the next test.
 """

@@ -151,9 +151,9 @@ def test_arrived_sequence_can_be_found_at_once_and_has_no_deadline() -> None:
     engine = tiny_engine(8)
     sequence = make_sequence("s", prompt(0, 6))
     engine.scheduler.reserve(sequence, 0.0, 9.0)
-    assert engine.pool.expired(9.0) == ["s"]
+    assert engine.pool.ledger(9.0).overdue == ["s"]
     assert engine.pool.visible_keys() == []
     engine.scheduler.arrived(sequence, [7])
     assert engine.pool.visible_keys() == sequence.full_block_keys()
-    assert engine.pool.expired(1e9) == []
+    assert engine.pool.ledger(1e9).overdue == []
     assert engine.pool.ledger(0.0).holds[0].kind == HoldKind.COMPUTE.value

@@ -241,7 +241,7 @@ def test_prefill_only_keeps_its_blocks_lent_until_it_is_finished() -> None:
     ledger = engine.pool.ledger(5.0)
     assert (ledger.sending, ledger.held) == (3, 0)
     assert ledger.holds[0].expires_in_s == engine.config.handoff_s
-    assert engine.pool.expired(5.0 + engine.config.handoff_s) == ["s"]
+    assert engine.pool.ledger(5.0 + engine.config.handoff_s).overdue == ["s"]
     engine.finish(sequence)
     assert_idle(engine)
 

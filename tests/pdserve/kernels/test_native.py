@@ -93,6 +93,14 @@ def test_a_batch_that_reaches_outside_is_refused(kernels: NativeKernels, batch: 
         kernels.attention(make_qkv(), batch, make_pool(), 0, HEADS, 0.125)
 
 
+def test_a_refused_batch_leaves_no_trace(kernels: NativeKernels) -> None:
+    batch, pool, qkv = make_batch(), make_pool(), make_qkv()
+    expected = kernels.attention(qkv, batch, pool, 0, HEADS, 0.125)
+    with pytest.raises(ValueError, match="batch"):
+        kernels.attention(qkv, broken(block_tables=torch.full((4, 13), BLOCKS).int()), pool, 0, HEADS, 0.125)
+    assert torch.equal(kernels.attention(qkv, batch, pool, 0, HEADS, 0.125), expected)
+
+
 @pytest.mark.parametrize(
     "call",
     [

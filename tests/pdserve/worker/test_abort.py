@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -128,7 +128,7 @@ async def over(pair: Pair, ask: Ask) -> None:
     await pair.run(ask)
 
 
-PHASES = [
+PHASES: list[PhaseOf] = [
     queued,
     prefilling,
     in_the_last_chunk,
@@ -142,6 +142,7 @@ PHASES = [
     streaming,
     over,
 ]
+WITH_A_TICKET = PHASES[4:]
 
 
 def release(pair: Pair) -> None:
@@ -160,9 +161,9 @@ async def next_request(pair: Pair, ask: Ask) -> None:
     await pair.whole()
 
 
-async def in_each_phase(pair: Pair, act: Callable[[Ask], Awaitable[None]]) -> None:
+async def in_each_phase(pair: Pair, act: Callable[[Ask], Awaitable[None]], phases: Sequence[PhaseOf] = PHASES) -> None:
     """Bring a request to the phase, act, let go what is held back: all is whole, and the next requests succeed."""
-    for phase in PHASES:
+    for phase in phases:
         ask = ask_for(phase)
         num_tasks = len(asyncio.all_tasks())
         pair.faults.seen.clear()
@@ -204,13 +205,13 @@ async def test_abort(first: int) -> None:
 async def test_only_decode_is_aborted() -> None:
     """Prefill is told by the fence, or ends by its own deadline."""
     async with worker_pair(prefill_options={"limits": shorter(handoff_s=0.5)}) as pair:
-        await in_each_phase(pair, lambda ask: abort(ask, pair.decode))
+        await in_each_phase(pair, lambda ask: abort(ask, pair.decode), WITH_A_TICKET)
 
 
 async def test_only_prefill_is_aborted() -> None:
     """Decode does not hear of it, and ends by its own deadline."""
     async with worker_pair(limits=shorter(arrival_s=0.5)) as pair:
-        await in_each_phase(pair, lambda ask: abort(ask, pair.prefill))
+        await in_each_phase(pair, lambda ask: abort(ask, pair.prefill), WITH_A_TICKET)
 
 
 @pytest.mark.parametrize("lost", ["p", "d", "pd"])
@@ -273,14 +274,19 @@ async def test_landing_after_the_abort_is_dropped_and_counted() -> None:
 
 
 async def test_late_writer_does_not_harm_the_next_owner() -> None:
-    """The blocks of an aborted request go to another one; what was sent to them comes only then."""
-    async with worker_pair(num_blocks=12) as pair:
+    """The blocks of an aborted request go to another one once their link is closed; what was sent comes only then."""
+    async with worker_pair(num_blocks=12, limits=shorter(fence_s=0.2)) as pair:
         ask = Ask("late", prompt_of(40))
         with pair.faults.on(blocks, Fault(late=True)):
             await pair.hand_over(ask)
             await sent(pair, *range(10), MANIFEST)
             await abort(ask, *pair.nodes)
             await pair.whole()
+
+        async def linked_again() -> bool:
+            return pair.num_links_up == 2
+
+        await eventually(linked_again, "the link did not come back")
         pair.decode.gate.close()
         other = Ask("other", prompt_of(40, salt=9))
         await pair.hand_over(other)

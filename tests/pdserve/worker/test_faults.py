@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -14,6 +14,7 @@ from pdserve.protocol import worker_pb2 as pb
 from tests.support.router_client import Ask
 from tests.support.worker_pair import (
     HELD,
+    Node,
     Pair,
     blocks,
     check_stream,
@@ -25,8 +26,6 @@ from tests.support.worker_pair import (
     worker_pair,
 )
 
-ASK = Ask("r", prompt_of(40))
-
 
 def one_block(ordinal: int) -> bool:
     return ordinal == 7
@@ -35,19 +34,29 @@ def one_block(ordinal: int) -> bool:
 WHICH = [one_block, blocks, manifests, everything]
 
 
-async def router_retries(pair: Pair) -> None:
+def asks() -> Iterator[tuple[Callable[[int], bool], Ask]]:
+    """For each choice of messages a request that shares nothing with the others."""
+    for number, harms in enumerate(WHICH):
+        yield harms, Ask(harms.__name__, prompt_of(40, salt=number))
+
+
+async def router_retries(pair: Pair, ask: Ask) -> None:
     """As the router does after an error: aborted everywhere, then a new attempt."""
     for node in pair.nodes:
-        node.abort(ASK)
+        node.abort(ask)
     await pair.whole()
-    assert pair.decode.router.events(ASK)[-1].finish == pb.ERROR
-    assert len(pair.decode.router.events(ASK)) == 1, "a token came from KV that was not verified"
-    again = replace(ASK, attempt=1)
+    assert pair.decode.router.events(ask)[-1].finish == pb.ERROR
+    assert len(pair.decode.router.events(ask)) == 1, "a token came from KV that was not verified"
+    again = replace(ask, attempt=1)
     assert await pair.run(again) == again.expected
     await pair.whole()
 
 
-@pytest.mark.parametrize("harms", WHICH)
+async def stream(pair: Pair, ask: Ask) -> list[int]:
+    await pair.decode.router.finished(ask)
+    return check_stream([event for node in pair.nodes for event in node.router.events(ask)], 0)
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -58,111 +67,109 @@ async def router_retries(pair: Pair) -> None:
     ],
     ids=["corrupted", "truncated", "emptied", "corrupted twice"],
 )
-async def test_damage_is_found(harms: Callable[[int], bool], fault: Fault) -> None:
+async def test_damage_is_found(fault: Fault) -> None:
     async with worker_pair() as pair:
-        with pair.faults.on(harms, fault):
-            await pair.hand_over(ASK)
-            reason = await pair.decode.router.failed(ASK)
-        assert "checksum" in reason or "damaged" in reason or "manifest has" in reason
-        await router_retries(pair)
-        assert await pair.decode.metric("pdserve_transfer_failures_total") == 1
+        for harms, ask in asks():
+            with pair.faults.on(harms, fault):
+                await pair.hand_over(ask)
+                reason = await pair.decode.router.failed(ask)
+            assert "checksum" in reason or "damaged" in reason or "manifest has" in reason
+            await router_retries(pair, ask)
+        assert await pair.decode.metric("pdserve_transfer_failures_total") == len(WHICH)
         assert pair.num_links_up == 1
 
 
-@pytest.mark.parametrize("harms", WHICH)
-async def test_drop_ends_with_the_deadline(harms: Callable[[int], bool]) -> None:
+async def test_drop_ends_with_the_deadline() -> None:
     async with worker_pair(limits=shorter(arrival_s=0.1)) as pair:
-        with pair.faults.on(harms, Fault(drop=True)):
-            await pair.hand_over(ASK)
-            assert await pair.decode.router.failed(ASK) == "its blocks did not arrive in time"
-        await pair.whole()
-        assert pair.decode.engine.pool.visible_keys() == [], "blocks became visible that were not verified"
+        for harms, ask in asks():
+            with pair.faults.on(harms, Fault(drop=True)):
+                await pair.hand_over(ask)
+                assert await pair.decode.router.failed(ask) == "its blocks did not arrive in time"
+            await pair.whole()
+            assert pair.decode.engine.pool.visible_keys() == [], "blocks became visible that were not verified"
 
 
 async def test_retry_after_a_drop() -> None:
     async with worker_pair(limits=shorter(arrival_s=0.5)) as pair:
+        ask = Ask("r", prompt_of(40))
         with pair.faults.on(one_block, Fault(drop=True)):
-            await pair.hand_over(ASK)
-            await pair.decode.router.failed(ASK)
-        await router_retries(pair)
+            await pair.hand_over(ask)
+            await pair.decode.router.failed(ask)
+        await router_retries(pair, ask)
 
 
 async def has_sent(pair: Pair, count: int) -> bool:
     return len(pair.faults.seen) == count
 
 
-@pytest.mark.parametrize("harms", WHICH)
-async def test_duplicates_change_nothing(harms: Callable[[int], bool]) -> None:
+async def test_duplicates_change_nothing() -> None:
     async with worker_pair() as pair:
-        with pair.faults.on(harms, Fault(duplicate=True)):
-            for attempt in range(3):
-                ask = replace(ASK, prompt=prompt_of(40, salt=attempt), attempt=attempt)
+        for harms, ask in asks():
+            with pair.faults.on(harms, Fault(duplicate=True)):
                 assert await pair.run(ask) == ask.expected
         await pair.whole()
+        assert pair.num_links_up == 1
 
 
-@pytest.mark.parametrize("harms", WHICH)
-async def test_late_messages_are_waited_for(harms: Callable[[int], bool]) -> None:
+async def test_late_messages_are_waited_for() -> None:
     async with worker_pair() as pair:
-        with pair.faults.on(harms, Fault(late=True)):
-            await pair.hand_over(ASK)
-            await eventually(lambda: has_sent(pair, 11), "not all is sent")
-            await pair.decode.heard()
-            assert pair.decode.router.events(ASK) == []
-        pair.network.release_late()
-        await pair.decode.router.finished(ASK)
-        events = [event for node in pair.nodes for event in node.router.events(ASK)]
-        assert check_stream(events, 0) == ASK.expected
+        for harms, ask in asks():
+            pair.faults.seen.clear()
+            with pair.faults.on(harms, Fault(late=True)):
+                await pair.hand_over(ask)
+                await eventually(lambda: has_sent(pair, 11), "not all is sent")
+                await pair.decode.heard()
+                assert pair.decode.router.events(ask) == []
+            pair.network.release_late()
+            assert await stream(pair, ask) == ask.expected
         await pair.whole()
 
 
-@pytest.mark.parametrize("harms", WHICH)
-async def test_messages_after_the_deadline_are_dropped(harms: Callable[[int], bool]) -> None:
+async def test_messages_after_the_deadline_are_dropped() -> None:
     async with worker_pair(limits=shorter(arrival_s=0.5)) as pair:
-        with pair.faults.on(harms, Fault(late=True)):
-            await pair.hand_over(ASK)
-            assert await pair.decode.router.failed(ASK) == "its blocks did not arrive in time"
+        for harms, ask in asks():
+            with pair.faults.on(harms, Fault(late=True)):
+                await pair.hand_over(ask)
+                assert await pair.decode.router.failed(ask) == "its blocks did not arrive in time"
+                await pair.whole()
+            other = replace(ask, prompt=prompt_of(40, salt=20), attempt=1)
+            pair.decode.gate.close()
+            await pair.hand_over(other)
+            await pair.decode.gate.reached()
+            pair.network.release_late()
+            pair.decode.gate.open()
+            assert await stream(pair, other) == other.expected
             await pair.whole()
-        other = replace(ASK, prompt=prompt_of(40, salt=1), attempt=1)
-        pair.decode.gate.close()
-        await pair.hand_over(other)
-        await pair.decode.gate.reached()
-        pair.network.release_late()
-        pair.decode.gate.open()
-        await pair.decode.router.finished(other)
-        events = [event for node in pair.nodes for event in node.router.events(other)]
-        assert check_stream(events, 0) == other.expected
-        await pair.whole()
 
 
 async def test_manifest_overtakes_the_blocks() -> None:
     async with worker_pair() as pair:
+        ask = Ask("r", prompt_of(40))
         with pair.faults.on(blocks, Fault(delay_s=HELD)):
-            await pair.hand_over(ASK)
+            await pair.hand_over(ask)
             await eventually(lambda: has_sent(pair, 11), "not all is sent")
         pair.prefill.transport.let_go()
-        await pair.decode.router.finished(ASK)
-        events = [event for node in pair.nodes for event in node.router.events(ASK)]
-        assert check_stream(events, 0) == ASK.expected
+        assert await stream(pair, ask) == ask.expected
 
 
 async def test_prefill_gives_up_when_sends_do_not_end() -> None:
     """The router hears of it from both sides, and the next attempt goes over a new link."""
     async with worker_pair(limits=shorter(handoff_s=0.5, drain_s=0.1, arrival_s=1.0)) as pair:
+        ask = Ask("r", prompt_of(40))
         before = len(pair.prefill.router.messages)
         with pair.faults.on(blocks, Fault(delay_s=HELD)):
-            await pair.hand_over(ASK)
-            await pair.prefill.router.wait(lambda _: has_error(pair, 0))
-            await pair.decode.router.wait(lambda _: has_error(pair, 1))
+            await pair.hand_over(ask)
+            for node in pair.nodes:
+                await node.router.wait(lambda _, node=node: has_error(node, ask))  # type: ignore[misc]
         await pair.whole()
         await pair.prefill.router.link("d", up=False, since=before)
         await pair.prefill.router.link("d", up=True, since=before)
-        again = replace(ASK, attempt=1)
+        again = replace(ask, attempt=1)
         assert await pair.run(again) == again.expected
 
 
-def has_error(pair: Pair, number: int) -> bool | None:
-    return any(event.finish == pb.ERROR for event in pair.nodes[number].router.events(ASK)) or None
+def has_error(node: Node, ask: Ask) -> bool | None:
+    return any(event.finish == pb.ERROR for event in node.router.events(ask)) or None
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -182,9 +189,9 @@ async def test_random_faults_under_load(seed: int) -> None:
 
         for fault in kinds:
             pair.faults.rules.append((picks, fault))
-        asks = [Ask(f"r{n}", prompt_of(7 + 5 * (n % 6), salt=n), temperature=1.0) for n in range(18)]
-        for start in range(0, len(asks), 6):
-            await asyncio.gather(*(end_of(pair, ask) for ask in asks[start : start + 6]))
+        requests = [Ask(f"r{n}", prompt_of(7 + 5 * (n % 6), salt=n), temperature=1.0) for n in range(18)]
+        for start in range(0, len(requests), 6):
+            await asyncio.gather(*(end_of(pair, ask) for ask in requests[start : start + 6]))
             pair.network.release_late()
         pair.faults.rules.clear()
         await pair.settled(num_tasks)
