@@ -23,6 +23,7 @@ LIGHT = {
     "pdserve.launch.announce",
     "pdserve.launch.folders",
     "pdserve.models.config",
+    "pdserve.models.default_model",
     "pdserve.models.folder",
     "pdserve.protocol",
     "pdserve.protocol.codec",

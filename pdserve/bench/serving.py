@@ -18,6 +18,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from pdserve.bench.load import Outcome, Slo, Workload, percentile, run_closed, run_poisson, summarise
@@ -34,9 +35,17 @@ _READY_S = 300.0
 _HOST = "127.0.0.1"
 
 
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running `pdserve up`."""
+
+    pid: int
+    port: int
+
+
 @contextlib.contextmanager
-def serving(topology: tuple[str, ...], log: Path) -> Iterator[int]:
-    """`pdserve up` with this topology while entered; yields its port."""
+def serving(topology: tuple[str, ...], log: Path) -> Iterator[Server]:
+    """`pdserve up` with this topology while entered."""
     with socket.create_server((_HOST, 0)) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "pdserve.cli", "up", "--host", _HOST, "--port", str(port), *topology]
@@ -48,7 +57,7 @@ def serving(topology: tuple[str, ...], log: Path) -> Iterator[int]:
             if process.poll() is not None or time.monotonic() > deadline_s:
                 raise SystemExit(f"the server did not become ready: see {log}")
             time.sleep(0.2)
-        yield port
+        yield Server(process.pid, port)
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(15)
@@ -98,12 +107,12 @@ def main() -> None:
     report: dict[str, object] = {}
     # Mixed first: it sets the objectives.
     for name in ("mixed", "disaggregated"):
-        with serving(TOPOLOGIES[name], args.log_dir / f"bench-{name}.log") as port:
+        with serving(TOPOLOGIES[name], args.log_dir / f"bench-{name}.log") as server:
             for workload in WORKLOADS:
-                ttft_s, tpot_s = alone(port, workload)
+                ttft_s, tpot_s = alone(server.port, workload)
                 report[f"{name}, {workload.name}, alone"] = {"ttft_s": round(ttft_s, 4), "tpot_s": round(tpot_s, 4)}
                 slos.setdefault(workload.name, Slo(TTFT_SCALE * ttft_s, TPOT_SCALE * tpot_s))
-            report[name] = measure(port, slos, rates_rps, args.requests)
+            report[name] = measure(server.port, slos, rates_rps, args.requests)
     report["slo"] = {
         name: {"ttft_s": round(slo.ttft_s, 3), "tpot_s": round(slo.tpot_s, 4)} for name, slo in slos.items()
     }

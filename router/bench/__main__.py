@@ -20,6 +20,8 @@ import uvloop
 from starlette.types import ASGIApp
 
 from kvstore.keys import block_keys, root_key
+from pdserve.launch.folders import cache_folder
+from pdserve.models.default_model import ensure_default_model
 from router.main import Router, RouterConfig, load_model
 from router.policy import POLICIES, Candidate, LoadView, Need, Phase, Role
 
@@ -30,12 +32,13 @@ CONCURRENCY = 16
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Folder of the model: its tokeniser is used.")],
+    model: Annotated[Path | None, typer.Option(help="Its tokeniser is used; none: the default model.")] = None,
     requests: Annotated[int, typer.Option(help="Requests of each kind.")] = 200,
 ) -> None:
     """Measure and print JSON."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        print(json.dumps(runner.run(measure(model, requests)), indent=2))
+        folder = model or ensure_default_model(cache_folder(), lambda text, share: None)
+        print(json.dumps(runner.run(measure(folder, requests)), indent=2))
 
 
 async def measure(model: Path, requests: int) -> dict[str, Any]:

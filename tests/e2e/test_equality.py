@@ -125,8 +125,7 @@ def transformers_answers(folder: Path, cases: Sequence[Case], drafts: Future[lis
 
 @torch.inference_mode()
 def greedy(model: Any, prompt: list[int], draft: list[int]) -> list[int]:
-    """Greedy decoding that checks `draft` (no stop token in it) in one pass, keeps what it would have chosen, and goes on
-    from there."""
+    """Greedy decoding that checks `draft`, which has no stop token, in one pass, and goes on where it is wrong or ends."""
     inputs = torch.tensor([prompt + draft])
     output = model(inputs, use_cache=True, logits_to_keep=len(draft) + 1)
     likeliest = output.logits[0].argmax(-1).tolist()  # after the prompt, and after each token of the draft
@@ -174,6 +173,10 @@ def test_answers(name: str, cases: list[Case], asked: dict[str, Asked], referenc
     assert_cached(cases, asked[name].again.result())
 
 
-def test_pools_are_whole(disaggregated: Stack, mixed: Stack) -> None:
+def test_prompts_were_handed_over_and_pools_are_whole(
+    disaggregated: Stack, mixed: Stack, cases: list[Case], asked: dict[str, Asked]
+) -> None:
+    assert asked["disaggregated"].again.result()
+    assert disaggregated.workers["decode-0"].metric("pdserve_transfer_seconds_count") >= len(cases)
     disaggregated.assert_pools_whole()
     mixed.assert_pools_whole()

@@ -135,6 +135,16 @@ class RouterClient:
     async def reserved(self, ask: Ask) -> pb.Ticket:
         return (await self.about("reserved", ask)).reserved.ticket
 
+    async def reserved_or_refused(self, ask: Ask) -> pb.Ticket:
+        """An empty ticket for a refusal."""
+
+        def find(message: pb.WorkerMessage) -> pb.Ticket | None:
+            answer = message.reserved if message.HasField("reserved") else message.refused
+            about = (answer.request_id, answer.attempt) == (ask.request_id, ask.attempt)
+            return message.reserved.ticket if about else None
+
+        return await self.wait(find)
+
     async def refused(self, ask: Ask) -> str:
         return (await self.about("refused", ask)).refused.reason
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -32,7 +33,7 @@ from tests.support.router_client import DEADLINE_S, Ask, RouterClient
 from tests.support.tiny_engine import BLOCK_SIZE, GEOMETRY
 
 # No limit is reached in a test that does not shorten it; probes are small.
-LIMITS = WorkerLimits(tick_s=0.02, link=LinkLimits(backoff_s=(0.01, 0.05), probe_bytes=1024))
+LIMITS = WorkerLimits(tick_s=0.02, link=LinkLimits(backoff_s=(0.01, 0.05), probe_bytes=1024, check_s=0.1))
 HELD = math.inf  # as a delay: until the test lets it go
 
 
@@ -244,6 +245,26 @@ class Pair:
         assert self.prefill.router.events(ask) == [first]
         assert (first.index, first.finish) == (len(ask.output), pb.RUNNING)
         return [*ask.output, first.token_id, *check_stream(self.decode.router.events(ask), len(ask.output) + 1)]
+
+    async def linked(self) -> None:
+        """The pair works, again if decode had closed the link: a tiny request goes through. No block becomes full."""
+        numbers = itertools.count()
+
+        async def works() -> bool:
+            ask = Ask("is it linked?", (1,), max_tokens=2, attempt=next(numbers))
+            self.prefill.submit(ask)
+            await self.prefill.router.wanted(ask)
+            self.decode.reserve(ask, self.prefill)
+            ticket = await self.decode.router.reserved_or_refused(ask)
+            if ticket.ticket_id:
+                self.prefill.hand_off(ask, ticket)
+                end = await self.decode.router.finished(ask)
+            for node in self.nodes:
+                node.abort(ask)
+            return bool(ticket.ticket_id) and end.finish == pb.LENGTH
+
+        await eventually(works, "the link does not come back")
+        await self.whole()
 
     async def whole(self) -> None:
         """Both pools come to hold free and cached blocks only, and every task started for a request has ended."""

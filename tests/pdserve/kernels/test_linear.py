@@ -42,7 +42,7 @@ def check(kernels: Kernels, x: Tensor, weight: Tensor, bias: Tensor | None) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("rows", [1, 3, 16, 17, 32, 33, 47, 64, 513])
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 32, 33, 47, 64, 600, 769])
 def test_rows(kernels: Kernels, rows: int, bias: bool, dtype: torch.dtype) -> None:
     size, depth = 96, 608
     weight = random(size, depth, dtype=dtype) * depth**-0.5

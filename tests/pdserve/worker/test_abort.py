@@ -217,7 +217,7 @@ async def test_only_prefill_is_aborted() -> None:
 @pytest.mark.parametrize("lost", ["p", "d", "pd"])
 async def test_router_is_lost(lost: str) -> None:
     """Of the worker whose session holds, the router (another one than the lost) aborts the request."""
-    async with worker_pair() as pair:
+    async with worker_pair(limits=shorter(fence_s=0.2)) as pair:
 
         async def act(ask: Ask) -> None:
             for node in pair.nodes:
@@ -282,11 +282,7 @@ async def test_late_writer_does_not_harm_the_next_owner() -> None:
             await sent(pair, *range(10), MANIFEST)
             await abort(ask, *pair.nodes)
             await pair.whole()
-
-        async def linked_again() -> bool:
-            return pair.num_links_up == 2
-
-        await eventually(linked_again, "the link did not come back")
+        await pair.linked()
         pair.decode.gate.close()
         other = Ask("other", prompt_of(40, salt=9))
         await pair.hand_over(other)

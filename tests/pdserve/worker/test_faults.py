@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -80,21 +79,25 @@ async def test_damage_is_found(fault: Fault) -> None:
 
 
 async def test_drop_ends_with_the_deadline() -> None:
-    async with worker_pair(limits=shorter(arrival_s=0.1)) as pair:
+    """What the sender says it sent does not come: the link is closed, which frees the blocks, and dialled anew."""
+    async with worker_pair(limits=shorter(arrival_s=0.1, fence_s=0.1)) as pair:
         for harms, ask in asks():
             with pair.faults.on(harms, Fault(drop=True)):
                 await pair.hand_over(ask)
                 assert await pair.decode.router.failed(ask) == "its blocks did not arrive in time"
             await pair.whole()
+            await pair.linked()
             assert pair.decode.engine.pool.visible_keys() == [], "blocks became visible that were not verified"
 
 
 async def test_retry_after_a_drop() -> None:
-    async with worker_pair(limits=shorter(arrival_s=0.5)) as pair:
+    async with worker_pair(limits=shorter(arrival_s=0.5, fence_s=0.1)) as pair:
         ask = Ask("r", prompt_of(40))
         with pair.faults.on(one_block, Fault(drop=True)):
             await pair.hand_over(ask)
             await pair.decode.router.failed(ask)
+        await pair.whole()
+        await pair.linked()
         await router_retries(pair, ask)
 
 
@@ -125,13 +128,14 @@ async def test_late_messages_are_waited_for() -> None:
         await pair.whole()
 
 
-async def test_messages_after_the_deadline_are_dropped() -> None:
-    async with worker_pair(limits=shorter(arrival_s=0.5)) as pair:
+async def test_messages_after_the_link_was_closed_are_dropped() -> None:
+    async with worker_pair(limits=shorter(arrival_s=0.5, fence_s=0.1)) as pair:
         for harms, ask in asks():
             with pair.faults.on(harms, Fault(late=True)):
                 await pair.hand_over(ask)
                 assert await pair.decode.router.failed(ask) == "its blocks did not arrive in time"
                 await pair.whole()
+                await pair.linked()
             other = replace(ask, prompt=prompt_of(40, salt=20), attempt=1)
             pair.decode.gate.close()
             await pair.hand_over(other)
@@ -140,6 +144,20 @@ async def test_messages_after_the_deadline_are_dropped() -> None:
             pair.decode.gate.open()
             assert await stream(pair, other) == other.expected
             await pair.whole()
+
+
+async def test_messages_between_deadline_and_close_are_dropped() -> None:
+    """They land in quarantined blocks, which is what these wait for: the link stays."""
+    async with worker_pair(limits=shorter(arrival_s=0.5)) as pair:
+        for number, (harms, ask) in enumerate(asks()):
+            with pair.faults.on(harms, Fault(late=True)):
+                await pair.hand_over(ask)
+                assert await pair.decode.router.failed(ask) == "its blocks did not arrive in time"
+            pair.network.release_late()
+            await pair.whole()
+            assert await pair.decode.metric("pdserve_late_landings_total") == (1, 11, 12, 23)[number]
+            await router_retries(pair, ask)
+        assert pair.num_links_up == 1
 
 
 async def test_manifest_overtakes_the_blocks() -> None:
@@ -176,9 +194,7 @@ def has_error(node: Node, ask: Ask) -> bool | None:
 async def test_random_faults_under_load(seed: int) -> None:
     """Each request ends with the undisturbed stream or with an error, and nothing is left behind."""
     kinds = [Fault(drop=True), Fault(corrupt=True), Fault(duplicate=True), Fault(truncate_to_bytes=3), Fault(late=True)]
-    limits = shorter(arrival_s=0.5, fence_s=0.3)
-    limits = replace(limits, link=replace(limits.link, check_s=0.05))
-    async with worker_pair(num_blocks=48, limits=limits) as pair:
+    async with worker_pair(num_blocks=48, limits=shorter(arrival_s=0.5, fence_s=0.2)) as pair:
         num_tasks = len(asyncio.all_tasks())
         state = seed
 
@@ -195,23 +211,9 @@ async def test_random_faults_under_load(seed: int) -> None:
             pair.network.release_late()
         pair.faults.rules.clear()
         await pair.settled(num_tasks)
-        await link_is_back(pair)
+        await pair.linked()
         ask = Ask("last", prompt_of(39, salt=40))
         assert await pair.run(ask) == ask.expected
-
-
-async def link_is_back(pair: Pair) -> None:
-    """Decode has a link to prefill: it reserves."""
-    attempts = itertools.count()
-
-    async def reserves() -> bool:
-        ask = Ask("is it back", (1,), attempt=next(attempts))
-        pair.decode.reserve(ask, pair.prefill)
-        ticket = await pair.decode.router.wait(lambda message: answer_to(message, ask))
-        pair.decode.abort(ask)
-        return bool(ticket.ticket_id)
-
-    await eventually(reserves, "the link does not come back")
 
 
 async def end_of(pair: Pair, ask: Ask) -> None:
@@ -219,7 +221,7 @@ async def end_of(pair: Pair, ask: Ask) -> None:
     pair.prefill.submit(ask)
     await pair.prefill.router.wanted(ask)
     pair.decode.reserve(ask, pair.prefill)
-    ticket = await pair.decode.router.wait(lambda message: answer_to(message, ask))
+    ticket = await pair.decode.router.reserved_or_refused(ask)
     if ticket.ticket_id:  # else refused: a link that was closed is not back yet
         pair.prefill.hand_off(ask, ticket)
         end = await pair.decode.router.finished(ask)
@@ -229,10 +231,3 @@ async def end_of(pair: Pair, ask: Ask) -> None:
         assert end.finish == pb.ERROR or tokens == ask.expected
     for node in pair.nodes:
         node.abort(ask)
-
-
-def answer_to(message: pb.WorkerMessage, ask: Ask) -> pb.Ticket | None:
-    """An empty ticket for a refusal."""
-    answer = message.reserved if message.HasField("reserved") else message.refused
-    about = (answer.request_id, answer.attempt) == (ask.request_id, ask.attempt)
-    return message.reserved.ticket if about else None

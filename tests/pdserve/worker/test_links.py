@@ -148,7 +148,7 @@ async def test_death_of_the_peers_process_closes_the_link() -> None:
 
 
 async def test_unlisted_peer_loses_its_link() -> None:
-    async with worker_pair() as pair:
+    async with worker_pair(limits=shorter(fence_s=0.2)) as pair:
         with pair.faults.on(blocks, Fault(delay_s=HELD)):
             await pair.hand_over(ASK)
             pair.prefill.list_peers()

@@ -1,0 +1,71 @@
+"""`python -m pdserve.bench.startup`: seconds from `pdserve up` to ready, and the memory of each process.
+
+Warm: packages, model, packed weights and kernels are in place. `--cold` gives it an empty cache, so it fetches and converts
+the model and builds the kernels first. Memory is the proportional set size after one request: shared pages, such as the
+weights, count once, divided among those that map them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from pdserve.bench.load import Workload, run_closed
+from pdserve.bench.serving import TOPOLOGIES, serving
+
+_ONE = Workload("one", 512, 8)
+
+
+def memory_mib(pid: int) -> dict[str, int]:
+    """Proportional, resident and private dirty memory."""
+    fields = {"Pss": "pss_mib", "Rss": "rss_mib", "Private_Dirty": "private_dirty_mib"}
+    found: dict[str, int] = {}
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        name = line.split(":")[0]
+        if name in fields:
+            found[fields[name]] = int(line.split()[1]) // 1024
+    return found
+
+
+def descendants(pid: int) -> dict[str, int]:
+    """Process ids by what they run: the supervisor's children."""
+    found: dict[str, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+            words = (stat.parent / "cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue  # it has just ended
+        if parent == pid:
+            named = words.index("--worker-id") + 1 if "--worker-id" in words else 2 if "-m" in words else 0
+            found[os.path.basename(words[named])] = int(stat.parent.name)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cold", action="store_true", help="with an empty model and kernel cache")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.cold:
+            os.environ["PDSERVE_CACHE"] = scratch
+        began_s = time.monotonic()
+        with serving(TOPOLOGIES["disaggregated"], Path(scratch) / "up.log") as server:
+            ready_s = time.monotonic() - began_s
+            asyncio.run(run_closed("127.0.0.1", server.port, _ONE, 1, 1, seed=1))
+            processes = {"supervisor": server.pid, **descendants(server.pid)}
+            memory = {name: memory_mib(pid) for name, pid in processes.items()}
+    text = json.dumps({"cold": args.cold, "ready_s": round(ready_s, 1), "memory": memory}, indent=1)
+    print(text)
+    if args.json:
+        args.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
