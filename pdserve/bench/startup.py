@@ -42,8 +42,11 @@ def descendants(pid: int) -> dict[str, int]:
         except OSError:
             continue  # it has just ended
         if parent == pid:
-            named = words.index("--worker-id") + 1 if "--worker-id" in words else 2 if "-m" in words else 0
-            found[os.path.basename(words[named])] = int(stat.parent.name)
+            if "--worker-id" in words:
+                name = words[words.index("--worker-id") + 1]
+            else:
+                name = words[2] if "-m" in words else (stat.parent / "comm").read_text().strip()
+            found[name] = int(stat.parent.name)
     return found
 
 

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import grpc.aio
+import numpy as np
 import torch
 import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -87,12 +88,21 @@ def build_engine(config: WorkerConfig, progress: Progress) -> Built:
         max_model_len=max_model_len,
     )
     decoder = Decoder(model, weights, kernels, max_model_len)
-    # Zeroed, because a kernel may read (and then mask) what lies behind a context's end; pages appear as they are used.
-    pool = torch.zeros((num_blocks, *geometry.shape), dtype=TORCH_DTYPES[config.dtype])
+    pool = make_pool(num_blocks, geometry)
     engine = Engine(engine_config, BlockPool(num_blocks, config.block_size), Runner(decoder, pool))
     progress("warming up")
     engine.warm_up()
     return Built(engine, geometry, geometry.fingerprint(weights.identity), model.eos_token_ids, model.vocab_size)
+
+
+def make_pool(num_blocks: int, geometry: BlockGeometry) -> torch.Tensor:
+    """The KV pool's memory, `[num_blocks, kv_heads, layers, 2, block_size, head_dim]`.
+
+    Zeroed, because a kernel may read (and then mask) what lies behind a context's end. numpy's zeros come from the
+    system page by page as they are first used; torch's would be written, and so be resident, from the start.
+    """
+    flat = np.zeros(num_blocks * geometry.block_bytes, np.uint8)
+    return torch.from_numpy(flat).view(TORCH_DTYPES[geometry.dtype]).view(num_blocks, *geometry.shape)
 
 
 @contextlib.asynccontextmanager
