@@ -1,8 +1,8 @@
 """`python -m pdserve.bench.startup`: seconds from `pdserve up` to ready, and the memory of each process.
 
-Warm: packages, model, packed weights and kernels are in place. `--cold` gives it an empty cache, so it fetches and converts
-the model and builds the kernels first. Memory is the proportional set size after one request: shared pages, such as the
-weights, count once, divided among those that map them.
+Warm: packages, model, packed weights and kernels are in place. `--cold` gives it an empty cache, so it fetches and
+converts the model and builds the kernels first. Memory is taken after one request; in the proportional set size shared
+pages, such as the weights, count once, divided among those that map them.
 """
 
 from __future__ import annotations

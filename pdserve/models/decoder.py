@@ -1,14 +1,14 @@
 """The decoder: token ids of a batch in, hidden states and logits out, KV appended to the pool on the way.
 
-Pre-norm transformer with rotary attention and a gated MLP (Llama, arXiv 2302.13971). Matrix products are torch's;
-norms, rotation, attention and activation go through the kernel seam.
+Pre-norm transformer with rotary attention and a gated MLP (Llama, arXiv 2302.13971). All but the look-up of embeddings
+goes through the kernel seam.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from pdserve.kernels.base import Batch, Kernels
 from pdserve.models.config import ModelConfig
@@ -44,6 +44,7 @@ class Decoder:
             Hidden states after the final norm, [T, hidden].
         """
         kernels, eps, num_heads = self.kernels, self.config.rms_eps, self.config.num_heads
+        linear = kernels.linear
         residual = embedding(token_ids, self.weights.embedding)
         x = kernels.rms_norm(residual, self.weights.layers[0].attention_norm, eps)
         for i, (layer, next_norm) in enumerate(zip(self.weights.layers, self._next_norms, strict=True)):
@@ -60,4 +61,4 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Rows of `forward`'s result, [R, hidden] -> [R, vocab] float32."""
-        return linear(hidden, self.weights.head).float()
+        return self.kernels.linear(hidden, self.weights.head).float()

@@ -125,7 +125,7 @@ def transformers_answers(folder: Path, cases: Sequence[Case], drafts: Future[lis
 
 @torch.inference_mode()
 def greedy(model: Any, prompt: list[int], draft: list[int]) -> list[int]:
-    """Greedy decoding that checks `draft`, which has no stop token, in one pass, and goes on where it is wrong or ends."""
+    """Greedy decoding that checks `draft`, which has no stop token, in one pass, and goes on where it errs or ends."""
     inputs = torch.tensor([prompt + draft])
     output = model(inputs, use_cache=True, logits_to_keep=len(draft) + 1)
     likeliest = output.logits[0].argmax(-1).tolist()  # after the prompt, and after each token of the draft

@@ -246,6 +246,14 @@ class Pair:
         assert (first.index, first.finish) == (len(ask.output), pb.RUNNING)
         return [*ask.output, first.token_id, *check_stream(self.decode.router.events(ask), len(ask.output) + 1)]
 
+    async def linked_again(self, times_up: int) -> None:
+        """Decode has closed the link, and prefill has dialled it so many times in all."""
+
+        async def is_up() -> bool:
+            return self.num_links_up == times_up
+
+        await eventually(is_up, "the link does not come back")
+
     async def linked(self) -> None:
         """The pair works, again if decode had closed the link: a tiny request goes through. No block becomes full."""
         numbers = itertools.count()

@@ -282,7 +282,7 @@ async def test_late_writer_does_not_harm_the_next_owner() -> None:
             await sent(pair, *range(10), MANIFEST)
             await abort(ask, *pair.nodes)
             await pair.whole()
-        await pair.linked()
+        await pair.linked_again(2)
         pair.decode.gate.close()
         other = Ask("other", prompt_of(40, salt=9))
         await pair.hand_over(other)

@@ -81,12 +81,12 @@ async def test_damage_is_found(fault: Fault) -> None:
 async def test_drop_ends_with_the_deadline() -> None:
     """What the sender says it sent does not come: the link is closed, which frees the blocks, and dialled anew."""
     async with worker_pair(limits=shorter(arrival_s=0.1, fence_s=0.1)) as pair:
-        for harms, ask in asks():
+        for number, (harms, ask) in enumerate(asks()):
             with pair.faults.on(harms, Fault(drop=True)):
                 await pair.hand_over(ask)
                 assert await pair.decode.router.failed(ask) == "its blocks did not arrive in time"
             await pair.whole()
-            await pair.linked()
+            await pair.linked_again(2 + number)
             assert pair.decode.engine.pool.visible_keys() == [], "blocks became visible that were not verified"
 
 
@@ -96,8 +96,7 @@ async def test_retry_after_a_drop() -> None:
         with pair.faults.on(one_block, Fault(drop=True)):
             await pair.hand_over(ask)
             await pair.decode.router.failed(ask)
-        await pair.whole()
-        await pair.linked()
+        await pair.linked_again(2)
         await router_retries(pair, ask)
 
 
@@ -130,12 +129,12 @@ async def test_late_messages_are_waited_for() -> None:
 
 async def test_messages_after_the_link_was_closed_are_dropped() -> None:
     async with worker_pair(limits=shorter(arrival_s=0.5, fence_s=0.1)) as pair:
-        for harms, ask in asks():
+        for number, (harms, ask) in enumerate(asks()):
             with pair.faults.on(harms, Fault(late=True)):
                 await pair.hand_over(ask)
                 assert await pair.decode.router.failed(ask) == "its blocks did not arrive in time"
+                await pair.linked_again(2 + number)
                 await pair.whole()
-                await pair.linked()
             other = replace(ask, prompt=prompt_of(40, salt=20), attempt=1)
             pair.decode.gate.close()
             await pair.hand_over(other)
