@@ -99,7 +99,7 @@ def build_engine(config: WorkerConfig, progress: Progress) -> Built:
 
 
 def _keep_freed_memory() -> None:
-    """Have malloc keep what a step frees: pages mapped and cleared anew cost a prefill step a tenth (docs/results.md)."""
+    """Have malloc keep what a step frees: pages mapped anew cost a prefill step a tenth (docs/results.md)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # glibc
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
