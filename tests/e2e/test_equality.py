@@ -115,7 +115,7 @@ def reference(default_model: Path, cases: list[Case], asked: dict[str, Asked]) -
 def transformers_answers(folder: Path, cases: Sequence[Case], drafts: Future[list[Answer]]) -> list[Reference]:
     """What transformers generates, whatever the drafts are: a good one only saves it most of the steps."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     found = []
     for case, draft in zip(cases, drafts.result(), strict=True):
         token_ids = greedy(model, case.token_ids, tokenizer(draft.text)["input_ids"])

@@ -25,7 +25,7 @@ DEATH_S = 10.0
 FREEZE_S = 12.0
 OPTIONS = ("--max-batched-tokens", "256")  # a prompt of 1,000 tokens is in each of its phases for a while
 
-Undisturbed = Callable[[dict[str, Any]], str]
+Ask = Callable[[dict[str, Any]], str]
 
 in_both = pytest.mark.parametrize("stack", ["wide", "pair"], indirect=True)
 in_wide = pytest.mark.parametrize("stack", ["wide"], indirect=True)
@@ -45,7 +45,7 @@ def pair(make_stack: MakeStack) -> Iterator[Stack]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(mixed: Stack) -> Undisturbed:
+def undisturbed(mixed: Stack) -> Ask:
     """The text of a request that nothing happens to, on a worker that nothing happens to."""
     known: dict[str, str] = {}
 
@@ -102,9 +102,7 @@ def busy(stack: Stack, role: str, state: str) -> WorkerProcess:
 
 
 @in_both
-def test_prefill_killed_with_requests_queued(
-    stack: Stack, client: ApiClient, undisturbed: Undisturbed, encode: Encode
-) -> None:
+def test_prefill_killed_with_requests_queued(stack: Stack, client: ApiClient, undisturbed: Ask, encode: Encode) -> None:
     # A long prompt occupies each prefill worker, and a short one waits behind it.
     workers = len(stack.with_role("prefill"))
     lengths = [800] * workers + [50] * workers
@@ -123,9 +121,7 @@ def test_prefill_killed_with_requests_queued(
 
 
 @in_both
-def test_prefill_killed_while_prefilling(
-    stack: Stack, client: ApiClient, undisturbed: Undisturbed, encode: Encode
-) -> None:
+def test_prefill_killed_while_prefilling(stack: Stack, client: ApiClient, undisturbed: Ask, encode: Encode) -> None:
     body = {"prompt": passage_tokens(encode, 510, 1000)}
     expected = undisturbed(body)
     asked = Background(client, [body])
@@ -135,9 +131,7 @@ def test_prefill_killed_while_prefilling(
 
 
 @in_both
-def test_prefill_killed_while_handing_over(
-    stack: Stack, client: ApiClient, undisturbed: Undisturbed, encode: Encode
-) -> None:
+def test_prefill_killed_while_handing_over(stack: Stack, client: ApiClient, undisturbed: Ask, encode: Encode) -> None:
     body = {"prompt": passage_tokens(encode, 520, 1024)}
     expected = undisturbed(body)
     asked = Background(client, [body])
@@ -148,9 +142,7 @@ def test_prefill_killed_while_handing_over(
 
 
 @in_both
-def test_prefill_killed_while_decoding(
-    stack: Stack, client: ApiClient, undisturbed: Undisturbed, encode: Encode
-) -> None:
+def test_prefill_killed_while_decoding(stack: Stack, client: ApiClient, undisturbed: Ask, encode: Encode) -> None:
     """Its part is over: nothing happens."""
     body = {"prompt": passage_tokens(encode, 530, 100), "max_tokens": 40}
     expected = undisturbed(body)
@@ -169,9 +161,7 @@ def test_prefill_killed_while_decoding(
 
 
 @in_both
-def test_decode_killed_while_handing_over(
-    stack: Stack, client: ApiClient, undisturbed: Undisturbed, encode: Encode
-) -> None:
+def test_decode_killed_while_handing_over(stack: Stack, client: ApiClient, undisturbed: Ask, encode: Encode) -> None:
     body = {"prompt": passage_tokens(encode, 540, 1024)}
     expected = undisturbed(body)
     asked = Background(client, [body])
@@ -180,9 +170,7 @@ def test_decode_killed_while_handing_over(
 
 
 @in_both
-def test_decode_killed_while_streaming(
-    stack: Stack, client: ApiClient, undisturbed: Undisturbed, encode: Encode
-) -> None:
+def test_decode_killed_while_streaming(stack: Stack, client: ApiClient, undisturbed: Ask, encode: Encode) -> None:
     body = {"prompt": passage_tokens(encode, 550, 300), "max_tokens": 60}
     expected = undisturbed(body)
     with client.stream(body) as stream:
@@ -194,9 +182,7 @@ def test_decode_killed_while_streaming(
 
 
 @in_wide
-def test_decode_killed_under_seeded_sampling(
-    stack: Stack, client: ApiClient, undisturbed: Undisturbed, encode: Encode
-) -> None:
+def test_decode_killed_under_seeded_sampling(stack: Stack, client: ApiClient, undisturbed: Ask, encode: Encode) -> None:
     body = {"prompt": passage_tokens(encode, 555, 60), "max_tokens": 60, "temperature": 0.9, "seed": 11}
     expected = undisturbed(body)
     with client.stream(body) as stream:
@@ -206,9 +192,7 @@ def test_decode_killed_under_seeded_sampling(
 
 
 @in_wide
-def test_both_workers_of_a_request_killed(
-    stack: Stack, client: ApiClient, undisturbed: Undisturbed, encode: Encode
-) -> None:
+def test_both_workers_of_a_request_killed(stack: Stack, client: ApiClient, undisturbed: Ask, encode: Encode) -> None:
     body = {"prompt": passage_tokens(encode, 560, 1024), "max_tokens": 40}
     expected = undisturbed(body)
     asked = Background(client, [body])
@@ -223,9 +207,7 @@ def test_both_workers_of_a_request_killed(
 
 
 @in_wide
-def test_decode_frozen_while_streaming(
-    stack: Stack, client: ApiClient, undisturbed: Undisturbed, encode: Encode
-) -> None:
+def test_decode_frozen_while_streaming(stack: Stack, client: ApiClient, undisturbed: Ask, encode: Encode) -> None:
     """What the zombie still has to say when it wakes up, in the middle of the answer, is not in the answer."""
     body = {"prompt": passage_tokens(encode, 570, 200), "max_tokens": 100, "ignore_eos": True}
     expected = undisturbed(body)
@@ -245,9 +227,7 @@ def test_decode_frozen_while_streaming(
 
 
 @in_wide
-def test_prefill_frozen_while_handing_over(
-    stack: Stack, client: ApiClient, undisturbed: Undisturbed, encode: Encode
-) -> None:
+def test_prefill_frozen_while_handing_over(stack: Stack, client: ApiClient, undisturbed: Ask, encode: Encode) -> None:
     """Its late writes land in nobody's blocks."""
     body = {"prompt": passage_tokens(encode, 580, 1024), "max_tokens": 40}
     expected = undisturbed(body)
@@ -267,9 +247,7 @@ def test_prefill_frozen_while_handing_over(
 
 
 @in_pair
-def test_router_killed_while_streaming(
-    stack: Stack, client: ApiClient, undisturbed: Undisturbed, encode: Encode
-) -> None:
+def test_router_killed_while_streaming(stack: Stack, client: ApiClient, undisturbed: Ask, encode: Encode) -> None:
     """The client sees a broken connection, never a false end; the workers take back what the request had."""
     body = {"prompt": passage_tokens(encode, 590, 200), "max_tokens": 500, "ignore_eos": True}
     assert stack.router is not None

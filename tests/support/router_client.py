@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -68,6 +69,7 @@ class RouterClient:
         self.ended = False
         self._channel = grpc.aio.insecure_channel(address)
         self.stub = WorkerStub(self._channel)
+        self._events: defaultdict[tuple[str, int], list[pb.TokenEvent]] = defaultdict(list)
         self._changed = asyncio.Event()
         self._outbox: asyncio.Queue[pb.RouterMessage] = asyncio.Queue()
 
@@ -94,24 +96,36 @@ class RouterClient:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
             async for message in self._call:
                 self.messages.append(message)
+                for event in message.step.tokens:
+                    self._events[event.request_id, event.attempt].append(event)
                 self._changed.set()
         self.ended = True
         self._changed.set()
 
     # --- the record --------------------------------------------------------------------------------------------------
 
-    async def wait(self, find: Callable[[pb.WorkerMessage], T | None]) -> T:
-        """What `find` makes of the first message that it takes."""
-        seen = 0
+    async def until(self, look: Callable[[], T | None]) -> T:
+        """What `look` finds in the record, looking again after each message."""
         async with asyncio.timeout(DEADLINE_S):
-            while True:
-                for message in self.messages[seen:]:
-                    if (found := find(message)) is not None:
-                        return found
-                seen = len(self.messages)
+            while (found := look()) is None:
                 assert not self.ended, f"the session ended: {self._call}"
                 self._changed.clear()
                 await self._changed.wait()
+            return found
+
+    async def wait(self, find: Callable[[pb.WorkerMessage], T | None]) -> T:
+        """What `find` makes of the first message that it takes; each is shown to it once."""
+        seen = 0
+
+        def look() -> T | None:
+            nonlocal seen
+            while seen < len(self.messages):
+                seen += 1
+                if (found := find(self.messages[seen - 1])) is not None:
+                    return found
+            return None
+
+        return await self.until(look)
 
     async def wait_end(self) -> None:
         """The session is over."""
@@ -150,20 +164,15 @@ class RouterClient:
 
     def events(self, ask: Ask) -> list[pb.TokenEvent]:
         """All token events about this attempt so far."""
-        return [
-            event
-            for message in self.messages
-            for event in message.step.tokens
-            if (event.request_id, event.attempt) == (ask.request_id, ask.attempt)
-        ]
+        return list(self._events[ask.request_id, ask.attempt])
 
     async def event(self, ask: Ask, number: int = 0) -> pb.TokenEvent:
         """The `number`-th token event about this attempt."""
-        return await self.wait(lambda _: self.events(ask)[number] if len(self.events(ask)) > number else None)
+        return await self.until(lambda: self.events(ask)[number] if len(self.events(ask)) > number else None)
 
     async def finished(self, ask: Ask) -> pb.TokenEvent:
         """The event that ends this attempt on this worker."""
-        return await self.wait(lambda _: next((e for e in self.events(ask) if e.finish != pb.RUNNING), None))
+        return await self.until(lambda: next((e for e in self.events(ask) if e.finish != pb.RUNNING), None))
 
     async def failed(self, ask: Ask) -> str:
         """Why it failed."""
@@ -179,5 +188,4 @@ class RouterClient:
             fits = incarnation is None or report.peer_incarnation == incarnation
             return report if report.peer_id == peer_id and report.up is up and fits else None
 
-        before = self.messages[:since]
-        return await self.wait(lambda message: None if any(message is m for m in before) else find(message))
+        return await self.until(lambda: next(filter(None, map(find, self.messages[since:])), None))

@@ -204,7 +204,7 @@ async def test_abort(first: int) -> None:
 
 async def test_only_decode_is_aborted() -> None:
     """Prefill is told by the fence, or ends by its own deadline."""
-    async with worker_pair(prefill_options={"limits": shorter(handoff_s=0.5)}) as pair:
+    async with worker_pair(prefill_options={"limits": shorter(handoff_s=1.0)}) as pair:
         await in_each_phase(pair, lambda ask: abort(ask, pair.decode), WITH_A_TICKET)
 
 

@@ -203,8 +203,11 @@ async def test_same_attempt_again_while_the_first_still_drains() -> None:
         pair.prefill.transport.let_go()
         pair.decode.abort(ask)
         await pair.whole()
-        pair.prefill.router.messages.clear()
-        pair.decode.router.messages.clear()
+        for node in pair.nodes:
+            await node.router.close()
+            await node.rejoin()
+        pair.prefill.list_peers(pair.decode)
+        await pair.prefill.router.link("d", up=True)
         assert await pair.run(ask) == ask.expected
 
 

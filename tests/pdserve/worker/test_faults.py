@@ -177,7 +177,7 @@ async def test_prefill_gives_up_when_sends_do_not_end() -> None:
         with pair.faults.on(blocks, Fault(delay_s=HELD)):
             await pair.hand_over(ask)
             for node in pair.nodes:
-                await node.router.wait(lambda _, node=node: has_error(node, ask))  # type: ignore[misc]
+                await node.router.until(lambda node=node: has_error(node, ask))  # type: ignore[misc]
         await pair.whole()
         await pair.prefill.router.link("d", up=False, since=before)
         await pair.prefill.router.link("d", up=True, since=before)

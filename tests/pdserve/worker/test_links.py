@@ -152,7 +152,7 @@ async def test_unlisted_peer_loses_its_link() -> None:
         with pair.faults.on(blocks, Fault(delay_s=HELD)):
             await pair.hand_over(ASK)
             pair.prefill.list_peers()
-            assert await pair.prefill.router.wait(lambda _: ended(pair.prefill))
+            assert await pair.prefill.router.until(lambda: ended(pair.prefill))
         pair.decode.abort(ASK)
         await pair.whole()
         before = len(pair.prefill.router.messages)

@@ -111,7 +111,7 @@ async def test_aborted_while_it_waits() -> None:
         await pair.decode.heard()
         pair.decode.gate.open()
         await finish(pair, SMALL)
-        await pair.decode.router.wait(lambda _: True if pending(pair) == 0 else None)
+        await pair.decode.router.until(lambda: True if pending(pair) == 0 else None)
         assert answered(pair) == ["small"]
 
 
@@ -149,7 +149,7 @@ async def test_deadline_of_the_request_while_it_waits() -> None:
         late = replace(LARGE, remaining_s=0.15)
         await ask_for(pair, late)
         assert await pair.decode.router.failed(late) == "the request's deadline has passed"
-        assert await pair.prefill.router.wait(lambda _: ended_on_prefill(pair, late))
+        assert await pair.prefill.router.until(lambda: ended_on_prefill(pair, late))
         pair.decode.gate.open()
         await pair.whole()
 
