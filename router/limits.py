@@ -34,7 +34,7 @@ class RouterLimits:
 
     active_requests: int = 1024
     queue_wait_s: float = 5.0  # for a worker that can take it
-    first_token_s: float = 30.0  # without any token from the worker
+    first_token_s: float = 120.0  # queueing on the worker included; one that hangs is noticed by its pings long before
     inter_token_s: float = 10.0
     reserve_s: float = 3.0  # for the answer to a reservation
     handoff_wait_s: float = 5.0  # for a decode worker with room; then prefill goes on by itself

@@ -30,6 +30,15 @@ class Pending:
     expires_s: float
 
 
+class _Turn:
+    """One pass over the reservations, in order. Once one finds no room, those behind it do not overtake it.
+
+    Written by the engine's thread, read by both.
+    """
+
+    full = False
+
+
 class DecodeSide:
     """Use on the asyncio loop only.
 
@@ -57,7 +66,8 @@ class DecodeSide:
         self._incarnation = incarnation
         self._pending: OrderedDict[str, Pending] = OrderedDict()
         self._arrivals: dict[Arrival, Entry] = {}
-        self._asking = False
+        self._turn = _Turn()
+        self._num_asked = 0  # questions on their way to the engine
         self._next_ticket = 1  # 0 is the probe's
 
     @property
@@ -72,23 +82,16 @@ class DecodeSide:
         if len(self._pending) >= self._limits.reservations:
             self._requests.refuse(entry, f"{len(self._pending)} reservations are waiting for room")
             return
-        self._pending[entry.name] = Pending(entry, reserve, time.monotonic() + self._limits.reservation_s)
-        self.retry()
+        pending = self._pending[entry.name] = Pending(entry, reserve, time.monotonic() + self._limits.reservation_s)
+        if not self._turn.full:
+            self._ask(pending)
 
     def retry(self) -> None:
-        """Room may have appeared: try the oldest reservation. One question is on its way to the engine at a time."""
-        while self._pending and not self._asking:
-            pending = next(iter(self._pending.values()))
-            entry = pending.entry
-            if self._requests.get(entry.name) is not entry:
-                del self._pending[entry.name]
-                continue
-            peer = self._links.get(pending.reserve.prefill_worker_id, pending.reserve.prefill_incarnation)
-            if peer is None:
-                del self._pending[entry.name]
-                self._requests.refuse(entry, f"no link to {pending.reserve.prefill_worker_id}")
-                continue
-            self._ask(pending, peer)
+        """Room may have appeared: ask for all that wait, oldest first. The engine answers all between two steps."""
+        if self._turn.full and not self._num_asked:
+            self._turn = _Turn()
+            for pending in list(self._pending.values()):
+                self._ask(pending)
 
     def expire(self, now_s: float) -> None:
         """Refuse reservations that have waited too long; fail arrivals whose blocks did not come."""
@@ -100,30 +103,47 @@ class DecodeSide:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _ask(self, pending: Pending, peer: PeerLink) -> None:
-        sequence = pending.entry.sequence
-        deadline_s = min(pending.entry.deadline_s, time.monotonic() + self._limits.arrival_s)
+    def _ask(self, pending: Pending) -> None:
+        entry = pending.entry
+        if self._requests.get(entry.name) is not entry:
+            self._forget(pending)
+            return
+        peer = self._links.get(pending.reserve.prefill_worker_id, pending.reserve.prefill_incarnation)
+        if peer is None:
+            self._forget(pending)
+            self._requests.refuse(entry, f"no link to {pending.reserve.prefill_worker_id}")
+            return
+        sequence, turn = entry.sequence, self._turn
+        deadline_s = min(entry.deadline_s, time.monotonic() + self._limits.arrival_s)
 
         def reserve(engine: Engine, now_s: float) -> int:
-            held = engine.scheduler.reserve(sequence, now_s, deadline_s)
+            if turn.full:
+                raise NoRoom("others wait for room")
+            try:
+                held = engine.scheduler.reserve(sequence, now_s, deadline_s)
+            except NoRoom:
+                turn.full = True
+                raise
             engine.pool.receive(sequence.blocks[held:])
             return held
 
         def answered(answer: asyncio.Future[int]) -> None:
-            self._asking = False
+            self._num_asked -= 1
             error = answer.exception()
             if isinstance(error, NoRoom):
-                return  # stays the first in line; tried again when something has changed
-            if self._pending.get(pending.entry.name) is pending:
-                del self._pending[pending.entry.name]
+                return  # waits on; asked again when something has changed
+            self._forget(pending)
             if error is not None:
-                self._requests.fail(pending.entry, f"reserving failed: {error}")
+                self._requests.fail(entry, f"reserving failed: {error}")
             else:
-                self._reserved(pending.entry, peer, answer.result(), deadline_s)
-            self.retry()
+                self._reserved(entry, peer, answer.result(), deadline_s)
 
-        self._asking = True
+        self._num_asked += 1
         self._engine.ask(reserve).add_done_callback(answered)
+
+    def _forget(self, pending: Pending) -> None:
+        if self._pending.get(pending.entry.name) is pending:
+            del self._pending[pending.entry.name]
 
     def _reserved(self, entry: Entry, peer: PeerLink, held: int, deadline_s: float) -> None:
         missing = entry.sequence.blocks[held:]
