@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pdserve.errors import ConfigError
 from pdserve.launch.folders import cache_folder
 from pdserve.models.default_model import ensure_default_model
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interrupts_count() -> None:
+    """A shell that starts us in the background has interrupts ignored, for us and for all that we start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -65,6 +65,8 @@ class Service:
         try:
             values = await self._ready_or_ended(child, progress)
         except StartFailed as error:
+            # One that has said why is ending by itself, and writes the rest of its log as it does.
+            await asyncio.wait({asyncio.ensure_future(child.wait())}, timeout=_LAST_WORDS_S)
             await child.stop(grace_s=1.0)
             raise StartFailed(str(error), child.log_tail()) from error
         finally:

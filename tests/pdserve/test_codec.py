@@ -85,7 +85,12 @@ def test_empty_message_is_refused() -> None:
 
 
 def submit(**changes: Any) -> pb.Submit:
-    good = {"prompt_token_ids": [1, 2, VOCAB - 1], "root_key": bytes(KEY_BYTES), "remaining_s": 1.0}
+    good = {
+        "prompt_token_ids": [1, 2, VOCAB - 1],
+        "root_key": bytes(KEY_BYTES),
+        "remaining_s": 1.0,
+        "sampling": pb.Sampling(max_tokens=3),
+    }
     return pb.Submit(**{**good, **changes})
 
 
@@ -106,6 +111,7 @@ def test_submit_that_fits_is_accepted(changes: dict[str, Any]) -> None:
         ({"prompt_token_ids": [5] * 30, "output_token_ids": [1, 2]}, "prompt"),
         ({"prompt_token_ids": [VOCAB]}, "prompt"),
         ({"output_token_ids": [2**32 - 1]}, "prompt"),
+        ({"output_token_ids": [1, 2, 3]}, "output_token_ids"),
         ({"root_key": b""}, "root_key"),
         ({"root_key": bytes(KEY_BYTES + 1)}, "root_key"),
         ({"remaining_s": 0.0}, "remaining_s"),

@@ -19,8 +19,9 @@ import httpx
 from torch import Tensor
 
 from kvstore.pool import BlockPool
-from kvstore.transfer.loopback import NO_FAULT, Fault, LoopbackNetwork, LoopbackTransport, Message
+from kvstore.transfer.loopback import NO_FAULT, Fault, LoopbackLink, LoopbackNetwork, LoopbackTransport, Message
 from kvstore.transfer.tags import MANIFEST
+from kvstore.transfer.transport import CompletionHandler
 from pdserve.engine.config import EngineConfig
 from pdserve.engine.engine import Engine
 from pdserve.engine.runner import Runner
@@ -89,11 +90,24 @@ class Gate(OracleModel):
 
 
 class HoldingTransport(LoopbackTransport):
-    """Sends with the delay HELD stay under way until `let_go`."""
+    """Sends with the delay HELD stay under way until `let_go`; links take until `may_close` to close."""
 
     def __init__(self, network: LoopbackNetwork) -> None:
         self._held: list[Callable[[], None]] = []
+        self.may_close = threading.Event()
+        self.may_close.set()
         super().__init__(network)
+
+    def open(self, handler: CompletionHandler, *, same_host: bool) -> LoopbackLink:
+        link = super().open(handler, same_host=same_host)
+        close = link.close
+
+        def close_when_told() -> None:
+            assert self.may_close.wait(DEADLINE_S), "the test held up a close"
+            close()
+
+        link.close = close_when_told  # type: ignore[method-assign]
+        return link
 
     def schedule(self, run: Callable[[], None], delay_s: float = 0.0) -> None:
         if delay_s == HELD:

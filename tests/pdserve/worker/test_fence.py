@@ -86,6 +86,29 @@ async def test_fence_waits_for_what_is_under_way() -> None:
         await all_over(pair)
 
 
+async def test_cancelled_fence_does_not_cancel_the_close_it_waits_for() -> None:
+    """Decode's patience ends while prefill closes the link: the blocks are held until that is done."""
+    async with worker_pair(limits=shorter(drain_s=0.05)) as pair:
+        before = len(pair.prefill.router.messages)
+        with pair.faults.on(blocks, Fault(delay_s=HELD)):
+            ticket = await pair.hand_over(ASK)
+            await eventually(lambda: sent(pair, 11), "not all is sent")
+        pair.prefill.transport.may_close.clear()
+        pair.prefill.abort(ASK)
+        call = pair.prefill.router.stub.Fence(
+            pb.FenceRequest(
+                decode_worker_id="d", decode_incarnation=ticket.decode_incarnation, ticket_id=ticket.ticket_id
+            )
+        )
+        await pair.prefill.router.link("d", up=False, since=before)
+        await pair.prefill.heard()
+        call.cancel()
+        await pair.prefill.router.link("d", up=True, since=before)
+        assert (await pair.prefill.ledger())["by_state"]["sending"] == 10
+        pair.prefill.transport.may_close.set()
+        await all_over(pair)
+
+
 async def test_fence_after_the_end_and_of_unknown_tickets_is_answered() -> None:
     async with worker_pair() as pair:
         ticket = await pair.hand_over(ASK)

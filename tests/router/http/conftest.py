@@ -44,6 +44,7 @@ class FakeGeneration:
         self.aborted = asyncio.Event()
         self.ended = threading.Event()  # aborted or run to its end; may be awaited from another thread
         self._script = list(script)
+        timeline.reported["transfer"] = 0.25  # as of a request that was handed over
         self._clock = itertools.count(timeline.received_s + 1)
 
     async def __aiter__(self) -> AsyncIterator[Tokens]:
