@@ -84,7 +84,7 @@ def summarise(outcomes: Sequence[Outcome], slo: Slo, elapsed_s: float) -> dict[s
 
 async def complete(host: str, port: int, workload: Workload, seed: int, timeout_s: float = 120.0) -> Outcome:
     """One streamed completion with a random prompt."""
-    rng = random.Random(seed)
+    rng = random.Random(f"{workload.name} {seed}")  # else a shorter prompt would be the prefix of a longer one
     body = json.dumps(
         {
             "model": "SmolLM2-135M-Instruct",

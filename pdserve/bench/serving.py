@@ -83,8 +83,8 @@ def measure(port: int, slos: dict[str, Slo], rates_rps: tuple[float, ...], num_r
     for workload in WORKLOADS:
         slo = slos[workload.name]
         sweep = []
-        for rate_rps in rates_rps:
-            outcomes, elapsed_s = asyncio.run(run_poisson(_HOST, port, workload, rate_rps, num_requests, seed=11))
+        for seed, rate_rps in enumerate(rates_rps, start=100):  # prompts of their own, or they would be cached
+            outcomes, elapsed_s = asyncio.run(run_poisson(_HOST, port, workload, rate_rps, num_requests, seed))
             sweep.append({"rate_rps": rate_rps, **_rounded(outcomes, slo, elapsed_s)})
         outcomes, elapsed_s = asyncio.run(run_closed(_HOST, port, workload, 16, 3 * 16, seed=13))
         results[workload.name] = {"sweep": sweep, "closed_16": _rounded(outcomes, slo, elapsed_s)}

@@ -301,7 +301,7 @@ class LinkTable:
             self._await_end(link.closing)
             link.closing.add_done_callback(lambda _: self._drop_channel(link.address))
             link.gone.set()
-        return link.closing
+        return asyncio.shield(link.closing)  # a call that is cancelled while it waits must not undo it for all
 
     def _drop_channel(self, address: str) -> None:
         """A peer that comes back has another address: keep no channel that nobody uses."""

@@ -360,6 +360,7 @@ async def running_node(
             yield node
         finally:
             gate.open()
+            transport.may_close.set()
             await node.router.close()
 
 

@@ -88,7 +88,7 @@ async def test_fence_waits_for_what_is_under_way() -> None:
 
 async def test_cancelled_fence_does_not_cancel_the_close_it_waits_for() -> None:
     """Decode's patience ends while prefill closes the link: the blocks are held until that is done."""
-    async with worker_pair(limits=shorter(drain_s=0.05)) as pair:
+    async with worker_pair(limits=shorter(drain_s=0.05, fence_s=0.2)) as pair:
         before = len(pair.prefill.router.messages)
         with pair.faults.on(blocks, Fault(delay_s=HELD)):
             ticket = await pair.hand_over(ASK)

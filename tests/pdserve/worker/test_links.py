@@ -14,10 +14,11 @@ import pytest
 from kvstore.transfer.loopback import Fault, LoopbackNetwork, LoopbackTransport
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.worker.config import LinkLimits, Role
-from tests.support.router_client import Ask
+from tests.support.router_client import DEADLINE_S, Ask
 from tests.support.tiny_engine import GEOMETRY
 from tests.support.worker_pair import (
     HELD,
+    LIMITS,
     Faults,
     Node,
     Pair,
@@ -216,8 +217,8 @@ async def test_unreachable_peer_is_reported_and_tried_again() -> None:
 
 async def test_frozen_peer_cannot_keep_our_blocks() -> None:
     """Prefill does not answer the fence: decode closes the link, and has its blocks back while the writer holds on."""
-    limits = shorter(fence_s=0.1)
-    async with worker_pair(limits=limits, prefill_options={"limits": shorter(drain_s=5.0)}) as pair:
+    frozen = replace(LIMITS, link=replace(LIMITS.link, check_s=DEADLINE_S))
+    async with worker_pair(limits=shorter(fence_s=0.1), prefill_options={"limits": frozen}) as pair:
         with pair.faults.on(blocks, Fault(delay_s=HELD)):
             await pair.hand_over(ASK)
 
