@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import threading
 from collections import deque
 from collections.abc import Callable
 
@@ -21,13 +22,17 @@ class Inbox:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._commands: deque[Command] = deque()
         self._asleep = False
+        self._closed = False
+        self._lock = threading.Lock()  # keeps `put` from writing to a descriptor that is closed, or is another's by then
         self._poll = select.poll()
         self._poll.register(self.fd, select.POLLIN)
 
     def put(self, command: Command) -> None:
         self._commands.append(command)
         if self._asleep:
-            os.eventfd_write(self.fd, 1)
+            with self._lock:
+                if not self._closed:  # the reader may have woken by itself, run the command, and ended
+                    os.eventfd_write(self.fd, 1)
 
     def run_all(self) -> bool:
         """Run what came in so far; returns whether there was anything."""
@@ -57,4 +62,6 @@ class Inbox:
             return  # it was not this descriptor that ended the sleep
 
     def close(self) -> None:
-        os.close(self.fd)
+        with self._lock:
+            self._closed = True
+            os.close(self.fd)
