@@ -23,7 +23,7 @@ class Inbox:
         self._commands: deque[Command] = deque()
         self._asleep = False
         self._closed = False
-        self._lock = threading.Lock()  # keeps `put` from writing to a descriptor that is closed, or is another's by then
+        self._lock = threading.Lock()  # keeps `put` from writing to a descriptor that is closed or another's
         self._poll = select.poll()
         self._poll.register(self.fd, select.POLLIN)
 
