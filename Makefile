@@ -55,6 +55,10 @@ bench: $(VENV)/.serve ## every benchmark, one after the other; JSON lines (BENCH
 proto: $(VENV)/.dev ## generate pdserve/protocol/*_pb2* from worker.proto
 	@$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. pdserve/protocol/worker.proto
 
+.PHONY: docs
+docs: $(VENV)/.serve ## write METRICS.md from the code
+	@PYTHONPATH=. $(BIN)/python docs/make_metrics.py
+
 .PHONY: clean
 clean: ## remove the virtual environment and what tools left; the model cache stays
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
