@@ -1,4 +1,5 @@
-// Intel AMX: eight tile registers of 16 rows of 64 bytes, and a product of two of them into a third.
+// Intel AMX: eight tile registers of 16 rows of 64 bytes, and a product of two of them into a third. What a tile holds
+// is laid out in simd.h.
 #pragma once
 
 #include "simd.h"
@@ -29,34 +30,6 @@ class AmxScope {
   ~AmxScope() { _tile_release(); }
   AmxScope(const AmxScope&) = delete;
 };
-
-constexpr int TILE = 512;  // bf16 of a tile: A is 16 rows of 32; B is 16 pairs of rows, interleaved, of 16 columns
-
-// The transpose of 16 rows of 16 pairs: a tile of columns.
-PDS_INLINE void store_tile(bf16* to, __m512i r[16]) {
-  transpose_16x16(r);
-  PDS_UNROLL
-  for (int i = 0; i < 16; i++) _mm512_store_si512(to + i * 32, r[i]);
-}
-
-// Interleave the halves of a vector of 32 bf16: (0, 16, 1, 17, ...), so that two rows become one row of pairs.
-PDS_INLINE __m512i pair_up(__m512i halves) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(order, halves);
-}
-
-// The transpose of 32 rows of floats, 16 columns of each, as bf16: r[c] is column c. `add` (one for each of the 32
-// rows) may be null.
-PDS_INLINE void transpose_to_bf16(__m512i r[16], const float* from, int ld, const bf16* add) {
-  PDS_UNROLL
-  for (int i = 0; i < 16; i++) {
-    __m512 a = _mm512_loadu_ps(from + 2 * i * ld), b = _mm512_loadu_ps(from + (2 * i + 1) * ld);
-    if (add != nullptr) a += to_float(add[2 * i]), b += to_float(add[2 * i + 1]);
-    r[i] = pair_up(to_bf16(a, b));
-  }
-  transpose_16x16(r);
-}
 
 // Tiles 0..3, [upper, lower] rows by [left, right] columns, += two tiles of rows (4, 5) times two of columns (6, 7).
 // STREAM: the columns are read past the L1 cache, which so keeps the rows; worth a third of the speed where both would

@@ -69,9 +69,14 @@ void decode(const Attention<T>& attention, const std::vector<int>& sequences) {
 
 template <class T>
 void prefill(const Attention<T>& attention, const std::vector<int>& sequences) {
-#if PDS_AMX
+#if PDS_AVX512_BF16
   if constexpr (std::is_same_v<T, bf16>) {
-    if (amx_ready && attention.pool.head_dim % 32 == 0) return attention.template prefill<AmxChunk>(sequences);
+    if (attention.pool.head_dim % 32 == 0) {
+#if PDS_AMX
+      if (amx_ready) return attention.template prefill<AmxChunk>(sequences);
+#endif
+      return attention.template prefill<Bf16Chunk>(sequences);
+    }
   }
 #endif
   attention.template prefill<PlainChunk<T>>(sequences);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "prefill_amx.h"
+#include "prefill_bf16.h"
 #include "prefill_plain.h"
 
 struct PrefillItem {

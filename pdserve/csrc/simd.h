@@ -1,4 +1,4 @@
-// What the AVX-512 and AMX kernels share: dot products of bf16 pairs, transposes, the tile registers' configuration.
+// What the AVX-512 and AMX kernels share: dot products of bf16 pairs, transposes, the layout of a tile.
 #pragma once
 
 #include "common.h"
@@ -66,6 +66,36 @@ PDS_INLINE void transpose_16x16(__m512i r[16]) {
     r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
     r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
   }
+}
+
+// bf16 of a tile, the unit in which operands are laid out for AMX and for dot products of pairs alike: a left one is 16
+// rows of 32; a right one is 16 pairs of rows, interleaved, of 16 columns.
+constexpr int TILE = 512;
+
+// The transpose of 16 rows of 16 pairs: a tile of columns.
+PDS_INLINE void store_tile(bf16* to, __m512i r[16]) {
+  transpose_16x16(r);
+  PDS_UNROLL
+  for (int i = 0; i < 16; i++) _mm512_store_si512(to + i * 32, r[i]);
+}
+
+// Interleave the halves of a vector of 32 bf16: (0, 16, 1, 17, ...), so that two rows become one row of pairs.
+PDS_INLINE __m512i pair_up(__m512i halves) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, halves);
+}
+
+// The transpose of 32 rows of floats, 16 columns of each, as bf16: r[c] is column c. `add` (one for each of the 32
+// rows) may be null.
+PDS_INLINE void transpose_to_bf16(__m512i r[16], const float* from, int ld, const bf16* add) {
+  PDS_UNROLL
+  for (int i = 0; i < 16; i++) {
+    __m512 a = _mm512_loadu_ps(from + 2 * i * ld), b = _mm512_loadu_ps(from + (2 * i + 1) * ld);
+    if (add != nullptr) a += to_float(add[2 * i]), b += to_float(add[2 * i + 1]);
+    r[i] = pair_up(to_bf16(a, b));
+  }
+  transpose_16x16(r);
 }
 
 #endif
