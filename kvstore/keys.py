@@ -32,6 +32,12 @@ def root_key(fingerprint: bytes, salt: bytes = b"", adapter: str = "") -> BlockK
     return BlockKey(blake2b(preimage, digest_size=KEY_BYTES).digest())
 
 
+def content_key(root: BlockKey, token_ids: Sequence[int]) -> BlockKey:
+    """Names the KV of all of `token_ids`, also those that fill no block: `H("content", root, tokens)`, 16 bytes."""
+    preimage = _field(b"content") + _field(root) + _field(array("I", token_ids).tobytes())
+    return BlockKey(blake2b(preimage, digest_size=KEY_BYTES).digest())
+
+
 def block_keys(root: BlockKey, token_ids: Sequence[int], block_size: int) -> list[BlockKey]:
     """Keys of the full blocks of `token_ids`; a partial last block has none.
 

@@ -42,10 +42,6 @@ class BlockGeometry:
     def block_bytes(self) -> int:
         return 2 * self.block_size * self.num_layers * self.num_kv_heads * self.head_dim * ITEM_BYTES[self.dtype]
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` tokens, the last one perhaps partly."""
-        return -(-num_tokens // self.block_size)
-
     def fingerprint(self, model_identity: str) -> bytes:
         """16 bytes that differ whenever two workers could not read each other's blocks.
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from kvstore.errors import TransferError
-from kvstore.transfer.manifest import BlockSeal, Manifest
+from kvstore.keys import BlockKey
+from kvstore.transfer.manifest import BlockSeal, Manifest, Subject
 from kvstore.transfer.tags import MANIFEST, MAX_BLOCKS
 from kvstore.transfer.transport import Outcome
 
@@ -76,21 +77,19 @@ class ReceiveSession:
 
         RECEIVING ── all landed, manifest matches ──> VERIFIED
             └── abort, bad end, bad manifest ──> ABORTING (quarantine) ── every receive ended ──> DRAINED
-            └── link closed ───────────────────────────┴── link closed ─────────────────────────────┘
 
-    A block is released once, after its own receive has ended or the link was closed; or committed, never both. Events
-    that come twice or after the end change nothing and are counted in `late_events`.
+    A block is released once, after its own receive has ended, or committed, never both. A link that closes ends every
+    receive. Events that come twice or after the end change nothing and are counted in `late_events`.
     """
 
-    def __init__(self, ticket_id: int, peer: str, blocks: Sequence[ExpectedBlock], num_output_tokens: int) -> None:
+    def __init__(self, subject: Subject, peer: str, blocks: Sequence[ExpectedBlock]) -> None:
         if len(blocks) > MAX_BLOCKS:
             raise ValueError(f"a ticket has at most {MAX_BLOCKS} blocks, got {len(blocks)}")
-        self.ticket_id = ticket_id
+        self.subject = subject
         self.peer = peer
         self.state = ReceiveState.RECEIVING
         self.late_events = 0
         self._blocks = tuple(blocks)
-        self._num_output_tokens = num_output_tokens
         self._open = {*range(len(blocks)), MANIFEST}  # receives that have not ended
         self._held = set(range(len(blocks)))  # blocks neither released nor committed
         self._checksums: dict[int, int] = {}
@@ -109,9 +108,7 @@ class ReceiveSession:
         if self.state is not ReceiveState.RECEIVING:
             return self._after_end(MANIFEST)
         try:
-            self._manifest = Manifest.decode(
-                data, ticket_id=self.ticket_id, num_blocks=len(self._blocks), num_tokens=self._num_output_tokens
-            )
+            self._manifest = Manifest.decode(data, self.subject, len(self._blocks))
         except TransferError as error:
             return self._abort(str(error))
         return self._after_end(MANIFEST)
@@ -138,16 +135,6 @@ class ReceiveSession:
             return []
         unsent = self._open.difference(sent)
         return [CancelReceives(tuple(sorted(unsent)))] if unsent else []
-
-    def link_closed(self) -> list[ReceiveAction]:
-        """Nothing lands through the link any more, whatever had not ended."""
-        if self.state in (ReceiveState.VERIFIED, ReceiveState.DRAINED):
-            self.late_events += 1
-            return []
-        failed: list[ReceiveAction] = [Fail("the link was closed")] if self.state is ReceiveState.RECEIVING else []
-        self._open.clear()
-        self.state = ReceiveState.DRAINED
-        return failed + self._release(self._held)
 
     def _end(self, ordinal: int) -> bool:
         """Note the end of a receive; False if it is not open (any more)."""
@@ -184,7 +171,7 @@ class ReceiveSession:
         actions: list[ReceiveAction] = [Fail(reason), *self._release(self._held - self._open)]
         if self._open:
             self.state = ReceiveState.ABORTING
-            return [*actions, AskFence(self.ticket_id, self.peer)]
+            return [*actions, AskFence(self.subject.ticket_id, self.peer)]
         self.state = ReceiveState.DRAINED
         return actions
 
@@ -274,8 +261,8 @@ class SendSession:
         self._start(ordinal)
         return [SendBlock(ordinal)]
 
-    def finish(self, output_token_ids: Sequence[int]) -> list[SendAction]:
-        """All blocks are ready and these are all output tokens so far. Raises ValueError if a block is missing."""
+    def finish(self, content: BlockKey, output_token_ids: Sequence[int]) -> list[SendAction]:
+        """All blocks are ready, the KV of `content`; these are all output tokens so far. Raises ValueError if not."""
         if self.state is not SendState.SENDING:
             self.late_events += 1
             return []
@@ -283,7 +270,7 @@ class SendSession:
             raise ValueError(f"only {len(self._seals)} of {len(self._generations)} blocks are ready")
         self.state = SendState.FINISHING
         self._start(MANIFEST)
-        return [SendManifest(Manifest(self.ticket_id, tuple(self._seals), tuple(output_token_ids)).encode())]
+        return [SendManifest(Manifest(self.ticket_id, content, tuple(self._seals), tuple(output_token_ids)).encode())]
 
     def ended(self, ordinal: int, outcome: Outcome) -> list[SendAction]:
         """A send has ended."""
@@ -304,11 +291,6 @@ class SendSession:
 
     def abort(self) -> list[SendAction]:
         """The request is over on this side; the receiver learns it from the control plane and fences."""
-        return self._stop()
-
-    def link_closed(self) -> list[SendAction]:
-        """The link was closed: nothing is under way any more."""
-        self._under_way.clear()
         return self._stop()
 
     def _start(self, ordinal: int) -> None:

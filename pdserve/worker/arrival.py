@@ -15,7 +15,7 @@ import numpy as np
 from kvstore.errors import TransferError
 from kvstore.pool import BlockRef
 from kvstore.transfer.checksum import block_checksum
-from kvstore.transfer.manifest import manifest_bytes
+from kvstore.transfer.manifest import Subject, manifest_bytes
 from kvstore.transfer.session import (
     AskFence,
     CancelReceives,
@@ -60,8 +60,8 @@ class Arrival:
     def __init__(
         self,
         ticket: pb.Ticket,
+        subject: Subject,
         blocks: Sequence[BlockRef],
-        num_output_tokens: int,
         peer: PeerLink,
         links: LinkTable,
         memory: BlockMemory,
@@ -81,9 +81,9 @@ class Arrival:
         self._fence_s = fence_s
         self._began_s = time.monotonic()
         self._operations: dict[int, int] = {}
-        self._manifest: Buffer = np.empty(manifest_bytes(len(blocks), num_output_tokens), np.uint8)
+        self._manifest: Buffer = np.empty(manifest_bytes(len(blocks), subject.num_tokens), np.uint8)
         expected = [ExpectedBlock(ref.block_id, ref.generation) for ref in blocks]
-        self._session = ReceiveSession(ticket.ticket_id, peer.peer_id, expected, num_output_tokens)
+        self._session = ReceiveSession(subject, peer.peer_id, expected)
         self._refs = {ref.block_id: ref for ref in blocks}
         self._fence: asyncio.Task[None] | None = None
         self._drained = asyncio.Event()

@@ -41,7 +41,7 @@ class WorkerLimits:
     drain_s: float = 5.0  # what is under way ends within this, or the link is closed under it
     closed_tickets: int = 4096  # remembered, with what was sent under each
     reservations: int = 256  # that wait for room
-    reservation_s: float = 5.0  # a reservation waits so long for room, then the router is told to look elsewhere
+    reservation_s: float = 2.0  # a reservation waits so long for room; the router waits longer for the answer
     arrival_s: float = 30.0  # decode: from the ticket until the blocks must be there
     fence_s: float = 3.0  # a peer that does not acknowledge in this time has its link closed
     tick_s: float = 1.0  # deadlines are looked at so often

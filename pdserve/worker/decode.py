@@ -8,7 +8,9 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from kvstore.errors import NoRoom
+from kvstore.keys import content_key
 from kvstore.pool import BlockRef
+from kvstore.transfer.manifest import Subject
 from pdserve.engine.engine import Engine
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.worker.arrival import Arrival
@@ -161,10 +163,16 @@ class DecodeSide:
             remaining_s=deadline_s - now_s,
         )
         self._next_ticket += 1
+        subject = Subject(
+            ticket.ticket_id,
+            content_key(entry.sequence.root_key, entry.sequence.token_ids),
+            num_tokens=entry.sequence.num_output_tokens + 1,
+            vocab_size=self._requests.vocab_size,
+        )
         arrival = entry.arrival = Arrival(
             ticket,
+            subject,
             missing,
-            num_output_tokens=entry.sequence.num_output_tokens + 1,
             peer=peer,
             links=self._links,
             memory=self._memory,

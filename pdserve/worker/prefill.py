@@ -6,6 +6,7 @@ import asyncio
 from collections import OrderedDict
 
 from kvstore.errors import TransferError
+from kvstore.keys import content_key
 from pdserve.engine.engine import Engine
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.worker.config import WorkerLimits
@@ -78,7 +79,9 @@ class PrefillSide:
         if entry is not None and entry.push is not None:
             sequence = computed.sequence
             entry.push.ready(computed.block_ids)
-            entry.push.complete(tuple(sequence.token_ids[sequence.num_prompt_tokens :]))
+            # The newest token's KV is decode's to compute.
+            content = content_key(sequence.root_key, sequence.token_ids[:-1])
+            entry.push.complete(content, tuple(sequence.token_ids[sequence.num_prompt_tokens :]))
 
     def hand_off(self, handoff: pb.Handoff) -> None:
         """Push under this ticket. A request that is over needs nothing: decode fences the ticket when its own ends."""

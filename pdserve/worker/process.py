@@ -89,6 +89,7 @@ def build_engine(config: WorkerConfig, progress: Progress) -> Built:
         max_batched_tokens=config.max_batched_tokens,
         max_sequences=config.max_sequences,
         max_model_len=max_model_len,
+        handoff_s=config.limits.handoff_s,
     )
     decoder = Decoder(model, weights, kernels, max_model_len)
     pool = make_pool(num_blocks, geometry)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvstore.errors import TransferError
+from kvstore.keys import BlockKey
 from kvstore.transfer.checksum import block_checksum
 from kvstore.transfer.session import Fenced, SendAction, SendBlock, SendFailed, SendManifest, SendSession, SendState
 from kvstore.transfer.tags import MANIFEST, MAX_BLOCKS, MAX_TICKET_ID, message_tag
@@ -44,7 +45,8 @@ class Push:
         self._limits = limits
         self._deadline_s = time.monotonic() + limits.handoff_s
         self._block_ids: Sequence[int] = ()  # ready, from the sequence's first block on
-        self._tokens: tuple[int, ...] | None = None
+        self._content: BlockKey | None = None  # known once all blocks are ready
+        self._tokens: tuple[int, ...] = ()
         self._session: SendSession | None = None
         self._ticket = pb.Ticket()
         self._peer: PeerLink | None = None
@@ -58,9 +60,9 @@ class Push:
         self._block_ids = block_ids
         self._advance()
 
-    def complete(self, output_token_ids: tuple[int, ...]) -> None:
-        """All blocks are ready; these are the output tokens so far."""
-        self._tokens = output_token_ids
+    def complete(self, content: BlockKey, output_token_ids: tuple[int, ...]) -> None:
+        """All blocks are ready, the KV of `content`; these are the output tokens so far."""
+        self._content, self._tokens = content, output_token_ids
         self._advance()
 
     def start(self, ticket: pb.Ticket, peer: PeerLink) -> None:
@@ -116,10 +118,10 @@ class Push:
         while session.state is SendState.SENDING and session.num_ready < min(count, len(self._block_ids) - first):
             block = self._memory.block(self._block_ids[first + session.num_ready])
             self._do(session.ready(session.num_ready, block_checksum(block)))
-        if self._tokens is None or session.state is not SendState.SENDING:
+        if self._content is None or session.state is not SendState.SENDING:
             return
         if session.num_ready == count and first + count == len(self._block_ids):
-            self._do(session.finish(self._tokens))
+            self._do(session.finish(self._content, self._tokens))
         else:
             has = len(self._block_ids)
             self._error = f"the ticket asks for blocks {first} to {first + count}, the prompt has {has}"

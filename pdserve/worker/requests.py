@@ -55,7 +55,7 @@ class RequestTable:
     def __init__(self, engine: EngineThread, *, block_size: int, vocab_size: int, max_model_len: int) -> None:
         self._engine = engine
         self._block_size = block_size
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._entries: dict[str, Entry] = {}
         self._draining: dict[str, asyncio.Future[None]] = {}  # ended, but their blocks are still being read
@@ -75,8 +75,8 @@ class RequestTable:
         if name in self._entries or name in self._draining:
             return None
         try:
-            codec.check_submit(submit, vocab_size=self._vocab_size, max_model_len=self._max_model_len)
-            sampling = codec.sampling_from_proto(submit.sampling, self._vocab_size)
+            codec.check_submit(submit, vocab_size=self.vocab_size, max_model_len=self._max_model_len)
+            sampling = codec.sampling_from_proto(submit.sampling, self.vocab_size)
         except InvalidRequest as error:
             self._send_end(session, submit.request_id, submit.attempt, pb.ERROR, error.message)
             return None

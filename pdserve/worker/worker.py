@@ -100,7 +100,7 @@ class Worker:
                 self.prefill.hand_off(message.handoff)
             case "abort":
                 entry = self._requests.get(entry_name(message.abort.request_id, message.abort.attempt))
-                if entry is not None:
+                if entry is not None and entry.session is session:
                     self._requests.end(entry)
             case "peers":
                 self._sessions[session] = list(message.peers.peers)

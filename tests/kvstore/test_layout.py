@@ -30,11 +30,6 @@ def test_shard_of_a_kv_head_is_one_contiguous_slice() -> None:
     assert np.array_equal(half, np.arange(half.size, 2 * half.size))
 
 
-@pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (15, 1), (16, 1), (17, 2), (3000, 188)])
-def test_blocks_for_rounds_up(tokens: int, blocks: int) -> None:
-    assert GEOMETRY.blocks_for(tokens) == blocks
-
-
 @pytest.mark.parametrize("name", ["block_size", "num_layers", "num_kv_heads", "head_dim"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_sizes_must_be_positive(name: str, value: int) -> None:

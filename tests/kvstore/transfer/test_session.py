@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstore.keys import KEY_BYTES, BlockKey
 from kvstore.transfer.checksum import block_checksum
-from kvstore.transfer.manifest import BlockSeal, Manifest
+from kvstore.transfer.manifest import BlockSeal, Manifest, Subject
 from kvstore.transfer.session import (
     AskFence,
     CancelReceives,
@@ -34,17 +35,24 @@ from kvstore.transfer.tags import MANIFEST
 from kvstore.transfer.transport import Outcome
 
 TICKET, PEER, TOKENS = 77, "prefill-1", (5, 6, 7)
+CONTENT = BlockKey(b"c" * KEY_BYTES)
+SUBJECT = Subject(TICKET, CONTENT, len(TOKENS), vocab_size=10)
 BLOCKS = (ExpectedBlock(40, 3), ExpectedBlock(41, 9), ExpectedBlock(42, 1))
 BAD = (Outcome.CANCELLED, Outcome.FAILED, Outcome.TRUNCATED)
 
 
 def receiving() -> ReceiveSession:
-    return ReceiveSession(TICKET, PEER, BLOCKS, len(TOKENS))
+    return ReceiveSession(SUBJECT, PEER, BLOCKS)
 
 
 def manifest(generations: tuple[int, ...] = (3, 9, 1), checksums: tuple[int, ...] = (100, 101, 102)) -> bytes:
     seals = tuple(BlockSeal(*pair) for pair in zip(generations, checksums, strict=True))
-    return Manifest(TICKET, seals, TOKENS).encode()
+    return Manifest(TICKET, CONTENT, seals, TOKENS).encode()
+
+
+def close(session: ReceiveSession, ordinal: int) -> list[ReceiveAction]:
+    """What the end of its link does to one of the open receives."""
+    return session.ended_badly(ordinal, Outcome.FAILED)
 
 
 # --- the receiver, case by case ---
@@ -64,8 +72,8 @@ def test_verified_ticket_commits_wherever_the_manifest_comes(manifest_at: int) -
 
 
 def test_ticket_without_blocks_commits_on_its_manifest() -> None:
-    session = ReceiveSession(TICKET, PEER, (), 1)
-    assert session.manifest_landed(Manifest(TICKET, (), (5,)).encode()) == [Commit((5,))]
+    session = ReceiveSession(replace(SUBJECT, num_tokens=1), PEER, ())
+    assert session.manifest_landed(Manifest(TICKET, CONTENT, (), (5,)).encode()) == [Commit((5,))]
 
 
 def test_wrong_checksum_fails_and_gives_back_all_at_once_when_all_landed() -> None:
@@ -104,12 +112,14 @@ def test_aborted_transfer_quarantines_until_drained() -> None:
 def test_closed_link_gives_back_what_was_in_quarantine() -> None:
     session = receiving()
     session.abort("deadline")
-    assert session.link_closed() == [Release((40, 41, 42))]
+    assert [close(session, n) for n in (0, 1, 2)] == [[Release((40,))], [Release((41,))], [Release((42,))]]
+    assert close(session, MANIFEST) == []
     assert session.state is ReceiveState.DRAINED
 
 
 def test_closed_link_fails_a_running_ticket() -> None:
-    assert receiving().link_closed() == [Fail("the link was closed"), Release((40, 41, 42))]
+    session = receiving()
+    assert close(session, 0) == [Fail("receive 0 ended as failed"), Release((40,)), AskFence(TICKET, PEER)]
 
 
 def test_damaged_manifest_fails_the_ticket() -> None:
@@ -121,11 +131,12 @@ def test_damaged_manifest_fails_the_ticket() -> None:
 
 def test_late_events_are_counted_and_ignored() -> None:
     session = receiving()
-    session.link_closed()
+    session.abort("over")
+    for ordinal in (0, 1, 2, MANIFEST):
+        close(session, ordinal)
     assert session.block_landed(0, 100) == session.manifest_landed(manifest()) == []
     assert session.ended_badly(1, Outcome.FAILED) == session.abort("late") == session.fenced([]) == []
-    assert session.link_closed() == []
-    assert session.late_events == 6
+    assert session.late_events == 5
 
 
 # --- the sender, case by case ---
@@ -135,7 +146,7 @@ def test_sender_sends_in_order_then_the_manifest_then_unpins() -> None:
     session = SendSession(TICKET, (3, 9, 1))
     for n in range(3):
         assert session.ready(n, 100 + n) == [SendBlock(n)]
-    assert session.finish(TOKENS) == [SendManifest(manifest())]
+    assert session.finish(CONTENT, TOKENS) == [SendManifest(manifest())]
     for ordinal in (1, MANIFEST, 0):
         assert session.ended(ordinal, Outcome.DONE) == []
     assert session.ended(2, Outcome.DONE) == [Unpin()]
@@ -147,7 +158,7 @@ def test_fence_stops_sending_and_answers_when_nothing_is_under_way() -> None:
     session = SendSession(TICKET, (3, 9, 1))
     session.ready(0, 100)
     assert session.fence() == []
-    assert session.ready(1, 101) == session.finish(TOKENS) == []
+    assert session.ready(1, 101) == session.finish(CONTENT, TOKENS) == []
     assert session.ended(0, Outcome.DONE) == [Unpin(), Fenced((0,))]
     assert session.fence() == [Fenced((0,))]
     assert session.state is SendState.STOPPED
@@ -166,7 +177,7 @@ def test_blocks_out_of_order_or_missing_are_our_bug() -> None:
     with pytest.raises(ValueError, match="expected 0"):
         session.ready(1, 0)
     with pytest.raises(ValueError, match="only 0 of 2"):
-        session.finish(TOKENS)
+        session.finish(CONTENT, TOKENS)
 
 
 # --- properties ---
@@ -177,7 +188,6 @@ receive_events = st.one_of(
     st.tuples(st.just("manifest"), st.sampled_from([manifest(), manifest((3, 9, 2)), b"", manifest()[:-1]])),
     st.tuples(st.just("abort"), st.just("why")),
     st.tuples(st.just("fenced"), st.sets(st.sampled_from([0, 1, 2, MANIFEST]))),
-    st.tuples(st.just("closed")),
 )
 
 
@@ -189,7 +199,6 @@ def feed(session: ReceiveSession, event: tuple[object, ...]) -> list[ReceiveActi
         "manifest": session.manifest_landed,
         "abort": session.abort,
         "fenced": session.fenced,
-        "closed": session.link_closed,
     }
     return methods[str(name)](*arguments)  # type: ignore[operator]
 
@@ -198,19 +207,18 @@ def feed(session: ReceiveSession, event: tuple[object, ...]) -> list[ReceiveActi
 def test_any_order_of_events_releases_once_and_ends(events: list[tuple[object, ...]]) -> None:
     session = receiving()
     ended: set[int] = set()
-    closed = False
     landed: dict[int, int] = {}
     actions: list[ReceiveAction] = []
-    for event in [*events, ("abort", "end"), ("closed",)]:
+    rest = [("bad", ordinal, Outcome.FAILED) for ordinal in (0, 1, 2, MANIFEST)]
+    for event in [*events, ("abort", "end"), *rest]:
         if event[0] in ("landed", "bad", "manifest"):
             ordinal = MANIFEST if event[0] == "manifest" else int(str(event[1]))
             if event[0] == "landed" and ordinal not in ended:
                 landed[ordinal] = int(str(event[2]))
             ended.add(ordinal)
-        closed |= event[0] == "closed"
         new = feed(session, event)
         for action in new:
-            if isinstance(action, Release) and not closed:
+            if isinstance(action, Release):
                 assert {block_id - 40 for block_id in action.block_ids} <= ended
             if isinstance(action, Commit):
                 assert landed == {0: 100, 1: 101, 2: 102}
@@ -258,18 +266,20 @@ class Model:
         self.source = random.integers(0, 256, (self.count, BLOCK_BYTES), dtype=np.uint8)
         self.memory = np.zeros((self.count, BLOCK_BYTES), np.uint8)
         blocks = [ExpectedBlock(n, 10 + n) for n in range(self.count)]
-        self.receiver = ReceiveSession(TICKET, PEER, blocks, len(TOKENS))
+        self.receiver = ReceiveSession(SUBJECT, PEER, blocks)
         self.sender = SendSession(TICKET, [10 + n for n in range(self.count)])
         self.posted = {*range(self.count), MANIFEST}
 
     # What may happen next; each returns whether it did.
 
     def compute(self) -> bool:
-        if self.sender.state is not SendState.SENDING or self.closed:
+        if self.sender.state is not SendState.SENDING:
             return False
         n = self.sender.num_ready
         ready = n < self.count
-        self.send(self.sender.ready(n, block_checksum(self.source[n])) if ready else self.sender.finish(TOKENS))
+        self.send(
+            self.sender.ready(n, block_checksum(self.source[n])) if ready else self.sender.finish(CONTENT, TOKENS)
+        )
         return True
 
     def deliver(self, fault: str = "") -> bool:
@@ -320,11 +330,17 @@ class Model:
         if self.closed:
             return False
         self.closed = True
-        self.flying.clear()
+        for ordinal in sorted(self.posted):
+            self.receive(close(self.receiver, ordinal))
         self.posted.clear()
-        self.receive(self.receiver.link_closed())
-        self.send(self.sender.link_closed())
+        self.lose()
         return True
+
+    def lose(self) -> None:
+        """What is under way fails with the link."""
+        while self.flying:
+            ordinal, _ = self.flying.popitem()
+            self.send(self.sender.ended(ordinal, Outcome.FAILED))
 
     def receive(self, actions: list[ReceiveAction]) -> None:
         for action in actions:
@@ -354,6 +370,8 @@ class Model:
                     self.unpinned += 1
                 case SendFailed():
                     self.receive(self.receiver.abort("the sender failed"))
+        if self.closed:
+            self.lose()
 
     def step(self, name: str) -> bool:
         match name:
