@@ -14,12 +14,9 @@ from kvstore.transfer.manifest import Subject
 from pdserve.engine.engine import Engine
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.worker.arrival import Arrival
-from pdserve.worker.config import WorkerLimits
-from pdserve.worker.engine_thread import EngineThread
-from pdserve.worker.links import LinkTable, PeerLink
-from pdserve.worker.memory import BlockMemory
-from pdserve.worker.metrics import WorkerMetrics
-from pdserve.worker.requests import Entry, RequestTable
+from pdserve.worker.links import PeerLink
+from pdserve.worker.parts import Parts
+from pdserve.worker.requests import Entry
 from pdserve.worker.session import RouterSession
 
 
@@ -47,23 +44,8 @@ class DecodeSide:
     Reserve ──> room? (waits a little) ──> receives posted, ticket ──> blocks verified ──> the sequence runs
     """
 
-    def __init__(
-        self,
-        requests: RequestTable,
-        engine: EngineThread,
-        links: LinkTable,
-        memory: BlockMemory,
-        metrics: WorkerMetrics,
-        limits: WorkerLimits,
-        worker_id: str,
-        incarnation: int,
-    ) -> None:
-        self._requests = requests
-        self._engine = engine
-        self._links = links
-        self._memory = memory
-        self._metrics = metrics
-        self._limits = limits
+    def __init__(self, parts: Parts, worker_id: str, incarnation: int) -> None:
+        self._parts = parts
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._pending: OrderedDict[str, Pending] = OrderedDict()
@@ -78,13 +60,15 @@ class DecodeSide:
 
     def reserve(self, session: RouterSession, reserve: pb.Reserve) -> None:
         """Answered with Reserved or Refused, at the latest after `reservation_s`."""
-        entry = self._requests.open(session, reserve.request, prefill_only=False)
+        entry = self._parts.requests.open(session, reserve.request, prefill_only=False)
         if entry is None:
             return
-        if len(self._pending) >= self._limits.reservations:
-            self._requests.refuse(entry, f"{len(self._pending)} reservations are waiting for room")
+        if len(self._pending) >= self._parts.limits.reservations:
+            self._parts.requests.refuse(entry, f"{len(self._pending)} reservations are waiting for room")
             return
-        pending = self._pending[entry.name] = Pending(entry, reserve, time.monotonic() + self._limits.reservation_s)
+        pending = self._pending[entry.name] = Pending(
+            entry, reserve, time.monotonic() + self._parts.limits.reservation_s
+        )
         if not self._turn.full:
             self._ask(pending)
 
@@ -99,7 +83,7 @@ class DecodeSide:
         """Refuse reservations that have waited too long; fail arrivals whose blocks did not come."""
         for pending in [p for p in self._pending.values() if p.expires_s <= now_s]:
             del self._pending[pending.entry.name]
-            self._requests.refuse(pending.entry, "no room for the sequence in time")
+            self._parts.requests.refuse(pending.entry, "no room for the sequence in time")
         for arrival in [arrival for arrival in self._arrivals if arrival.deadline_s <= now_s]:
             arrival.stop("its blocks did not arrive in time")
 
@@ -107,16 +91,16 @@ class DecodeSide:
 
     def _ask(self, pending: Pending) -> None:
         entry = pending.entry
-        if self._requests.get(entry.name) is not entry:
+        if self._parts.requests.get(entry.name) is not entry:
             self._forget(pending)
             return
-        peer = self._links.get(pending.reserve.prefill_worker_id, pending.reserve.prefill_incarnation)
+        peer = self._parts.links.get(pending.reserve.prefill_worker_id, pending.reserve.prefill_incarnation)
         if peer is None:
             self._forget(pending)
-            self._requests.refuse(entry, f"no link to {pending.reserve.prefill_worker_id}")
+            self._parts.requests.refuse(entry, f"no link to {pending.reserve.prefill_worker_id}")
             return
         sequence, turn = entry.sequence, self._turn
-        deadline_s = min(entry.deadline_s, time.monotonic() + self._limits.arrival_s)
+        deadline_s = min(entry.deadline_s, time.monotonic() + self._parts.limits.arrival_s)
 
         def reserve(engine: Engine, now_s: float) -> int:
             if turn.full:
@@ -136,12 +120,12 @@ class DecodeSide:
                 return  # waits on; asked again when something has changed
             self._forget(pending)
             if error is not None:
-                self._requests.fail(entry, f"reserving failed: {error}")
+                self._parts.requests.fail(entry, f"reserving failed: {error}")
             else:
                 self._reserved(entry, peer, answer.result(), deadline_s)
 
         self._num_asked += 1
-        self._engine.ask(reserve).add_done_callback(answered)
+        self._parts.engine.ask(reserve).add_done_callback(answered)
 
     def _forget(self, pending: Pending) -> None:
         if self._pending.get(pending.entry.name) is pending:
@@ -149,7 +133,7 @@ class DecodeSide:
 
     def _reserved(self, entry: Entry, peer: PeerLink, held: int, deadline_s: float) -> None:
         missing = entry.sequence.blocks[held:]
-        if self._requests.get(entry.name) is not entry:
+        if self._parts.requests.get(entry.name) is not entry:
             self.drained(missing)  # it ended meanwhile, and nothing was posted into its blocks
             return
         now_s = time.monotonic()
@@ -167,18 +151,18 @@ class DecodeSide:
             ticket.ticket_id,
             content_key(entry.sequence.root_key, entry.sequence.token_ids),
             num_tokens=entry.sequence.num_output_tokens + 1,
-            vocab_size=self._requests.vocab_size,
+            vocab_size=self._parts.requests.vocab_size,
         )
         arrival = entry.arrival = Arrival(
             ticket,
             subject,
             missing,
             peer=peer,
-            links=self._links,
-            memory=self._memory,
+            links=self._parts.links,
+            memory=self._parts.memory,
             listener=self,
             deadline_s=deadline_s,
-            fence_s=self._limits.fence_s,
+            fence_s=self._parts.limits.fence_s,
         )
         self._arrivals[arrival] = entry
         entry.times = pb.StageTimes(reserve_s=now_s - entry.received_s)
@@ -200,21 +184,21 @@ class DecodeSide:
                 engine.pool.land(ref)
             engine.scheduler.arrived(sequence, new_tokens)
 
-        self._engine.post(admit)
+        self._parts.engine.post(admit)
         assert entry.times is not None
         entry.times.transfer_s, entry.times.commit_s = arrival.transfer_s, arrival.verify_s
-        self._metrics.transfer_seconds.observe(arrival.transfer_s)
-        self._metrics.transfer_bytes.labels("received").inc(len(arrival.blocks) * self._memory.block_bytes)
+        self._parts.metrics.transfer_seconds.observe(arrival.transfer_s)
+        self._parts.metrics.transfer_bytes.labels("received").inc(len(arrival.blocks) * self._parts.memory.block_bytes)
 
     def failed(self, arrival: Arrival, reason: str) -> None:
         """Ends the request first, which puts the blocks into quarantine; they are drained after that."""
         entry = self._arrivals.pop(arrival)
-        if self._requests.get(entry.name) is entry:
-            self._metrics.transfer_failures.labels("receive").inc()
-            self._requests.fail(entry, reason)
+        if self._parts.requests.get(entry.name) is entry:
+            self._parts.metrics.transfer_failures.labels("receive").inc()
+            self._parts.requests.fail(entry, reason)
 
     def landed_late(self) -> None:
-        self._metrics.late_landings.inc()
+        self._parts.metrics.late_landings.inc()
 
     def drained(self, refs: list[BlockRef]) -> None:
         """Nothing lands in these quarantined blocks any more."""
@@ -223,4 +207,4 @@ class DecodeSide:
             for ref in refs:
                 engine.pool.drained(ref)
 
-        self._engine.post(drained)
+        self._parts.engine.post(drained)

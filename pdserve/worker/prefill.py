@@ -9,13 +9,10 @@ from kvstore.errors import TransferError
 from kvstore.keys import content_key
 from pdserve.engine.engine import Engine
 from pdserve.protocol import worker_pb2 as pb
-from pdserve.worker.config import WorkerLimits
-from pdserve.worker.engine_thread import Computed, EngineThread
-from pdserve.worker.links import LinkTable
-from pdserve.worker.memory import BlockMemory
-from pdserve.worker.metrics import WorkerMetrics
+from pdserve.worker.engine_thread import Computed
+from pdserve.worker.parts import Parts
 from pdserve.worker.push import Push, TicketId
-from pdserve.worker.requests import Entry, RequestTable, entry_name
+from pdserve.worker.requests import Entry, entry_name
 from pdserve.worker.session import RouterSession
 
 
@@ -26,28 +23,15 @@ class PrefillSide:
     The ticket may come while the last chunk is still computed: blocks before it leave at once, the others when ready.
     """
 
-    def __init__(
-        self,
-        requests: RequestTable,
-        engine: EngineThread,
-        links: LinkTable,
-        memory: BlockMemory,
-        metrics: WorkerMetrics,
-        limits: WorkerLimits,
-    ) -> None:
-        self._requests = requests
-        self._engine = engine
-        self._links = links
-        self._memory = memory
-        self._metrics = metrics
-        self._limits = limits
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
         # Tickets under which nothing is sent any more, with the ordinals that were.
         self._closed: OrderedDict[TicketId, tuple[int, ...]] = OrderedDict()
         self._pushes: dict[TicketId, Push] = {}
 
     def submit(self, session: RouterSession, submit: pb.Submit) -> None:
         """Queue a prompt, or a whole request if it is not `disaggregated`."""
-        entry = self._requests.open(session, submit, prefill_only=submit.disaggregated)
+        entry = self._parts.requests.open(session, submit, prefill_only=submit.disaggregated)
         if entry is None:
             return
 
@@ -59,23 +43,25 @@ class PrefillSide:
 
         def added(answer: asyncio.Future[bool]) -> None:
             if not answer.result():
-                self._requests.refuse(entry, "the queue of this worker is full")
+                self._parts.requests.refuse(entry, "the queue of this worker is full")
 
-        self._engine.ask(add).add_done_callback(added)
+        self._parts.engine.ask(add).add_done_callback(added)
 
     def last_chunk(self, computed: Computed) -> None:
         """The blocks before the last chunk are ready; it is time to choose a decode worker."""
-        entry = self._requests.get(computed.sequence.name)
+        entry = self._parts.requests.get(computed.sequence.name)
         if entry is None or entry.push is not None:
             return
-        entry.push = Push(self._links, self._memory, self._limits, lambda error: self._over(entry, error))
+        entry.push = Push(
+            self._parts.links, self._parts.memory, self._parts.limits, lambda error: self._over(entry, error)
+        )
         entry.push.ready(computed.block_ids)
         wanted = pb.HandoffWanted(request_id=entry.request_id, attempt=entry.attempt)
         entry.session.send(pb.WorkerMessage(handoff_wanted=wanted))
 
     def computed(self, computed: Computed) -> None:
         """All blocks are ready, and the first token is sampled."""
-        entry = self._requests.get(computed.sequence.name)
+        entry = self._parts.requests.get(computed.sequence.name)
         if entry is not None and entry.push is not None:
             sequence = computed.sequence
             entry.push.ready(computed.block_ids)
@@ -85,12 +71,12 @@ class PrefillSide:
 
     def hand_off(self, handoff: pb.Handoff) -> None:
         """Push under this ticket. A request that is over needs nothing: decode fences the ticket when its own ends."""
-        entry = self._requests.get(entry_name(handoff.request_id, handoff.attempt))
+        entry = self._parts.requests.get(entry_name(handoff.request_id, handoff.attempt))
         ticket = handoff.ticket
         ticket_id = TicketId(ticket.decode_worker_id, ticket.decode_incarnation, ticket.ticket_id)
         if entry is None or entry.push is None or ticket_id in self._closed:
             return
-        peer = self._links.get(ticket.decode_worker_id, ticket.decode_incarnation)
+        peer = self._parts.links.get(ticket.decode_worker_id, ticket.decode_incarnation)
         if peer is None:
             self._failed(entry, f"no link to {ticket.decode_worker_id}")
             return
@@ -108,20 +94,20 @@ class PrefillSide:
         assert entry.ticket_id is not None
         del self._pushes[entry.ticket_id]
         self._close(entry.ticket_id, entry.push.sent())
-        self._metrics.transfer_bytes.labels("sent").inc(entry.push.num_bytes)
+        self._parts.metrics.transfer_bytes.labels("sent").inc(entry.push.num_bytes)
         if error is None:
-            self._requests.end(entry)
+            self._parts.requests.end(entry)
         else:
             self._failed(entry, error)
 
     def _failed(self, entry: Entry, error: str) -> None:
-        if self._requests.get(entry.name) is entry:
-            self._metrics.transfer_failures.labels("push").inc()
-            self._requests.fail(entry, error)
+        if self._parts.requests.get(entry.name) is entry:
+            self._parts.metrics.transfer_failures.labels("push").inc()
+            self._parts.requests.fail(entry, error)
 
     def expire(self, now_s: float) -> None:
         """Fail prompts whose blocks nobody has taken in time."""
-        for entry in self._requests:
+        for entry in self._parts.requests:
             if entry.push is not None and entry.push.overdue(now_s):
                 self._failed(entry, "its blocks were not pushed in time")
 
@@ -136,5 +122,5 @@ class PrefillSide:
 
     def _close(self, ticket_id: TicketId, sent: tuple[int, ...]) -> None:
         self._closed[ticket_id] = sent
-        if len(self._closed) > self._limits.closed_tickets:
+        if len(self._closed) > self._parts.limits.closed_tickets:
             self._closed.popitem(last=False)

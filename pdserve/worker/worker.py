@@ -25,6 +25,7 @@ from pdserve.worker.engine_thread import Computed, EngineThread, Load, StepRepor
 from pdserve.worker.links import LinkTable
 from pdserve.worker.memory import BlockMemory
 from pdserve.worker.metrics import WorkerMetrics
+from pdserve.worker.parts import Parts
 from pdserve.worker.prefill import PrefillSide
 from pdserve.worker.requests import RequestTable, entry_name
 from pdserve.worker.session import RouterSession
@@ -56,10 +57,9 @@ class Worker:
         self._requests = RequestTable(
             engine, block_size=hello.block_size, vocab_size=hello.vocab_size, max_model_len=hello.max_model_len
         )
-        self.prefill = PrefillSide(self._requests, engine, links, memory, metrics, limits)
-        self._decode = DecodeSide(
-            self._requests, engine, links, memory, metrics, limits, hello.worker_id, hello.incarnation
-        )
+        parts = Parts(self._requests, engine, links, memory, metrics, limits)
+        self.prefill = PrefillSide(parts)
+        self._decode = DecodeSide(parts, hello.worker_id, hello.incarnation)
         links.on_report = self._report_link
         self._sessions: dict[RouterSession, list[pb.Peer]] = {}  # with the peers that the router wants linked
         self._load = Load(0, 0, 0, 0, hello.num_blocks, 0)

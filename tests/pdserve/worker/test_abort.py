@@ -11,7 +11,7 @@ import pytest
 from kvstore.transfer.loopback import Fault
 from kvstore.transfer.tags import MANIFEST
 from pdserve.protocol import worker_pb2 as pb
-from tests.support.router_client import Ask
+from tests.support.router_client import Ask, RouterClient
 from tests.support.tiny_engine import BLOCK_SIZE
 from tests.support.worker_pair import (
     HELD,
@@ -313,3 +313,20 @@ async def test_abort_storm() -> None:
             await asyncio.gather(*(run_and_abort(number) for number in range(start, start + 6)))
         await pair.settled(num_tasks)
         await next_request(pair, Ask("last", prompt_of(40)))
+
+
+async def test_a_router_cannot_abort_what_another_one_runs() -> None:
+    async with worker_pair() as pair:
+        node, ask = pair.prefill, Ask("mine", prompt_of(10))
+        node.gate.close()
+        node.submit(ask, disaggregated=False)
+        await node.gate.reached()
+        stranger = RouterClient(node.hello.address)
+        await stranger.open()
+        stranger.send(abort=pb.Abort(request_id=ask.request_id, attempt=ask.attempt))
+        stranger.send(ping=pb.Ping(sequence=1))
+        await stranger.wait(lambda message: message.pong.sequence or None)
+        node.gate.open()
+        assert (await node.router.finished(ask)).finish == pb.LENGTH
+        await stranger.close()
+        await pair.whole()

@@ -204,3 +204,20 @@ async def test_same_attempt_twice_is_one_request() -> None:
         events = [*pair.prefill.router.events(ask), *pair.decode.router.events(ask)]
         assert check_stream(events, 0) == ask.expected
         await pair.whole()
+
+
+async def test_tickets_given_to_each_others_prompts_fail_both_and_never_swap_their_kv() -> None:
+    """Equal counts and right checksums: only what the manifest says it is about tells them apart."""
+    async with worker_pair() as pair:
+        asks = [Ask(f"r{n}", prompt_of(10, salt=n)) for n in range(2)]
+        for ask in asks:
+            pair.prefill.submit(ask)
+            await pair.prefill.router.wanted(ask)
+            pair.decode.reserve(ask, pair.prefill)
+        tickets = [await pair.decode.router.reserved(ask) for ask in asks]
+        for ask, ticket in zip(asks, reversed(tickets), strict=True):
+            pair.prefill.hand_off(ask, ticket)
+        for ask in asks:
+            assert "the KV of other tokens" in await pair.decode.router.failed(ask)
+            pair.prefill.abort(ask)
+        await pair.whole()
