@@ -96,7 +96,7 @@ def example_command(url: str, model: str) -> str:
     """A shell command that streams a chat completion."""
     body = {
         "model": model,
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "messages": [{"role": "user", "content": "What is gravity?"}],
         "temperature": 0,  # a small model rambles at the API's default of 1
         "stream": True,
     }

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.e2e
 READY_S = 120.0  # on a busy machine; usually it takes a tenth of that
 STOP_S = 5.0
 MODEL = "SmolLM2-135M-Instruct"
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION = [{"role": "user", "content": "What is gravity?"}]
 
 
 @dataclass
@@ -122,7 +122,7 @@ def test_says_that_it_is_ready_and_shows_a_command_that_works(up: Up) -> None:
     answer = subprocess.run(["bash", "-ec", command], capture_output=True, text=True, timeout=60, check=True).stdout
     assert answer.endswith("data: [DONE]\n\n")
     events = [json.loads(line.removeprefix("data: ")) for line in answer.split("\n\n")[:-2]]
-    assert "Paris" in "".join(event["choices"][0]["delta"].get("content") or "" for event in events)
+    assert "physics" in "".join(event["choices"][0]["delta"].get("content") or "" for event in events)
 
 
 def test_audit(up: Up) -> None:
