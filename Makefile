@@ -52,8 +52,9 @@ bench: $(VENV)/.serve ## every benchmark, one after the other; JSON lines (BENCH
 	@for name in $${BENCH:-$$($(BIN)/pdserve bench | cut -d' ' -f1)}; do $(BIN)/pdserve bench $$name; done
 
 .PHONY: proto
-proto: $(VENV)/.dev ## generate pdserve/protocol/*_pb2* from worker.proto
-	@$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. pdserve/protocol/worker.proto
+proto: $(VENV)/.dev ## generate *_pb2* from the .proto files
+	@for source in pdserve/protocol/worker.proto kvstore/store/store.proto; do \
+		$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $$source; done
 
 .PHONY: docs
 docs: $(VENV)/.serve ## write METRICS.md from the code
