@@ -50,6 +50,8 @@ class HoldKind(Enum):
     COMPUTE = "compute"  # a sequence of this worker
     SEND = "send"  # a computed sequence whose blocks are being pushed to another worker
     RECEIVE = "receive"  # a sequence whose blocks are still landing
+    LOAD = "load"  # blocks that are being filled from the store, and the prefix that they continue
+    SAVE = "save"  # blocks that are being copied to the store
 
 
 @dataclass(slots=True)

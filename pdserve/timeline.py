@@ -3,7 +3,7 @@
 The router marks the points it sees itself; workers report durations of the stages inside them. What is left between
 two points of the router after the reported durations is its own stage (`deliver`, `resume`): nothing is unexplained.
 
-    received ── tokenise ── route ── [queue, compute: prefill] ── deliver ──> first token
+    received ── tokenise ── route ── [fetch, queue, compute: prefill] ── deliver ──> first token
     first token ── [reserve, transfer, commit: hand-over] ── resume ──> second token
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-TTFT_STAGES = ("tokenise", "route", "queue", "compute", "deliver")
+TTFT_STAGES = ("tokenise", "route", "fetch", "queue", "compute", "deliver")
 HANDOFF_STAGES = ("reserve", "transfer", "commit", "resume")
 
 
@@ -26,7 +26,7 @@ class Timeline:
     second_token_s: float | None = None
     last_token_s: float | None = None
     output_tokens: int = 0
-    reported: dict[str, float] = field(default_factory=dict)  # queue, compute, reserve, transfer, commit
+    reported: dict[str, float] = field(default_factory=dict)  # fetch, queue, compute, reserve, transfer, commit
 
     def token(self, now_s: float, count: int = 1) -> None:
         """`count` output tokens were handed to the client at `now_s`."""
@@ -61,7 +61,7 @@ class Timeline:
         return {
             "tokenise": tokenised - self.received_s,
             "route": dispatched - tokenised,
-            **self._split(self.first_token_s - dispatched, ("queue", "compute"), "deliver"),
+            **self._split(self.first_token_s - dispatched, ("fetch", "queue", "compute"), "deliver"),
         }
 
     def handoff_stages(self) -> dict[str, float]:

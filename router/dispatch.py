@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class RouterDispatcher:
     """Implements `router.generation.Dispatcher` and `router.fleet.RequestListener`.
 
-    `counts` only rise: rejected_tokens, refusals, redispatches, migrations, handoffs_without_room.
+    `counts` only rise: rejected_tokens, refusals, redispatches, migrations, handoffs_without_room, spills.
     """
 
     def __init__(self, fleet: Fleet, policy: Policy, limits: RouterLimits) -> None:

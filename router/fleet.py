@@ -238,6 +238,11 @@ class Fleet:
         """The worker, while its session is up."""
         return self._by_id.get(worker_id)
 
+    @property
+    def decodes_from_store(self) -> bool:
+        """Some decode worker reads blocks from a store."""
+        return any(each.role is Role.DECODE and each.hello.has_store for each in self._by_id.values())
+
     def send(self, worker_id: str, message: pb.RouterMessage) -> bool:
         """False when the worker is gone; its loss is, or will be, told through the listener."""
         member = self._by_id.get(worker_id)

@@ -23,7 +23,7 @@ class Generation(Protocol):
 
     request: Request
     timeline: Timeline
-    cached_tokens: int  # prompt tokens not computed; known with the first token
+    cached_by_tier: dict[str, int]  # prompt tokens not computed, by where they were; known with the first token
 
     def __aiter__(self) -> AsyncIterator[Tokens]:
         """Raises a `pdserve.errors.ServeError` if the request fails."""

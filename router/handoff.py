@@ -23,7 +23,7 @@ class HandOver:
     """From HANDOFF_WANTED to DECODING.
 
     `choose` places the rest of the request on a decode worker, none of those given; `submit` makes the request's
-    message.
+    message; `wait_s` is for a worker that has room.
     """
 
     def __init__(
@@ -33,18 +33,20 @@ class HandOver:
         limits: RouterLimits,
         choose: Callable[[frozenset[str]], Claim | Decision],
         submit: Callable[[], pb.Submit],
+        wait_s: float,
     ) -> None:
         self._attempt = attempt
         self._fleet = fleet
         self._limits = limits
         self._choose = choose
         self._submit = submit
+        self._wait_s = wait_s
         self._refused: set[str] = set()  # asked again a little later
         self._silent: set[str] = set()  # not asked again: a late answer would be to an aborted reservation
 
     async def run(self) -> bool:
         """True once decode streams, False when nobody had room in time. Raises as `Attempt.event`."""
-        until_s = time.monotonic() + self._limits.handoff_wait_s
+        until_s = time.monotonic() + self._wait_s
         while True:
             self._attempt.state = State.HANDOFF_WANTED
             choice = self._choose(frozenset(self._refused | self._silent))

@@ -38,6 +38,8 @@ class RouterLimits:
     inter_token_s: float = 10.0
     reserve_s: float = 3.0  # for the answer to a reservation
     handoff_wait_s: float = 5.0  # for a decode worker with room; then prefill goes on by itself
+    spill_after_s: float = 0.5  # instead, where there is a store: then the request waits there, not on a device
+    spill_wait_s: float = 20.0  # for a decode worker with room, while the blocks are in the store
     handoff_base_s: float = 10.0  # ticket delivered until decode's first token, plus the time of the bytes
     handoff_bytes_per_s: float = 50e6
     handoff_cap_s: float = 30.0

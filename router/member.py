@@ -149,6 +149,7 @@ class Member:
             block_bytes=self.hello.block_bytes,
             load=self.load_view(now_s),
             matched_blocks=matched_blocks,
+            has_store=self.hello.has_store,
             partners=self.partners,
             link=link,
         )

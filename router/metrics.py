@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -42,7 +42,10 @@ class RouterMetrics:
         )
         self._prompt_tokens = Counter("pdserve_prompt_tokens_total", "Tokens of prompts.", registry=registry)
         self._cached_tokens = Counter(
-            "pdserve_cached_tokens_total", "Tokens of prompts that were not computed.", registry=registry
+            "pdserve_cached_tokens_total",
+            "Tokens of prompts that were not computed, by the tier they were found in.",
+            ("tier",),
+            registry=registry,
         )
         self._output_tokens = Counter("pdserve_output_tokens_total", "Tokens generated.", registry=registry)
         self._ttft = _histogram(registry, "pdserve_ttft_seconds", "Receipt to first token.", TTFT_BUCKETS_S)
@@ -73,11 +76,12 @@ class RouterMetrics:
         self._requests.labels(endpoint, outcome).inc()
 
     def observe_generation(
-        self, timeline: Timeline, *, prompt_tokens: int, cached_tokens: int, gaps_s: Iterable[float]
+        self, timeline: Timeline, *, prompt_tokens: int, cached_by_tier: Mapping[str, int], gaps_s: Iterable[float]
     ) -> None:
         """A generation ended, for whatever reason. `gaps_s`: seconds between deliveries to the client."""
         self._prompt_tokens.inc(prompt_tokens)
-        self._cached_tokens.inc(cached_tokens)
+        for tier, tokens in cached_by_tier.items():
+            self._cached_tokens.labels(tier).inc(tokens)
         self._output_tokens.inc(timeline.output_tokens)
         if timeline.ttft_s is not None:
             self._ttft.observe(timeline.ttft_s)

@@ -76,6 +76,20 @@ class Placer:
         matched_blocks = self._fleet.index.match(keys).get(member.slot, 0)
         return Placed(self._claim(member, need, matched_blocks), disaggregated=False)
 
+    def place_resumed(self, need: Need, keys: Sequence[BlockKey]) -> Placed | Decision:
+        """A decode worker with room that finds the KV of `keys` in the store. `need.phase` is RESUME."""
+        decision = self._decide(need, keys)
+        if decision.chosen is None:
+            return decision
+        member = self._fleet.member(decision.chosen.worker_id)
+        assert member is not None
+        return Placed(self._claim(member, need, need.full_blocks), disaggregated=False)
+
+    def can_spill(self, prompt_id: str) -> bool:
+        """Whether what this worker computes lies in a store that a decode worker reads too."""
+        member = self._fleet.member(prompt_id)
+        return member is not None and member.hello.has_store and self._fleet.decodes_from_store
+
     def place_decode(self, need: Need, keys: Sequence[BlockKey], prompt_id: str) -> Claim | Decision:
         """The worker that takes over from `prompt_id`. `need.phase` is DECODE."""
         decision = self._decide(need, keys, linked_from=prompt_id)

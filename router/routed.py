@@ -48,7 +48,7 @@ class RoutedGeneration:
     ) -> None:
         self.request = request
         self.timeline = timeline
-        self.cached_tokens = 0
+        self.cached_by_tier: dict[str, int] = {}
         self.workers: list[str] = []  # that did a part, in order of first use
         self._target = target
         self._fleet = fleet
@@ -64,6 +64,7 @@ class RoutedGeneration:
         self._queued_s = time.monotonic()
         self._avoid: set[str] = set()
         self._stay_on: str | None = None  # the worker that goes on alone, since it has the KV
+        self._spilled = False  # the KV is in the store, and the request waits for a decode worker with room
         self._redispatches = 0
         self._migrations = 0
         self._task = asyncio.create_task(self._run(), name=f"request {request.request_id}")
@@ -145,8 +146,8 @@ class RoutedGeneration:
         if not attempt.disaggregated:
             attempt.state = State.DECODING
         if not self._order.token_ids:
-            reported.update(queue=times.queue_s, compute=times.compute_s)
-            self.cached_tokens = event.cached_tokens
+            reported.update(fetch=times.fetch_s, queue=times.queue_s, compute=times.compute_s)
+            self.cached_by_tier = dict(event.cached_by_tier)
 
     # --- the task ---
 
@@ -168,6 +169,12 @@ class RoutedGeneration:
 
     async def _place(self, keys: list[BlockKey]) -> Placed:
         """Wait, for a bounded time, for a worker that can take the request. Raises Overloaded or DeadlineExceeded."""
+        if self._spilled:
+            self._spilled = False
+            resumed = await self._place_spilled(keys)
+            if resumed is not None:
+                self._stay_on = None
+                return resumed
         if self._stay_on is not None:
             stay_on, self._stay_on = self._stay_on, None
             placed = self._placer.place_whole_on(stay_on, self._need(Phase.PROMPT), keys)
@@ -186,6 +193,16 @@ class RoutedGeneration:
                 raise Overloaded("No worker can take the request now.")
             await self._fleet.wait_change(min(until_s - now_s, TICK_S))
             self._avoid.clear()  # better a worker that failed before than none
+
+    async def _place_spilled(self, keys: list[BlockKey]) -> Placed | None:
+        """Wait for a decode worker with room; None if none has any in time."""
+        until_s = min(self._queued_s + self._limits.spill_wait_s, self.request.deadline_s)
+        while (now_s := time.monotonic()) < until_s:
+            choice = self._placer.place_resumed(self._need(Phase.RESUME, frozenset(self._avoid)), keys)
+            if isinstance(choice, Placed):
+                return choice
+            await self._fleet.wait_change(min(until_s - now_s, TICK_S))
+        return None
 
     def _begin(self, placed: Placed) -> Attempt:
         self._attempts += 1
@@ -210,6 +227,7 @@ class RoutedGeneration:
         while True:
             if not isinstance(await attempt.event(), HandoffWanted) or attempt.state is not State.PREFILLING:
                 continue
+            spills = self._placer.can_spill(attempt.prompt_id)
             hand_over = HandOver(
                 attempt,
                 self._fleet,
@@ -218,12 +236,14 @@ class RoutedGeneration:
                     self._need(Phase.DECODE, avoid | self._avoid), keys, attempt.prompt_id
                 ),
                 submit=lambda: self._submit(attempt),
+                wait_s=self._limits.spill_after_s if spills else self._limits.handoff_wait_s,
             )
             if await hand_over.run():
                 continue
             self._counts["handoffs_without_room"] += 1
             self._leave(attempt)
-            self._stay_on = attempt.prompt_id
+            self._stay_on, self._spilled = attempt.prompt_id, spills
+            self._counts["spills"] += spills
             self._queued_s = time.monotonic()
             return
 
@@ -319,7 +339,7 @@ class RoutedGeneration:
             "workers": ",".join(self.workers) or "-",
             "attempts": self._attempts,
             "prompt_tokens": len(self.request.prompt_token_ids),
-            "cached_tokens": self.cached_tokens,
+            "cached_tokens": sum(self.cached_by_tier.values()),
             "output_tokens": len(self._order.token_ids),
             **{f"{stage}_ms": round(seconds * 1e3, 2) for stage, seconds in self._stages().items()},
         }

@@ -58,6 +58,7 @@ class Engine:
             self.execute(self.schedule(0.0), 0.0)
         self.pool.clear_cached()
         self.pool.drain_events()
+        self.scheduler.drain_committed()
 
     def schedule(self, now_s: float) -> Plan:
         return self.scheduler.schedule(now_s)

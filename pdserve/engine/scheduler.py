@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from kvstore.errors import NoRoom
+from kvstore.keys import BlockKey
 from kvstore.pool import BlockPool, BlockRef, HoldKind
 from pdserve.engine.config import EngineConfig
 from pdserve.engine.sequence import Sequence, Status
@@ -29,6 +30,14 @@ class Chunk:
     def last(self) -> bool:
         """After it every token has its KV, and the next one is sampled."""
         return self.num_tokens == self.sequence.num_uncomputed
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A block that became visible here; `parent` is the key before it in its chain, the root key for the first."""
+
+    key: BlockKey
+    parent: BlockKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +59,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission
         self.arriving: dict[str, Sequence] = {}
         self.num_preempted = 0
+        self._committed: list[Committed] = []  # since the last drain
 
     # --- coming and going --------------------------------------------------------------------------------------------
 
@@ -156,6 +166,12 @@ class Scheduler:
             chunk.sequence.num_computed += chunk.num_tokens
             self._commit_full_blocks(chunk.sequence)
 
+    def drain_committed(self) -> tuple[Committed, ...]:
+        """Blocks of sequences that became full since the last drain, parents first."""
+        committed = tuple(self._committed)
+        self._committed.clear()
+        return committed
+
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
@@ -218,5 +234,8 @@ class Scheduler:
         if full > sequence.num_committed:
             keys = sequence.full_block_keys()
             for i in range(sequence.num_committed, full):
-                sequence.replace_block(i, self._pool.commit(sequence.name, sequence.blocks[i], keys[i]))
+                ref = self._pool.commit(sequence.name, sequence.blocks[i], keys[i])
+                if ref == sequence.blocks[i]:  # else another sequence was first
+                    self._committed.append(Committed(keys[i], keys[i - 1] if i else sequence.root_key))
+                sequence.replace_block(i, ref)
             sequence.num_committed = full

@@ -80,7 +80,7 @@ class RouterHello(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., router_id: _Optional[str] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("protocol_version", "worker_id", "incarnation", "role", "model", "fingerprint", "block_size", "block_bytes", "num_blocks", "max_model_len", "max_sequences", "address", "admin_address", "host_id", "eos_token_ids", "vocab_size")
+    __slots__ = ("protocol_version", "worker_id", "incarnation", "role", "model", "fingerprint", "block_size", "block_bytes", "num_blocks", "max_model_len", "max_sequences", "address", "admin_address", "host_id", "eos_token_ids", "vocab_size", "has_store")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +97,7 @@ class WorkerHello(_message.Message):
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    HAS_STORE_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     worker_id: str
     incarnation: int
@@ -113,7 +114,8 @@ class WorkerHello(_message.Message):
     host_id: str
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     vocab_size: int
-    def __init__(self, protocol_version: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., block_size: _Optional[int] = ..., block_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_sequences: _Optional[int] = ..., address: _Optional[str] = ..., admin_address: _Optional[str] = ..., host_id: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ...) -> None: ...
+    has_store: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., block_size: _Optional[int] = ..., block_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_sequences: _Optional[int] = ..., address: _Optional[str] = ..., admin_address: _Optional[str] = ..., host_id: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., has_store: _Optional[bool] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "seed", "temperature", "top_p", "top_k", "min_tokens", "stop_token_ids")
@@ -280,7 +282,14 @@ class StepOutput(_message.Message):
     def __init__(self, tokens: _Optional[_Iterable[_Union[TokenEvent, _Mapping]]] = ...) -> None: ...
 
 class TokenEvent(_message.Message):
-    __slots__ = ("request_id", "attempt", "index", "token_id", "finish", "no_token", "error", "times", "cached_tokens")
+    __slots__ = ("request_id", "attempt", "index", "token_id", "finish", "no_token", "error", "times", "cached_by_tier")
+    class CachedByTierEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -289,7 +298,7 @@ class TokenEvent(_message.Message):
     NO_TOKEN_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     TIMES_FIELD_NUMBER: _ClassVar[int]
-    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_BY_TIER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     index: int
@@ -298,22 +307,24 @@ class TokenEvent(_message.Message):
     no_token: bool
     error: str
     times: StageTimes
-    cached_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., index: _Optional[int] = ..., token_id: _Optional[int] = ..., finish: _Optional[_Union[Finish, str]] = ..., no_token: _Optional[bool] = ..., error: _Optional[str] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    cached_by_tier: _containers.ScalarMap[str, int]
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., index: _Optional[int] = ..., token_id: _Optional[int] = ..., finish: _Optional[_Union[Finish, str]] = ..., no_token: _Optional[bool] = ..., error: _Optional[str] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., cached_by_tier: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class StageTimes(_message.Message):
-    __slots__ = ("queue_s", "compute_s", "reserve_s", "transfer_s", "commit_s")
+    __slots__ = ("queue_s", "compute_s", "reserve_s", "transfer_s", "commit_s", "fetch_s")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     RESERVE_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     COMMIT_S_FIELD_NUMBER: _ClassVar[int]
+    FETCH_S_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     compute_s: float
     reserve_s: float
     transfer_s: float
     commit_s: float
-    def __init__(self, queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., reserve_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., commit_s: _Optional[float] = ...) -> None: ...
+    fetch_s: float
+    def __init__(self, queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., reserve_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., commit_s: _Optional[float] = ..., fetch_s: _Optional[float] = ...) -> None: ...
 
 class LoadReport(_message.Message):
     __slots__ = ("waiting_sequences", "running_sequences", "waiting_tokens", "free_blocks", "total_blocks", "step_s", "pending_reservations", "context_tokens")

@@ -38,6 +38,7 @@ def main(
     max_model_len: Annotated[int, typer.Option(help="Tokens a request may have; 0: what model and pool allow.")] = 0,
     threads: Annotated[int, typer.Option(help="Compute threads.")] = 1,
     kernels: Annotated[str, typer.Option(help="auto, native or reference.")] = "auto",
+    store: Annotated[Path | None, typer.Option(help="Socket of this machine's store node (pdserve store).")] = None,
     ready_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Run one worker until SIGTERM or Ctrl-C."""
@@ -64,6 +65,7 @@ def main(
             max_model_len=max_model_len or None,
             threads=threads,
             kernels=kernels,
+            store=store,
         )
         # Imported here, so that a wrong option is told at once and torch sees the environment set above.
         from pdserve.worker.process import build_engine, run

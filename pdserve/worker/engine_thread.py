@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 
 from kvstore.pool import PoolEvents
 from pdserve.engine.engine import Engine, StepToken
-from pdserve.engine.scheduler import Plan
+from pdserve.engine.scheduler import Committed, Plan
 from pdserve.engine.sequence import Sequence
 
 T = TypeVar("T")
@@ -56,8 +56,10 @@ class StepReport:
     computed: tuple[Computed, ...]  # prompts now complete, to be handed over
     failed: tuple[Sequence, ...]  # a bug of ours: their step raised
     events: PoolEvents
+    committed: tuple[Committed, ...]  # for the store
     load: Load
     num_tokens: int  # computed in the step; 0 if there was none
+    prefill_tokens: int  # the same if all of them were of prompts, else 0
     step_s: float
 
 
@@ -152,7 +154,7 @@ class EngineThread:
             if plan.chunks:
                 self._step(plan)
             elif ran:
-                self._report((), (), (), 0, 0.0)
+                self._report((), (), (), plan, 0.0)
 
     def _run_commands(self, wait_s: float | None) -> int | None:
         """Run all commands there are, waiting for a first one at most `wait_s`; None means stop."""
@@ -188,7 +190,7 @@ class EngineThread:
             self._failed_steps += 1
             if self._failed_steps >= _MAX_FAILED_STEPS:
                 raise
-            self._report((), (), failed, 0, 0.0)
+            self._report((), (), failed, Plan(()), 0.0)
             return
         finally:
             self._step_began_s = None
@@ -196,7 +198,7 @@ class EngineThread:
         computed = tuple(
             Computed(token.sequence, tuple(token.sequence.block_ids)) for token in tokens if token.sequence.prefill_only
         )
-        self._report(tuple(tokens), computed, (), plan.num_tokens, time.monotonic() - began_s)
+        self._report(tuple(tokens), computed, (), plan, time.monotonic() - began_s)
 
     def _take_out(self, sequence: Sequence) -> None:
         """No step has it any more. A push may be reading its blocks: they are given back when that has drained."""
@@ -210,13 +212,21 @@ class EngineThread:
         tokens: tuple[StepToken, ...],
         computed: tuple[Computed, ...],
         failed: tuple[Sequence, ...],
-        num_tokens: int,
+        plan: Plan,
         step_s: float,
     ) -> None:
-        events = self._engine.pool.drain_events()
-        self._call(
-            self._listener.on_step, StepReport(tokens, computed, failed, events, self._load(), num_tokens, step_s)
+        report = StepReport(
+            tokens=tokens,
+            computed=computed,
+            failed=failed,
+            events=self._engine.pool.drain_events(),
+            committed=self._engine.scheduler.drain_committed(),
+            load=self._load(),
+            num_tokens=plan.num_tokens,
+            prefill_tokens=plan.num_tokens if all(chunk.num_tokens > 1 for chunk in plan.chunks) else 0,
+            step_s=step_s,
         )
+        self._call(self._listener.on_step, report)
 
     def _load(self) -> Load:
         scheduler = self._engine.scheduler

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter as Counts
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from kvstore.pool import Ledger
+from kvstore.store.tier import Tier
 from pdserve import __version__
 from pdserve.worker.engine_thread import StepReport
 
@@ -58,6 +62,37 @@ class WorkerMetrics:
         self.late_landings = Counter(
             "pdserve_late_landings_total", "Messages that landed for a request that was over.", registry=registry
         )
+
+        self.fetch_seconds = Histogram(
+            "pdserve_store_fetch_seconds",
+            "Time from the plan to load blocks from the store until they were in the pool.",
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        self._fetched_blocks = Counter(
+            "pdserve_store_fetched_blocks_total", "Blocks loaded from the store, by tier.", ["tier"], registry=registry
+        )
+        self._fetched_bytes = Counter(
+            "pdserve_store_fetched_bytes_total", "Bytes loaded from the store, by tier.", ["tier"], registry=registry
+        )
+        self.corrupt_blocks = Counter(
+            "pdserve_store_corrupt_blocks_total", "Loaded blocks that failed their checksum.", registry=registry
+        )
+        self.save_bytes = Counter("pdserve_store_saved_bytes_total", "Bytes written to the store.", registry=registry)
+        self.save_dropped = Counter(
+            "pdserve_store_save_dropped_blocks_total", "Blocks that a full backlog left out.", registry=registry
+        )
+        self.save_backlog = Gauge(
+            "pdserve_store_save_backlog_blocks", "Blocks that wait to be written to the store.", registry=registry
+        )
+
+    def on_load(self, tiers: Sequence[Tier], block_bytes: int, elapsed_s: float) -> None:
+        """Blocks from these tiers are in the pool now."""
+        if tiers:
+            self.fetch_seconds.observe(elapsed_s)
+        for tier, count in Counts(tiers).items():
+            self._fetched_blocks.labels(tier.label).inc(count)
+            self._fetched_bytes.labels(tier.label).inc(count * block_bytes)
 
     def on_step(self, report: StepReport) -> None:
         if report.num_tokens:

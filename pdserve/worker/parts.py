@@ -10,6 +10,7 @@ from pdserve.worker.links import LinkTable
 from pdserve.worker.memory import BlockMemory
 from pdserve.worker.metrics import WorkerMetrics
 from pdserve.worker.requests import RequestTable
+from pdserve.worker.store_side import StoreSide
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,3 +23,4 @@ class Parts:
     memory: BlockMemory
     metrics: WorkerMetrics
     limits: WorkerLimits
+    store: StoreSide | None = None  # none: blocks live in the pool alone

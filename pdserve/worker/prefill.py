@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 
 from kvstore.errors import TransferError
@@ -14,6 +15,7 @@ from pdserve.worker.parts import Parts
 from pdserve.worker.push import Push, TicketId
 from pdserve.worker.requests import Entry, entry_name
 from pdserve.worker.session import RouterSession
+from pdserve.worker.store_side import StoreSide
 
 
 class PrefillSide:
@@ -34,7 +36,22 @@ class PrefillSide:
         entry = self._parts.requests.open(session, submit, prefill_only=submit.disaggregated)
         if entry is None:
             return
+        if self._parts.store is None:
+            self._queue(entry)
+        else:
+            self._parts.store.start(self._load_and_queue(entry, self._parts.store))
 
+    async def _load_and_queue(self, entry: Entry, store: StoreSide) -> None:
+        """Blocks that the store has and the pool lacks come first, if that is faster than to compute them."""
+        sequence = entry.sequence
+        # The last token is always computed: its logits are what the next one is sampled from.
+        keys = sequence.full_block_keys()[: (len(sequence) - 1) // sequence.block_size]
+        entry.fetched = await store.load(f"{entry.name} load", keys)
+        entry.fetch_s = time.monotonic() - entry.received_s
+        if self._parts.requests.get(entry.name) is entry:  # else it ended meanwhile
+            self._queue(entry)
+
+    def _queue(self, entry: Entry) -> None:
         def add(engine: Engine, now_s: float) -> bool:
             if engine.scheduler.full:
                 return False

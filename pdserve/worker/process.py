@@ -23,8 +23,10 @@ import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from kvstore.errors import Unavailable
 from kvstore.layout import BlockGeometry
 from kvstore.pool import BlockPool
+from kvstore.store.client import StoreClient
 from kvstore.transfer.transport import Transport
 from kvstore.transfer.ucx import UcxTransport
 from pdserve.discovery import Endpoint, Lease
@@ -47,6 +49,7 @@ from pdserve.worker.links import CHANNEL_OPTIONS, LinkTable
 from pdserve.worker.memory import BlockMemory
 from pdserve.worker.metrics import WorkerMetrics
 from pdserve.worker.service import WorkerService
+from pdserve.worker.store_side import StoreSide
 from pdserve.worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -134,7 +137,8 @@ async def running_worker(config: WorkerConfig, built: Built, transport: Transpor
     engine = EngineThread(built.engine, loop)
     links = LinkTable(hello, transport, config.limits.link)
     memory, metrics = BlockMemory(built.engine.runner.pool), WorkerMetrics(config.role.value)
-    worker = Worker(hello, engine, links, memory, metrics, config.limits)
+    store = await _attach_store(config, hello, engine, memory, metrics)
+    worker = Worker(hello, engine, links, memory, metrics, config.limits, store)
     engine.start(worker)
     healthy = _add_services(server, worker)
     admin = uvicorn.Server(uvicorn.Config(make_admin_app(worker, config.limits), log_level="warning", lifespan="off"))
@@ -150,11 +154,30 @@ async def running_worker(config: WorkerConfig, built: Built, transport: Transpor
         watch.cancel()
         await healthy.enter_graceful_shutdown()
         await server.stop(None)  # ends the sessions, which ends every request
+        if store is not None:
+            await store.close(_STOP_S)
         await links.shut_down()
         await engine.stop(_STOP_S)
         await loop.run_in_executor(None, transport.close)
         admin.should_exit = True
         await asyncio.wait([admin_task], timeout=_STOP_S)
+
+
+async def _attach_store(
+    config: WorkerConfig, hello: pb.WorkerHello, engine: EngineThread, memory: BlockMemory, metrics: WorkerMetrics
+) -> StoreSide | None:
+    """None without a store, or with one that is another model's: the worker serves all the same."""
+    if config.store is None:
+        return None
+    try:
+        client = await StoreClient.attach(
+            config.store, fingerprint=hello.fingerprint, block_bytes=hello.block_bytes, owner=hello.worker_id
+        )
+    except Unavailable as error:
+        log.error("the store at %s is not used: %s", config.store, error)
+        return None
+    hello.has_store = True
+    return StoreSide(client, engine, memory, metrics, block_size=hello.block_size, num_blocks=hello.num_blocks)
 
 
 def _make_server(config: WorkerConfig) -> tuple[grpc.aio.Server, int]:

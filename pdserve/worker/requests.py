@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import time
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvstore.keys import BlockKey
+from kvstore.store.tier import Tier
 from pdserve.engine.sequence import Sequence
 from pdserve.errors import InvalidRequest
 from pdserve.protocol import codec
@@ -39,10 +41,24 @@ class Entry:
     ticket_id: TicketId | None = None  # that the push is under
     arrival: Arrival | None = None
     tokens_sent: int = 0
+    fetch_s: float = 0.0  # spent with the store before it was queued
+    fetched: tuple[Tier, ...] = ()  # where its blocks came from that were not in the pool
 
     @property
     def name(self) -> str:
         return self.sequence.name
+
+    def cached_by_tier(self) -> dict[str, int]:
+        """Prompt tokens that were not computed, by where they were found; sums to `sequence.cached_tokens`."""
+        left = self.sequence.cached_tokens
+        tokens = Counter[str]()
+        # What was fetched follows what was here; some of it may have been evicted again before the prompt was admitted.
+        here = max(0, left - len(self.fetched) * self.sequence.block_size)
+        for label in ("device", *(tier.label for tier in self.fetched)):
+            found = here if label == "device" else min(self.sequence.block_size, left)
+            tokens[label] += found
+            left -= found
+        return {label: count for label, count in tokens.items() if count}
 
 
 def entry_name(request_id: str, attempt: int) -> str:

@@ -2,7 +2,8 @@
 
                    ┌── PrefillSide ── Push ────┐
 RouterSession ──> Worker                       LinkTable ──> peers
-                   └── DecodeSide ── Arrival ──┘
+                   ├── DecodeSide ── Arrival ──┘
+                   └── StoreSide ──────────────> the store node of this machine
                         EngineThread
 """
 
@@ -27,8 +28,9 @@ from pdserve.worker.memory import BlockMemory
 from pdserve.worker.metrics import WorkerMetrics
 from pdserve.worker.parts import Parts
 from pdserve.worker.prefill import PrefillSide
-from pdserve.worker.requests import RequestTable, entry_name
+from pdserve.worker.requests import Entry, RequestTable, entry_name
 from pdserve.worker.session import RouterSession
+from pdserve.worker.store_side import StoreSide
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class Worker:
         memory: BlockMemory,
         metrics: WorkerMetrics,
         limits: WorkerLimits,
+        store: StoreSide | None = None,
     ) -> None:
         self.worker_id = hello.worker_id
         self.links = links
@@ -54,10 +57,11 @@ class Worker:
         self._engine = engine
         self._metrics = metrics
         self._limits = limits
+        self._store = store
         self._requests = RequestTable(
             engine, block_size=hello.block_size, vocab_size=hello.vocab_size, max_model_len=hello.max_model_len
         )
-        parts = Parts(self._requests, engine, links, memory, metrics, limits)
+        parts = Parts(self._requests, engine, links, memory, metrics, limits, store)
         self.prefill = PrefillSide(parts)
         self._decode = DecodeSide(parts, hello.worker_id, hello.incarnation)
         links.on_report = self._report_link
@@ -136,6 +140,8 @@ class Worker:
         for session in self._sessions:
             session.flush()
             session.send_events(report.events)
+        if self._store is not None:
+            self._store.on_step(report)
         for computed in report.computed:
             # In a later turn of the loop: the first token is written before its blocks are sealed and sent.
             asyncio.get_running_loop().call_soon(self.prefill.computed, computed)
@@ -163,8 +169,8 @@ class Worker:
             finish=codec.finish_to_proto(token.finish_reason),
         )
         if not entry.tokens_sent:
-            event.cached_tokens = sequence.cached_tokens
-            event.times.CopyFrom(entry.times or self._compute_times(entry.received_s, sequence.scheduled_s))
+            event.cached_by_tier.update(entry.cached_by_tier())
+            event.times.CopyFrom(entry.times or self._compute_times(entry))
         entry.tokens_sent += 1
         entry.session.add_token(event)
         # A prompt that is to be handed over stays until it is pushed; one whose first token is its last is not pushed.
@@ -172,10 +178,15 @@ class Worker:
             self._requests.end(entry)
 
     @staticmethod
-    def _compute_times(received_s: float, scheduled_s: float | None) -> pb.StageTimes:
+    def _compute_times(entry: Entry) -> pb.StageTimes:
         now_s = time.monotonic()
+        scheduled_s = entry.sequence.scheduled_s
         scheduled_s = scheduled_s if scheduled_s is not None else now_s
-        return pb.StageTimes(queue_s=scheduled_s - received_s, compute_s=now_s - scheduled_s)
+        return pb.StageTimes(
+            fetch_s=entry.fetch_s,
+            queue_s=scheduled_s - entry.received_s - entry.fetch_s,
+            compute_s=now_s - scheduled_s,
+        )
 
     def _load_message(self) -> pb.WorkerMessage:
         load = self._load

@@ -206,7 +206,7 @@ class StubWorker(WorkerServicer):
         [token] = oracle_tokens(submit.prompt_token_ids, submit.sampling, 1, start=start)
         event = self._token(submit, start, token)
         event.times.CopyFrom(times)
-        event.cached_tokens = cached_tokens
+        event.cached_by_tier["device"] = cached_tokens
         self.emit(session, event)
         if event.finish == pb.RUNNING:
             ticket = await session.handoffs[submit.request_id, submit.attempt]
@@ -242,7 +242,7 @@ class StubWorker(WorkerServicer):
             event = self._token(submit, index, token)
             if index == start:
                 event.times.CopyFrom(times)
-                event.cached_tokens = cached_tokens
+                event.cached_by_tier["device"] = cached_tokens
             self.emit(session, event)
             await asyncio.sleep(self.spec.token_s)
             if index == start + 1:

@@ -124,7 +124,7 @@ class GenerateEndpoint:
             service.metrics.observe_generation(
                 timeline,
                 prompt_tokens=len(call.prompt_token_ids),
-                cached_tokens=generation.cached_tokens,
+                cached_by_tier=generation.cached_by_tier,
                 gaps_s=answer.gaps_s,
             )
         return answer.finish_reason.value if answer.finish_reason is not None else "abort"
@@ -191,7 +191,7 @@ class _Delivery:
         return Usage(
             prompt_tokens=len(self.generation.request.prompt_token_ids),
             completion_tokens=self.answer.output_tokens,
-            cached_tokens=self.generation.cached_tokens,
+            cached_tokens=sum(self.generation.cached_by_tier.values()),
         )
 
     def _timeline_extension(self) -> Payload:
@@ -205,5 +205,6 @@ class _Delivery:
             "tpot_s": timeline.tpot_s,
             "stages": timeline.ttft_stages(),
             "handoff": timeline.handoff_stages(),
+            "cached_tokens": dict(self.generation.cached_by_tier),
         }
         return {"x_pdserve": extension}

@@ -18,6 +18,7 @@ class Phase(Enum):
     PROMPT = "prompt"  # prefill for a decode worker to be named later, or the whole request on a mixed worker
     WHOLE = "whole"  # the whole request, whatever the worker's role: when a role is missing
     DECODE = "decode"  # take over from the prefill worker
+    RESUME = "resume"  # take over from nobody: the KV so far comes out of the store
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class Candidate:
     block_bytes: int
     load: LoadView
     matched_blocks: int = 0  # leading blocks of the request that it holds
+    has_store: bool = False  # reads and writes the store of its machine
     partners: int = 0  # decode workers that it has an open link to
     link: LinkFacts | None = None  # in phase DECODE: from the request's prefill worker
 

@@ -62,4 +62,9 @@ def context(_: Need, candidate: Candidate) -> float:
 _PROMPT: Mapping[str, Scorer] = {"uncached": uncached, "queued": queued, "recent": recent, "shared_step": shared_step}
 _DECODE: Mapping[str, Scorer] = {"move": move, "sequences": sequences, "context": context}
 
-COST: Mapping[Phase, Mapping[str, Scorer]] = {Phase.PROMPT: _PROMPT, Phase.WHOLE: _PROMPT, Phase.DECODE: _DECODE}
+COST: Mapping[Phase, Mapping[str, Scorer]] = {
+    Phase.PROMPT: _PROMPT,
+    Phase.WHOLE: _PROMPT,
+    Phase.DECODE: _DECODE,
+    Phase.RESUME: _DECODE,
+}

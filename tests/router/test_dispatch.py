@@ -39,7 +39,7 @@ async def test_prefill_makes_the_first_token_and_decode_the_rest() -> None:
         await assert_exact(generation)
         assert generation.workers == ["p0", "d0"]
         assert [submit.disaggregated for submit in prefill.submits] == [True]
-        assert set(generation.timeline.reported) == {"queue", "compute", "reserve", "transfer", "commit"}
+        assert set(generation.timeline.reported) == {"fetch", "queue", "compute", "reserve", "transfer", "commit"}
         assert generation.timeline.dispatched_s is not None
         assert not prefill.aborts + decode.aborts
 
@@ -53,7 +53,7 @@ async def test_a_second_request_finds_the_prefix_of_the_first() -> None:
             again = cluster.start(GREEDY, prompt_tokens=64)
             await assert_exact(again)
             assert again.workers == first.workers
-            assert again.cached_tokens == 64
+            assert again.cached_by_tier == {"device": 64}
 
 
 async def test_a_stop_token_ends_the_request_where_the_oracle_does() -> None:

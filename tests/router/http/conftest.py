@@ -40,7 +40,7 @@ class FakeGeneration:
     def __init__(self, request: Request, timeline: Timeline, script: Iterable[Step]) -> None:
         self.request = request
         self.timeline = timeline
-        self.cached_tokens = 3
+        self.cached_by_tier = {"device": 2, "disk": 1}
         self.aborted = asyncio.Event()
         self.ended = threading.Event()  # aborted or run to its end; may be awaited from another thread
         self._script = list(script)

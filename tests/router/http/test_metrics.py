@@ -20,7 +20,8 @@ async def test_one_generation(client: httpx.AsyncClient, dispatcher: Any, servic
     labels = {"endpoint": "completions", "outcome": "length"}
     assert value("pdserve_requests_total", labels) == 1
     assert value("pdserve_prompt_tokens_total") == 3
-    assert value("pdserve_cached_tokens_total") == 3
+    assert value("pdserve_cached_tokens_total", {"tier": "device"}) == 2
+    assert value("pdserve_cached_tokens_total", {"tier": "disk"}) == 1
     assert value("pdserve_output_tokens_total") == 4
     assert value("pdserve_requests_in_flight") == 0
     for name, count in {"ttft": 1, "tpot": 1, "e2e": 1, "itl": 2}.items():

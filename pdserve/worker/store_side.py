@@ -1,0 +1,62 @@
+"""What a worker does with the store of its machine: loads before a prompt is scheduled, saves behind every step."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from kvstore.keys import BlockKey
+from kvstore.store.client import StoreClient
+from kvstore.store.tier import Tier
+from pdserve.worker.engine_thread import EngineThread, StepReport
+from pdserve.worker.fetch import FetchPlanner
+from pdserve.worker.loader import Loader
+from pdserve.worker.memory import BlockMemory
+from pdserve.worker.metrics import WorkerMetrics
+from pdserve.worker.saver import Saver
+
+
+class StoreSide:
+    """Use on the asyncio loop only; `close` while the engine still runs."""
+
+    def __init__(
+        self,
+        client: StoreClient,
+        engine: EngineThread,
+        memory: BlockMemory,
+        metrics: WorkerMetrics,
+        *,
+        block_size: int,
+        num_blocks: int,
+    ) -> None:
+        self._client = client
+        self._planner = FetchPlanner(block_size, memory.block_bytes)
+        self._loader = Loader(client, engine, memory, metrics, self._planner)
+        self._saver = Saver(client, engine, memory, metrics, num_blocks)
+        self._saving = asyncio.create_task(self._saver.run(), name="write-behind")
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def load(self, owner: str, keys: Sequence[BlockKey]) -> tuple[Tier, ...]:
+        """As `Loader.load`; to be called from a task given to `start`."""
+        return await self._loader.load(owner, keys)
+
+    def start(self, task: Coroutine[Any, Any, None]) -> None:
+        """Run a task that loads; `close` waits for it."""
+        started = asyncio.ensure_future(task)
+        self._tasks.add(started)
+        started.add_done_callback(self._tasks.discard)
+
+    def on_step(self, report: StepReport) -> None:
+        self._loader.on_events(report.events)
+        self._saver.add(report.committed)
+        if report.prefill_tokens:
+            self._planner.computed(report.prefill_tokens, report.step_s)
+
+    async def close(self, timeout_s: float) -> None:
+        """Wait for what a thread is copying, for a bounded time: an engine that hangs answers nothing any more."""
+        self._saver.stop()
+        await asyncio.wait({self._saving, *self._tasks}, timeout=timeout_s)
+        await self._client.close()
+        self._loader.close()
+        self._saver.close()
