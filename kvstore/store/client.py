@@ -50,6 +50,12 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),
 )
+# It is late, gone, or one that was started anew and does not know us.
+_SESSION_OVER = (
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.FAILED_PRECONDITION,
+)
 _REFUSALS = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED)
 
 _TIERS = {tier.value: tier for tier in Tier}
@@ -236,8 +242,8 @@ class StoreClient:
         try:
             return await method(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
-            if error.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
-                self._detach(f"no answer in {timeout_s:.2f} s" if "Deadline" in str(error.details()) else "gone")
+            if error.code() in _SESSION_OVER:
+                self._detach(error.details() or error.code().name)
             else:
                 log.warning("the store refused a call: %s", error.details())
             return None

@@ -1,0 +1,476 @@
+"""The disk tier: segment files in a folder, an index in memory, reads and writes in threads of its own.
+
+    FOLDER/lock    segment-<id>.kv    segment-<id>.idx (of a sealed one; optional)
+
+A life of the node begins a new segment; one that is full is sealed and gets its side index. Room is made by removing
+whole segments, the least recently used first: that writes nothing, leaves no holes and costs one unlink, and blocks of
+one prompt, which are in demand together, were written together. (Compaction would keep a hot block of a cold segment by
+writing it again, which wears the disk that this tier is meant to spare.)
+
+Nothing is synced but a sealed segment: after a crash of the machine a record may be torn, which its size or its
+checksum tells when it is read. An error of the disk opens a breaker: reads miss, writes are refused, serving goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import stat
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from kvstore.errors import Unavailable
+from kvstore.keys import BlockKey
+from kvstore.store.breaker import Breaker, BreakerState
+from kvstore.store.disk_index import DiskIndex
+from kvstore.store.segment import (
+    HEADER_BYTES,
+    PAGE_BYTES,
+    BadSegment,
+    SegmentInfo,
+    encode_header,
+    encode_index,
+    is_header_of,
+    read_headers,
+    read_index,
+    tenant_field,
+)
+from kvstore.transfer.checksum import block_checksum
+from kvstore.transfer.transport import Buffer
+
+log = logging.getLogger(__name__)
+
+_SEGMENT_BYTES = 256 << 20
+_MAX_VECTORS = 1024  # IOV_MAX
+_READ_BLOCKS = 64  # of one thread's turn
+_NO_FOLLOW = os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class DiskWrite:
+    """A block to write; `data` does not change before the write has ended."""
+
+    key: BlockKey
+    parent: BlockKey | None
+    checksum: int
+    data: Buffer
+    tenant: str
+
+
+class DiskCalls(Protocol):
+    """The system calls that move blocks; tests put faulty ones in their place."""
+
+    def pwritev(self, fd: int, buffers: Sequence[Any], offset: int) -> int: ...
+
+    def preadv(self, fd: int, buffers: Sequence[Any], offset: int) -> int: ...
+
+
+class OsCalls:
+    def pwritev(self, fd: int, buffers: Sequence[Any], offset: int) -> int:
+        return os.pwritev(fd, buffers, offset)
+
+    def preadv(self, fd: int, buffers: Sequence[Any], offset: int) -> int:
+        return os.preadv(fd, buffers, offset)
+
+
+@dataclass(slots=True)
+class _Segment:
+    """A file of ours that is open. Its descriptor is closed when nobody reads it any more."""
+
+    info: SegmentInfo
+    path: Path
+    seat: int
+    fd: int
+    num_records: int  # written or being written; of an earlier life's file: all that it could have
+    headers: bytearray = field(default_factory=bytearray)  # of the file being written
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class DiskTier:
+    """Use on the node's loop. Making one reads the indexes of all segments: do it in a thread."""
+
+    def __init__(
+        self,
+        folder: Path,
+        budget_bytes: int,
+        block_bytes: int,
+        fingerprint: bytes,
+        generation: int,
+        *,
+        tenant_bytes: int = 0,
+        segment_bytes: int | None = None,
+        calls: DiskCalls | None = None,
+    ) -> None:
+        """Raises Unavailable: the folder cannot be used; one sentence that says why."""
+        wanted = segment_bytes or min(_SEGMENT_BYTES, budget_bytes // 4)
+        stride = HEADER_BYTES + block_bytes
+        self._records = (wanted - PAGE_BYTES) // stride
+        if self._records < 1:
+            raise Unavailable(f"a disk tier of {budget_bytes} bytes is too small for blocks of {block_bytes} bytes")
+        self.block_bytes = block_bytes
+        self.capacity_bytes = budget_bytes
+        self.evictions = 0
+        self._folder = folder
+        self._fingerprint = fingerprint
+        self._generation = generation
+        self._segment_bytes = PAGE_BYTES + self._records * stride
+        self._num_seats = max(2, budget_bytes // self._segment_bytes)
+        self._tenant_blocks = tenant_bytes // block_bytes if tenant_bytes else 0
+        self._index = DiskIndex(self._num_seats, self._records)
+        self._segments: dict[int, _Segment] = {}  # by seat
+        self._foreign: list[tuple[Path, int]] = []  # of another model, with their bytes; first to go
+        self._current: _Segment | None = None
+        self._last_id = 0
+        self._calls = calls or OsCalls()
+        self._write_breaker = Breaker(1, 5.0, 60.0)
+        self._read_breaker = Breaker(3, 5.0, 60.0)
+        self._stored: list[BlockKey] = []
+        self._removed: list[BlockKey] = []
+        self._readers = ThreadPoolExecutor(2, "disk-read")
+        self._writer = ThreadPoolExecutor(1, "disk-write")
+        self._lock_fd = _claim(folder)
+        try:
+            self._scan()
+        except OSError as error:
+            self.close()
+            raise Unavailable(f"the disk tier cannot read {folder}: {error.strerror}") from error
+
+    # --- looking -----------------------------------------------------------------------------------------------------
+
+    def __contains__(self, key: BlockKey) -> bool:
+        breaker = self._read_breaker
+        closed = breaker.state is BreakerState.CLOSED  # asking the clock 2,000 times a look-up would show
+        return key in self._index and (closed or not breaker.is_open(time.monotonic()))
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def keys(self) -> list[BlockKey]:
+        return list(self._index)
+
+    def parent(self, key: BlockKey) -> BlockKey | None:
+        return self._index.parent(key)
+
+    def tenant(self, key: BlockKey) -> str:
+        return self._index.tenant(key).decode(errors="replace")
+
+    def touch(self, keys: Iterable[BlockKey]) -> None:
+        """These are in demand."""
+        self._index.touch(keys)
+
+    @property
+    def accepts_writes(self) -> bool:
+        return not self._write_breaker.is_open(time.monotonic())
+
+    @property
+    def breaker(self) -> BreakerState:
+        """The worse of reading and writing."""
+        states = (self._read_breaker.state, self._write_breaker.state)
+        return next((state for state in states if state is not BreakerState.CLOSED), BreakerState.CLOSED)
+
+    @property
+    def file_bytes(self) -> int:
+        """What all files take, at most; never more than the budget."""
+        return len(self._segments) * self._segment_bytes + sum(size for _, size in self._foreign)
+
+    def drain_stored(self) -> list[BlockKey]:
+        stored, self._stored = self._stored, []
+        return [key for key in stored if key in self._index]
+
+    def drain_removed(self) -> list[BlockKey]:
+        removed, self._removed = self._removed, []
+        return removed
+
+    # --- reading and writing -----------------------------------------------------------------------------------------
+
+    async def read(self, keys: Sequence[BlockKey], into: Sequence[Buffer]) -> list[int | None]:
+        """Read blocks into `into[n]`; of each its checksum, which was verified, or None, and then it is dropped."""
+        if not self._read_breaker.allows(time.monotonic()):
+            return [None] * len(keys)
+        loop = asyncio.get_running_loop()
+        wanted = [(self._locate(key), key, buffer) for key, buffer in zip(keys, into, strict=True)]
+        turns = [
+            loop.run_in_executor(self._readers, self._read_run, wanted[start : start + _READ_BLOCKS])
+            for start in range(0, len(wanted), _READ_BLOCKS)
+        ]
+        found: list[int | None] = []
+        failed = False
+        # All turns are awaited, whatever fails: the buffers are the caller's again only then.
+        for result in await asyncio.gather(*turns, return_exceptions=True):
+            if isinstance(result, OSError):
+                log.warning("reading from the disk tier failed: %s", result)
+                failed = True
+                found += [None] * (min(_READ_BLOCKS, len(keys) - len(found)))
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                found += result
+        if failed:
+            self._read_breaker.failed(time.monotonic())
+        else:
+            self._read_breaker.succeeded()
+            self._drop([key for key, checksum in zip(keys, found, strict=True) if checksum is None])
+        return found
+
+    async def write(self, writes: Sequence[DiskWrite]) -> int:
+        """Append blocks, in order; how many were written. Others are refused: over a quota, no room, a broken disk."""
+        written = 0
+        writes = [write for write in writes if write.key not in self._index and self._within_quota(write.tenant)]
+        while writes and self._write_breaker.allows(time.monotonic()):
+            try:
+                segment = await self._segment_with_room()
+                batch = writes[: min(self._records - segment.num_records, _MAX_VECTORS // 2)]
+                first = segment.num_records
+                segment.num_records += len(batch)
+                headers = [
+                    encode_header(segment.info, write.key, write.parent, write.checksum, tenant_field(write.tenant))
+                    for write in batch
+                ]
+                segment.headers += b"".join(headers)
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(self._writer, self._write_run, segment, first, headers, batch)
+            except OSError as error:
+                log.warning("writing to the disk tier failed, it rests for a while: %s", error)
+                self._write_breaker.failed(time.monotonic())
+                self._current = None  # what was half written is in nobody's index
+                break
+            self._write_breaker.succeeded()
+            for record, write in enumerate(batch, first):
+                self._index.put(segment.seat, record, write.key, write.parent, tenant_field(write.tenant))
+                self._stored.append(write.key)
+            written += len(batch)
+            writes = writes[len(batch) :]
+        return written
+
+    def drop(self, keys: Sequence[BlockKey]) -> int:
+        """These and what follows them are no longer found, in later lives neither; how many."""
+        return len(self._drop(keys))
+
+    async def verify(self) -> tuple[int, int]:
+        """Read every block; how many, and how many were dropped because their bytes are wrong."""
+        keys, before = self.keys(), len(self)
+        buffers = [np.empty(self.block_bytes, np.uint8) for _ in range(_READ_BLOCKS)]
+        for start in range(0, len(keys), _READ_BLOCKS):
+            part = keys[start : start + _READ_BLOCKS]
+            await self.read(part, buffers[: len(part)])
+        return before, before - len(self)
+
+    def close(self) -> None:
+        """Seal what was written; waits for the threads. Idempotent."""
+        self._readers.shutdown()
+        self._writer.shutdown()
+        if self._current is not None:
+            with contextlib.suppress(OSError):
+                _seal(self._current)
+            self._current = None
+        self._segments.clear()
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    # --- in threads --------------------------------------------------------------------------------------------------
+
+    def _read_run(self, wanted: Sequence[tuple[tuple[_Segment, int] | None, BlockKey, Buffer]]) -> list[int | None]:
+        """Neighbours are read in one call. Raises OSError."""
+        found: list[int | None] = []
+        start = 0
+        while start < len(wanted):
+            place = wanted[start][0]
+            if place is None:
+                found.append(None)
+                start += 1
+                continue
+            segment, record = place
+            end = start + 1
+            while end < len(wanted) and (after := wanted[end][0]) is not None:
+                if after != (segment, record + end - start):
+                    break
+                end += 1
+            headers = [bytearray(HEADER_BYTES) for _ in range(start, end)]
+            buffers = [
+                part for header, one in zip(headers, wanted[start:end], strict=True) for part in (header, one[2])
+            ]
+            num_bytes = self._calls.preadv(segment.fd, buffers, segment.info.offset(record))
+            for ordinal, header in enumerate(headers):
+                _, key, buffer = wanted[start + ordinal]
+                whole = num_bytes >= (ordinal + 1) * segment.info.stride
+                checksum = is_header_of(bytes(header), segment.info, key) if whole else None
+                found.append(checksum if checksum is not None and block_checksum(buffer) == checksum else None)
+            start = end
+        return found
+
+    def _write_run(self, segment: _Segment, first: int, headers: Sequence[bytes], writes: Sequence[DiskWrite]) -> None:
+        """Raises OSError."""
+        parts = [part for header, write in zip(headers, writes, strict=True) for part in (header, write.data)]
+        left = len(writes) * segment.info.stride
+        written = self._calls.pwritev(segment.fd, parts, segment.info.offset(first))
+        if written < left:  # a signal, or the disk is nearly full: the rest piece by piece, or the error it would give
+            offset = segment.info.offset(first) + written
+            rest = memoryview(b"".join(bytes(part) for part in parts))[written:]
+            while rest:
+                step = self._calls.pwritev(segment.fd, [bytes(rest)], offset)
+                if step <= 0:
+                    raise OSError("nothing more can be written")
+                rest, offset = rest[step:], offset + step
+
+    # --- segments ----------------------------------------------------------------------------------------------------
+
+    def _locate(self, key: BlockKey) -> tuple[_Segment, int] | None:
+        place = self._index.find(key)
+        return None if place is None else (self._segments[place[0]], place[1])
+
+    def _within_quota(self, tenant: str) -> bool:
+        return (
+            not tenant
+            or not self._tenant_blocks
+            or (self._index.tenant_blocks(tenant_field(tenant)) < self._tenant_blocks)
+        )
+
+    def _drop(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
+        """Their headers are overwritten in the background, and the side index that lists them is removed."""
+        places = [place for key in keys if (place := self._locate(key)) is not None]
+        gone = self._index.drop(keys)
+        self._removed += gone
+        for segment, record in places:
+            if segment.headers:
+                segment.headers[record * HEADER_BYTES : (record + 1) * HEADER_BYTES] = bytes(HEADER_BYTES)
+        if places:
+            self._writer.submit(partial(_erase, places))
+        return gone
+
+    async def _segment_with_room(self) -> _Segment:
+        """Raises OSError."""
+        current = self._current
+        if current is not None and current.num_records < self._records:
+            return current
+        loop = asyncio.get_running_loop()
+        if current is not None:
+            self._current = None
+            await loop.run_in_executor(self._writer, _seal, current)
+        seat = self._make_room()
+        self._last_id += 1
+        info = SegmentInfo(self._last_id, self._generation, self.block_bytes, self._fingerprint)
+        self._current = await loop.run_in_executor(self._writer, _create, self._folder, info, seat)
+        self._segments[seat] = self._current
+        self._index.seat(seat)
+        return self._current
+
+    def _make_room(self) -> int:
+        """A free seat, and bytes within the budget for one more segment."""
+        while self._foreign and self.file_bytes + self._segment_bytes > self.capacity_bytes:
+            path, _ = self._foreign.pop(0)
+            _remove(path)
+        free = set(range(self._num_seats)) - self._segments.keys()
+        while not free or (self._segments and self.file_bytes + self._segment_bytes > self.capacity_bytes):
+            seat = self._index.coldest(self._segments)
+            assert seat is not None
+            gone = self._index.clear_seat(seat)
+            self.evictions += len(gone)
+            self._removed += gone
+            _remove(self._segments.pop(seat).path)
+            free.add(seat)
+        return min(free)
+
+    def _scan(self) -> None:
+        """Take in what earlier lives have left. Raises OSError."""
+        found = sorted(self._folder.glob("segment-*.kv"))
+        for path in found:
+            self._last_id = max(self._last_id, _id_of(path))
+            try:
+                fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
+            except OSError as error:
+                log.warning("left %s alone: %s", path.name, error.strerror)
+                continue
+            try:
+                info = SegmentInfo.decode(os.pread(fd, PAGE_BYTES, 0))
+                if (info.fingerprint, info.block_bytes) != (self._fingerprint, self.block_bytes):
+                    raise BadSegment("it belongs to another model or block layout")
+                seat = len(self._segments)
+                if seat >= self._num_seats or os.fstat(fd).st_size > self._segment_bytes:
+                    raise BadSegment("the tier has become smaller")
+                try:
+                    headers, records = read_index(path.with_suffix(".idx"), info)
+                except (OSError, BadSegment):
+                    headers, records = read_headers(fd, info)
+            except BadSegment as error:
+                log.info("%s is not used: %s", path.name, error)
+                self._foreign.append((path, os.fstat(fd).st_size))
+                os.close(fd)
+                continue
+            self._segments[seat] = _Segment(info, path, seat, fd, self._records)
+            self._index.seat(seat)
+            self._index.put_all(seat, records, headers)
+        self._index.link()
+
+
+def _claim(folder: Path) -> int:
+    """Make the folder ours alone; the descriptor of its lock. Raises Unavailable."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise Unavailable(f"the disk tier needs a folder of its own; {folder} is a link or another user's")
+        folder.chmod(0o700)
+        fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | _NO_FOLLOW, 0o600)
+    except OSError as error:
+        raise Unavailable(f"the disk tier cannot use {folder}: {error.strerror}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise Unavailable(f"another store node uses {folder}: give each node a --disk-path of its own") from error
+    return fd
+
+
+def _create(folder: Path, info: SegmentInfo, seat: int) -> _Segment:
+    """Raises OSError."""
+    path = folder / f"segment-{info.segment_id:016x}.kv"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o600)
+    segment = _Segment(info, path, seat, fd, 0)
+    if os.pwrite(fd, info.encode(), 0) != PAGE_BYTES:
+        raise OSError("a new segment could not be begun")
+    return segment
+
+
+def _seal(segment: _Segment) -> None:
+    """Nothing more is appended: make it last, and write the side index. Raises OSError."""
+    os.fdatasync(segment.fd)
+    path = segment.path.with_suffix(".idx")
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(encode_index(segment.info, bytes(segment.headers)))
+    segment.headers.clear()
+
+
+def _erase(places: Sequence[tuple[_Segment, int]]) -> None:
+    for segment, record in places:
+        with contextlib.suppress(OSError):
+            os.pwrite(segment.fd, bytes(HEADER_BYTES), segment.info.offset(record))
+            segment.path.with_suffix(".idx").unlink()
+
+
+def _remove(path: Path) -> None:
+    for one in (path, path.with_suffix(".idx")):
+        with contextlib.suppress(OSError):
+            one.unlink()
+
+
+def _id_of(path: Path) -> int:
+    try:
+        return int(path.stem.removeprefix("segment-"), 16)
+    except ValueError:
+        return 0

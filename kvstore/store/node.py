@@ -1,0 +1,139 @@
+"""The process of a store node from start to end: listen, be attached to, give everything back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc.aio
+import uvicorn
+
+from kvstore.errors import Unavailable
+from kvstore.store.admin import make_admin_app
+from kvstore.store.config import StoreConfig
+from kvstore.store.geometry import Geometry
+from kvstore.store.opened import NodeState
+from kvstore.store.service import StoreService
+from kvstore.store.store_pb2_grpc import add_StoreServicer_to_server
+
+log = logging.getLogger(__name__)
+
+_MAX_MESSAGE_BYTES = 16 << 20
+_STOP_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeInfo:
+    """Where a running node is found."""
+
+    node_id: str
+    incarnation: int
+    socket_path: Path
+    address: str  # host:port for other nodes and routers
+    admin_address: str
+
+
+@contextlib.asynccontextmanager
+async def running_node(config: StoreConfig, geometry: Geometry | None = None) -> AsyncIterator[NodeInfo]:
+    """A node that serves while entered; `geometry` opens it at once, otherwise the first worker does.
+
+    Raises:
+        Unavailable: a port or the socket cannot be listened on.
+    """
+    state = NodeState(config)
+    admin_socket = _listen(config.host, config.admin_port)
+    local = _server()
+    _bind_socket(local, config.socket_path)
+    add_StoreServicer_to_server(StoreService(state), local)
+    remote = _server()
+    try:
+        port = remote.add_insecure_port(f"{config.host}:{config.port}")
+    except RuntimeError as error:
+        raise Unavailable(f"{config.host}:{config.port} cannot be listened on; choose another --port") from error
+    admin = uvicorn.Server(uvicorn.Config(make_admin_app(state), log_level="warning", lifespan="off"))
+    admin_task = asyncio.create_task(_serve_admin(admin, admin_socket), name="admin port")
+    address = f"{config.host}:{port}"
+    try:
+        if geometry is not None:
+            await state.open(geometry)
+        await remote.start()
+        await local.start()
+        os.chmod(config.socket_path, 0o600)
+        yield NodeInfo(
+            config.node_id,
+            state.incarnation,
+            config.socket_path,
+            address,
+            f"{config.host}:{admin_socket.getsockname()[1]}",
+        )
+    finally:
+        state.ending.set()
+        await asyncio.gather(local.stop(_STOP_S), remote.stop(_STOP_S))
+        await state.close()
+        admin.should_exit = True
+        await asyncio.wait([admin_task], timeout=_STOP_S)
+        with contextlib.suppress(OSError):
+            config.socket_path.unlink()
+
+
+async def run(config: StoreConfig, geometry: Geometry | None, ready: Callable[[NodeInfo], None]) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with running_node(config, geometry) as info:
+        log.info("store node %s serves on %s and %s", info.node_id, info.socket_path, info.address)
+        ready(info)
+        await stop.wait()
+        log.info("store node %s is ending", info.node_id)
+
+
+def _server() -> grpc.aio.Server:
+    return grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.so_reuseport", 0),
+        ]
+    )
+
+
+def _bind_socket(server: grpc.aio.Server, path: Path) -> None:
+    """Raises Unavailable if somebody listens there already, or nobody may."""
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)  # left by a node that was killed
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise Unavailable(f"{path} cannot be listened on: {error.strerror or error}") from error
+        else:
+            raise Unavailable(f"another store node listens on {path}")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        server.add_insecure_port(f"unix:{path}")
+    except (OSError, RuntimeError) as error:
+        raise Unavailable(f"{path} cannot be listened on: {error}") from error
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), reuse_port=False)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise Unavailable(f"{host}:{port} cannot be listened on ({reason}); choose another --admin-port") from error
+
+
+async def _serve_admin(server: uvicorn.Server, listening: socket.socket) -> None:
+    with contextlib.closing(listening):
+        await server._serve([listening])  # `serve` would take over the process's signals

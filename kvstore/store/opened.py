@@ -1,0 +1,145 @@
+"""The node's state: closed until the first worker says what a block is, then open with arena, disk and remote tier."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvstore.errors import Unavailable
+from kvstore.store.arena import Arena
+from kvstore.store.config import StoreConfig
+from kvstore.store.disk_tier import DiskTier
+from kvstore.store.geometry import Geometry
+from kvstore.store.host_tier import HostTier
+from kvstore.store.metrics import StoreMetrics
+from kvstore.store.sessions import SessionTable
+from kvstore.store.store import TieredStore
+from kvstore.transfer.transport import Buffer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class OpenStore:
+    """A node that knows its geometry."""
+
+    geometry: Geometry
+    arena: Arena | None
+    store: TieredStore
+    sessions: SessionTable
+    tasks: list[asyncio.Task[None]]
+
+    @property
+    def arena_path(self) -> str:
+        """Empty without a host tier."""
+        return "" if self.arena is None else str(self.arena.path)
+
+
+class NodeState:
+    """Use on the node's loop. `problems` are sentences about tiers that could not be had."""
+
+    def __init__(self, config: StoreConfig) -> None:
+        self.config = config
+        self.incarnation = secrets.randbits(63) | 1
+        self.metrics = StoreMetrics()
+        self.opened: OpenStore | None = None
+        self.ending = asyncio.Event()
+        self.problems: list[str] = []
+        self._opening = asyncio.Lock()
+
+    async def open(self, geometry: Geometry) -> OpenStore:
+        """Open for blocks like these, or find it open.
+
+        Raises:
+            Unavailable: the node serves others.
+        """
+        async with self._opening:
+            if self.opened is None:
+                self.opened = await self._open(geometry)
+        if self.opened.geometry != geometry:
+            ours = self.opened.geometry.block_bytes
+            raise Unavailable(
+                f"store node {self.config.node_id} holds blocks of another model, dtype or layout ({ours} bytes each,"
+                f" not {geometry.block_bytes}): start a node for each, or restart this one"
+            )
+        return self.opened
+
+    async def _open(self, geometry: Geometry) -> OpenStore:
+        config, loop = self.config, asyncio.get_running_loop()
+        arena = await loop.run_in_executor(None, self._open_arena, geometry)
+        slots: Sequence[Buffer] = () if arena is None else arena.slots
+        disk = None if arena is None else await loop.run_in_executor(None, self._open_disk, geometry)
+        host = HostTier(len(slots), geometry.block_bytes, config.tenant_bytes)
+        store = TieredStore(host, slots, disk, config.policy, config.limits, self.metrics)
+        opened = OpenStore(geometry, arena, store, SessionTable(host), [])
+        opened.tasks.append(asyncio.create_task(_sweep(store), name="store sweep"))
+        if store.write_behind is not None:
+            opened.tasks.append(asyncio.create_task(store.write_behind.run(), name="write-behind"))
+        log.info(
+            "open for blocks of %d bytes: %d slots, %d blocks on disk",
+            geometry.block_bytes,
+            host.num_slots,
+            0 if disk is None else len(disk),
+        )
+        return opened
+
+    def _open_arena(self, geometry: Geometry) -> Arena | None:
+        config = self.config
+        if not config.host_bytes:
+            return None
+        try:
+            return Arena(config.node_id, config.host_bytes, geometry.block_bytes)
+        except Unavailable as error:
+            self._note(f"no host tier: {error}")
+            return None
+
+    def _open_disk(self, geometry: Geometry) -> DiskTier | None:
+        config = self.config
+        if not config.disk_bytes or config.disk_path is None:
+            return None
+        try:
+            return DiskTier(
+                config.disk_path,
+                config.disk_bytes,
+                geometry.block_bytes,
+                geometry.fingerprint,
+                self.incarnation,
+                tenant_bytes=config.tenant_bytes,
+            )
+        except Unavailable as error:
+            self._note(f"no disk tier: {error}")
+            return None
+
+    def _note(self, problem: str) -> None:
+        log.warning(problem)
+        self.problems.append(problem)
+
+    async def close(self) -> None:
+        """End sessions, write what waits if it can be done quickly, then let go of disk and arena. Idempotent."""
+        self.ending.set()
+        opened, self.opened = self.opened, None
+        if opened is None:
+            return
+        opened.store.events.close()
+        opened.sessions.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.config.limits.close_s):
+                await opened.store.settle()
+        for task in opened.tasks:
+            task.cancel()
+        await asyncio.gather(*opened.tasks, return_exceptions=True)
+        loop = asyncio.get_running_loop()
+        if opened.store.disk is not None:
+            await loop.run_in_executor(None, opened.store.disk.close)
+        if opened.arena is not None:
+            opened.arena.close()
+
+
+async def _sweep(store: TieredStore) -> None:
+    while True:
+        await asyncio.sleep(store.limits.sweep_s)
+        store.sweep()

@@ -1,0 +1,351 @@
+"""The tiers of one node as one store: look up, load (which promotes), save (which writes behind), verify.
+
+    load:   host ── miss ──> disk ── miss ──> remote          each brings a run of blocks into host slots, verified
+    save:   begin ── the worker writes the slot ── commit ──> host ── by policy ──> disk
+
+Only bytes with the checksum that their writer gave them are ever committed, and a reader checks what it copied.
+Whatever is broken, late or full makes a miss.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvstore.keys import BlockKey
+from kvstore.store.config import SavePolicy, StoreLimits
+from kvstore.store.disk_tier import DiskTier
+from kvstore.store.events import EventKind, EventLog
+from kvstore.store.host_tier import HostBlock, HostTier, Pin, SlotRef
+from kvstore.store.metrics import StoreMetrics
+from kvstore.store.tier import Tier
+from kvstore.store.write_behind import WriteBehind
+from kvstore.transfer.checksum import block_checksum
+from kvstore.transfer.transport import Buffer
+
+_PROMOTE = "promote"
+_PROMOTE_BLOCKS = 256  # of one batch: a load that ends early has not moved much more than it gave
+
+
+class RemoteTier(Protocol):
+    """Blocks of other nodes. Neither method raises; both return in bounded time."""
+
+    async def locate(self, keys: Sequence[BlockKey]) -> int:
+        """How many leading keys other nodes have, as far as the index knows."""
+        ...
+
+    async def fetch(self, keys: Sequence[BlockKey], until_s: float) -> int:
+        """Bring leading blocks into the host tier; how many came, by `until_s` on the monotonic clock."""
+        ...
+
+    def announce(self, tier: Tier, keys: Sequence[BlockKey]) -> None:
+        """This node has these from now on."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """`tiers[n]` is where `blocks[n]` was when it was asked for. Without blocks there is no lease (`lease_id` 0)."""
+
+    lease_id: int
+    blocks: list[HostBlock]
+    tiers: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    num_blocks: int
+    num_corrupt: int
+
+
+class TieredStore:
+    """Use on one asyncio loop. `slots` is the arena's memory, uint8 `[block_bytes]` each."""
+
+    def __init__(
+        self,
+        host: HostTier,
+        slots: Sequence[Buffer],
+        disk: DiskTier | None = None,
+        policy: SavePolicy = SavePolicy.SECOND_TOUCH,
+        limits: StoreLimits | None = None,
+        metrics: StoreMetrics | None = None,
+    ) -> None:
+        self.host = host
+        self.slots = slots
+        self.disk = disk
+        self.remote: RemoteTier | None = None
+        self.events = EventLog()
+        self.metrics = metrics or StoreMetrics()
+        self.limits = limits or StoreLimits()
+        self._policy = policy
+        self._arriving: dict[BlockKey, asyncio.Future[None]] = {}  # being promoted for somebody
+        self._tasks: set[asyncio.Task[int]] = set()
+        self._begun_s: dict[SlotRef, float] = {}
+        self.write_behind: WriteBehind | None = None
+        if disk is not None and policy is not SavePolicy.NONE:
+            limit = self.limits
+            self.write_behind = WriteBehind(
+                host, slots, disk, self.metrics, limit.write_behind_bytes, limit.disk_batch_bytes
+            )
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    async def lookup(self, keys: Sequence[BlockKey]) -> bytes:
+        """The tier of each block of the longest leading run held anywhere."""
+        tiers = bytearray()
+        for key in keys:
+            if self.host.get(key) is not None:
+                tiers.append(Tier.HOST)
+            elif self.disk is not None and key in self.disk:
+                tiers.append(Tier.DISK)
+            else:
+                break
+        rest = keys[len(tiers) :]
+        if rest and self.remote is not None:
+            tiers += bytes([Tier.REMOTE]) * await self.remote.locate(rest)
+        return bytes(tiers)
+
+    async def load(self, owner: str, keys: Sequence[BlockKey], deadline_s: float) -> Loaded:
+        """Lease the leading run of `keys` in the host tier; takes `deadline_s` seconds at most."""
+        now_s = time.monotonic()
+        until_s = now_s + min(max(deadline_s, 0.0), self.limits.max_load_s)
+        lease_id = self.host.open_lease(owner, now_s, until_s + self.limits.lease_s)
+        blocks = self.host.lease(lease_id, keys)
+        brought: dict[BlockKey, Tier] = {}
+        with contextlib.suppress(TimeoutError):
+            while len(blocks) < len(keys) and time.monotonic() < until_s:
+                rest = keys[len(blocks) :]
+                missing = {key for key in rest if self.host.get(key) is None}
+                tier = await self._bring(rest, until_s)
+                run = self.host.lease(lease_id, rest)
+                if not run:
+                    break
+                brought.update((block.key, tier) for block in run if block.key in missing)
+                blocks += run
+        self._note_load(blocks, len(keys), brought)
+        if not blocks:
+            self.host.release(lease_id)
+            return Loaded(0, [], b"")
+        return Loaded(lease_id, blocks, bytes(brought.get(block.key, Tier.HOST) for block in blocks))
+
+    def release(self, lease_id: int) -> None:
+        self.host.release(lease_id)
+
+    async def report_corrupt(self, keys: Sequence[BlockKey]) -> int:
+        """A reader's copies had other checksums: drop the blocks whose bytes are wrong here too; how many."""
+        return (await self._verify_host([block for key in keys if (block := self.host.get(key))])).num_corrupt
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def begin_save(
+        self, owner: str, entries: Sequence[tuple[BlockKey, BlockKey | None]], tenant: str = ""
+    ) -> list[SlotRef | None]:
+        """A slot to write for each block that is not here and fits."""
+        refs = [self._begin(owner, key, parent, tenant) for key, parent in entries]
+        now_s = time.monotonic()
+        self._begun_s.update((ref, now_s) for ref in refs if ref is not None)
+        self.publish_removed()
+        return refs
+
+    def commit_save(self, saved: Sequence[tuple[SlotRef, int]]) -> int:
+        """Publish what was written, with its checksums, parents first; how many blocks are new."""
+        stored = [block for ref, checksum in saved if (block := self.host.commit(ref, checksum)) is not None]
+        began_s = [self._begun_s.pop(ref) for ref, _ in saved if ref in self._begun_s]
+        if stored:
+            now_s = time.monotonic()
+            num_bytes = len(stored) * self.host.block_bytes
+            self.metrics.saved(Tier.HOST, num_bytes, now_s - min(began_s, default=now_s))
+            self._stored(stored)
+        return len(stored)
+
+    def abandon_save(self, refs: Sequence[SlotRef]) -> None:
+        for ref in refs:
+            self._begun_s.pop(ref, None)
+            self.host.abandon(ref)
+
+    # --- operators ---------------------------------------------------------------------------------------------------
+
+    def evict(self, keys: Sequence[BlockKey], tier: Tier | None) -> int:
+        """These blocks and what follows them, where nobody holds them; how many went."""
+        count = 0
+        if tier in (None, Tier.HOST):
+            count += len(self.host.evict_with_descendants(keys))
+        if tier in (None, Tier.DISK) and self.disk is not None:
+            count += self.disk.drop(keys)
+        self.publish_removed()
+        return count
+
+    def pin(self, keys: Sequence[BlockKey], pin: Pin, expires_s: float) -> int:
+        """Pin in the host tier for so many seconds from now; how many blocks are here to be pinned."""
+        until_s = time.monotonic() + expires_s
+        return sum(self.host.pin(key, pin if expires_s > 0 else Pin.NONE, until_s) for key in keys)
+
+    async def verify(self) -> Verified:
+        """Read everything and drop what has not its checksum."""
+        found = await self._verify_host(list(self.host.blocks()))
+        if self.disk is None:
+            return found
+        num_blocks, num_corrupt = await self.disk.verify()
+        self.publish_removed()
+        return Verified(found.num_blocks + num_blocks, found.num_corrupt + num_corrupt)
+
+    def sweep(self) -> None:
+        """End what has expired; to be called now and then."""
+        self.host.expire(time.monotonic())
+        self.publish_removed()
+
+    def held(self) -> dict[Tier, Sequence[BlockKey]]:
+        """Everything that a look-up finds here, by tier."""
+        host = [block.key for block in self.host.blocks()]
+        return {Tier.HOST: host} if self.disk is None else {Tier.HOST: host, Tier.DISK: self.disk.keys()}
+
+    def publish_removed(self) -> None:
+        """Tell subscribers what has gone since the last time."""
+        if removed := self.host.drain_removed():
+            self.events.emit(EventKind.REMOVED, Tier.HOST, removed)
+        if self.disk is not None:
+            if stored := self.disk.drain_stored():
+                self.events.emit(EventKind.STORED, Tier.DISK, stored)
+                if self.remote is not None:
+                    self.remote.announce(Tier.DISK, stored)
+            if removed := self.disk.drain_removed():
+                self.events.emit(EventKind.REMOVED, Tier.DISK, removed)
+
+    async def settle(self) -> None:
+        """Wait for what goes on in the background."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        if self.write_behind is not None:
+            await self.write_behind.flush()
+        self.publish_removed()
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def begin_fetch(self, owner: str, key: BlockKey, parent: BlockKey | None) -> SlotRef | None:
+        """A slot for a block of another node; its tenant is not known here."""
+        return self._begin(owner, key, parent, "")
+
+    def commit_fetched(self, tier: Tier, landed: Sequence[tuple[SlotRef, int]]) -> int:
+        """Publish blocks whose bytes were verified as they came in from `tier`."""
+        stored = [block for ref, checksum in landed if (block := self.host.commit(ref, checksum)) is not None]
+        if stored:
+            self.events.emit(EventKind.STORED, Tier.HOST, (block.key for block in stored))
+            if self.remote is not None and tier is Tier.REMOTE:
+                self.remote.announce(Tier.HOST, [block.key for block in stored])
+        return len(stored)
+
+    def _begin(self, owner: str, key: BlockKey, parent: BlockKey | None, tenant: str) -> SlotRef | None:
+        victim = self.host.victim_for(tenant)
+        if victim is not None and self.write_behind is not None and self._wanted_on_disk(victim):
+            self.write_behind.rescue(victim)
+        evictions = self.host.evictions
+        ref = self.host.begin(owner, key, parent, tenant)
+        if self.host.evictions != evictions:
+            self.metrics.evicted(Tier.HOST, self.host.evictions - evictions)
+        return ref
+
+    def _wanted_on_disk(self, block: HostBlock) -> bool:
+        return self._policy is SavePolicy.ALL or (self._policy is SavePolicy.SECOND_TOUCH and block.touches >= 2)
+
+    def _stored(self, blocks: Sequence[HostBlock]) -> None:
+        keys = [block.key for block in blocks]
+        self.events.emit(EventKind.STORED, Tier.HOST, keys)
+        if self.remote is not None:
+            self.remote.announce(Tier.HOST, keys)
+        if self.write_behind is not None and self._policy is SavePolicy.ALL:
+            self.write_behind.add(blocks)
+
+    def _note_load(self, blocks: Sequence[HostBlock], num_wanted: int, brought: dict[BlockKey, Tier]) -> None:
+        counts = [0, 0, 0, 0]
+        for tier in brought.values():
+            counts[tier] += 1
+        counts[Tier.HOST] = len(blocks) - len(brought)
+        for tier in Tier:
+            if counts[tier]:
+                self.metrics.hit(tier, counts[tier])
+        if len(blocks) < num_wanted:
+            self.metrics.missed(num_wanted - len(blocks))
+        if self.disk is not None:
+            self.disk.touch([block.key for block in blocks])
+            if self.write_behind is not None:
+                wants = self.write_behind.wants
+                self.write_behind.add([block for block in blocks if wants(block.key) and self._wanted_on_disk(block)])
+
+    async def _bring(self, keys: Sequence[BlockKey], until_s: float) -> Tier:
+        """Try to have the first of `keys`, and more, in the host tier; from where. Raises TimeoutError at `until_s`."""
+        first = keys[0]
+        if (arriving := self._arriving.get(first)) is not None:
+            await _until(asyncio.shield(arriving), until_s)
+            return Tier.DISK
+        if self.disk is not None and first in self.disk and not self.host.is_writing(first):
+            batch = self._on_disk_only(keys)
+            task = asyncio.create_task(self._promote(batch))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            await _until(asyncio.shield(task), until_s)  # what is not needed any more is good for the next one
+            return Tier.DISK
+        if self.remote is not None and not self.host.is_writing(first):
+            await self.remote.fetch(keys, until_s)
+        return Tier.REMOTE
+
+    def _on_disk_only(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
+        assert self.disk is not None
+        run: list[BlockKey] = []
+        for key in keys[:_PROMOTE_BLOCKS]:
+            if key in self._arriving or key not in self.disk or self.host.get(key) is not None:
+                break
+            run.append(key)
+        return run
+
+    async def _promote(self, keys: Sequence[BlockKey]) -> int:
+        """From disk into host slots; how many came."""
+        assert self.disk is not None
+        began_s = time.monotonic()
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        refs: list[SlotRef] = []
+        for key in keys:
+            ref = self._begin(_PROMOTE, key, self.disk.parent(key), self.disk.tenant(key))
+            if ref is None:
+                break
+            refs.append(ref)
+            self._arriving[key] = done
+        self.publish_removed()
+        keys = keys[: len(refs)]
+        try:
+            checksums = await self.disk.read(keys, [self.slots[ref.slot] for ref in refs])
+            good = [(ref, checksum) for ref, checksum in zip(refs, checksums, strict=True) if checksum is not None]
+            count = self.commit_fetched(Tier.DISK, good)
+            if len(good) < len(refs):
+                self.metrics.corrupt(Tier.DISK, len(refs) - len(good))
+            self.metrics.fetched(Tier.DISK, count * self.host.block_bytes, time.monotonic() - began_s)
+            return count
+        finally:
+            for key, ref in zip(keys, refs, strict=True):
+                self.host.abandon(ref)  # of a committed one it is nothing
+                del self._arriving[key]
+            self.publish_removed()
+            done.set_result(None)
+
+    async def _verify_host(self, blocks: Sequence[HostBlock]) -> Verified:
+        loop = asyncio.get_running_loop()
+        corrupt = 0
+        for block in blocks:
+            lease_id = self.host.open_lease("verify", time.monotonic(), float("inf"))
+            if self.host.lease(lease_id, [block.key], touch=False) == [block]:
+                found = await loop.run_in_executor(None, block_checksum, self.slots[block.ref.slot])
+                if found != block.checksum and self.host.get(block.key) is block:
+                    self.host.drop(block.key)
+                    corrupt += 1
+            self.host.release(lease_id)
+        self.metrics.corrupt(Tier.HOST, corrupt)
+        self.publish_removed()
+        return Verified(len(blocks), corrupt)
+
+
+async def _until(what: Awaitable[object], until_s: float) -> None:
+    """Raises TimeoutError."""
+    await asyncio.wait_for(what, max(0.0, until_s - time.monotonic()))
