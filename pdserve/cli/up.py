@@ -46,6 +46,11 @@ def register(app: typer.Typer) -> None:
         policy: Annotated[str | None, typer.Option(help="How the router chooses workers.")] = None,
         redis: Annotated[str | None, typer.Option(metavar="URL", help="A running Redis; else one is embedded.")] = None,
         namespace: Annotated[str, typer.Option(help="Separates fleets that share a Redis.")] = "default",
+        host_bytes: Annotated[str, typer.Option(help="Store: shared memory for blocks; 0: no store.")] = "1GiB",
+        disk_bytes: Annotated[str, typer.Option(help="Store: disk space for blocks; 0: no disk tier.")] = "8GiB",
+        disk_path: Annotated[
+            Path | None, typer.Option(help="Store: folder of the disk tier; default: in the cache.")
+        ] = None,
         worker_arguments: Annotated[
             list[str] | None, typer.Argument(metavar="[-- WORKER OPTIONS]", help="Further options of every worker.")
         ] = None,
@@ -68,6 +73,9 @@ def register(app: typer.Typer) -> None:
             policy=policy,
             redis_url=redis,
             namespace=namespace,
+            host_bytes=parse_bytes(host_bytes),
+            disk_bytes=parse_bytes(disk_bytes),
+            disk_path=disk_path,
             worker_arguments=tuple(worker_arguments or ()),
         )
         raise typer.Exit(asyncio.run(start_up(options, Steps(Console(highlight=False)))))

@@ -10,6 +10,7 @@ from pathlib import Path
 from kvstore.layout import KvDtype
 from pdserve.errors import ConfigError
 from pdserve.launch.child import Command
+from pdserve.launch.folders import cache_folder
 
 ROLES = ("prefill", "decode", "mixed")
 
@@ -31,6 +32,9 @@ class UpOptions:
     policy: str | None = None
     redis_url: str | None = None  # None: an embedded server
     namespace: str = "default"
+    host_bytes: int = 1 << 30  # of the store's tiers; 0: without
+    disk_bytes: int = 8 << 30
+    disk_path: Path | None = None  # None: in the cache, for this namespace and port
     worker_arguments: Sequence[str] = ()
 
 
@@ -57,17 +61,38 @@ def prepare_command(options: UpOptions) -> Command:
     return Command("prepare", arguments, _compute_environment(options.threads), announces=True)
 
 
-def worker_commands(options: UpOptions, model: Path, redis_url: str) -> list[Command]:
-    """One command a worker, named `role-number`, which is also its worker id."""
+def store_socket(options: UpOptions, folder: Path) -> Path | None:
+    """Where the store node listens; None if all its tiers are switched off."""
+    return folder / "store.sock" if options.host_bytes else None
+
+
+def store_command(options: UpOptions, socket: Path, redis_url: str) -> Command:
+    values = {
+        "--socket": str(socket),
+        "--host-bytes": str(options.host_bytes),
+        "--redis": redis_url,
+        "--namespace": options.namespace,
+        "--node-id": "store-0",
+    }
+    if options.disk_bytes:
+        path = options.disk_path or cache_folder() / "store" / f"{options.namespace}-{options.port}"
+        values |= {"--disk-bytes": str(options.disk_bytes), "--disk-path": str(path)}
+    return Command("store", _module("kvstore.store", values), {"UCX_WARN_UNUSED_ENV_VARS": "n"}, announces=True)
+
+
+def worker_commands(options: UpOptions, model: Path, redis_url: str, store: Path | None) -> list[Command]:
+    """One command a worker, named `role-number`, which is also its worker id. `store` is its node's socket."""
     counts = zip(ROLES, (options.prefill, options.decode, options.mixed), strict=True)
     return [
-        _worker_command(options, model, redis_url, role, f"{role}-{number}")
+        _worker_command(options, model, redis_url, store, role, f"{role}-{number}")
         for role, count in counts
         for number in range(count)
     ]
 
 
-def _worker_command(options: UpOptions, model: Path, redis_url: str, role: str, worker_id: str) -> Command:
+def _worker_command(
+    options: UpOptions, model: Path, redis_url: str, store: Path | None, role: str, worker_id: str
+) -> Command:
     values = {
         "--role": role,
         "--worker-id": worker_id,
@@ -78,6 +103,8 @@ def _worker_command(options: UpOptions, model: Path, redis_url: str, role: str, 
         "--threads": str(options.threads),
         "--kernels": options.kernels,
     }
+    if store is not None:
+        values["--store"] = str(store)
     if options.kv_bytes is not None:
         values["--kv-bytes"] = str(options.kv_bytes)
     arguments = [*_module("pdserve.worker", values), *options.worker_arguments]

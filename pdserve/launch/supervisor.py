@@ -21,13 +21,21 @@ from pdserve.launch.announce import Progress, StartFailed, await_ready
 from pdserve.launch.child import Child
 from pdserve.launch.folders import RunFolder, runtime_folder
 from pdserve.launch.http_front import check_port_free, example_command, first_model, get_json, local_url
-from pdserve.launch.plan import UpOptions, prepare_command, router_command, worker_commands
+from pdserve.launch.plan import (
+    UpOptions,
+    prepare_command,
+    router_command,
+    store_command,
+    store_socket,
+    worker_commands,
+)
 from pdserve.launch.redis_server import await_answer, server_binary, server_command, server_url
 from pdserve.launch.service import Service
 from pdserve.launch.steps import Steps
 
 PREPARE_TIMEOUT_S = 3600.0  # a first start downloads and converts the model
 REDIS_TIMEOUT_S = 10.0
+STORE_TIMEOUT_S = 60.0
 WORKER_TIMEOUT_S = 180.0
 ROUTER_TIMEOUT_S = 180.0
 STOP_GRACE_S = 3.0
@@ -70,6 +78,7 @@ class Supervisor:
         self._redis_binary = redis_binary
         self._steps = steps
         self._folder = folder
+        self._store_socket = store_socket(options, folder)
         self._redis: list[Service] = []
         self._services: list[Service] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -112,6 +121,11 @@ class Supervisor:
                 redis = Service(command, self._folder, await_answer, REDIS_TIMEOUT_S)
                 self._redis.append(redis)
                 group.create_task(self._start(redis, "redis", "starting", lambda _: "embedded, in memory"))
+            if self._store_socket is not None:
+                command = store_command(self._options, self._store_socket, self._redis_url)
+                store = Service(command, self._folder, _announced, STORE_TIMEOUT_S)
+                self._services.append(store)
+                group.create_task(self._start(store, "store", "starting", lambda values: self._store_text(values)))
         self._services.remove(prepare)
         await prepare.stop(STOP_GRACE_S)
         await self._start_serving(Path(str(prepared.result()["model"])))
@@ -119,7 +133,7 @@ class Supervisor:
     async def _start_serving(self, model: Path) -> None:
         """Workers and router at once: the router becomes ready when it has found workers."""
         async with asyncio.TaskGroup() as group:
-            for command in worker_commands(self._options, model, self._redis_url):
+            for command in worker_commands(self._options, model, self._redis_url, self._store_socket):
                 worker = Service(command, self._folder, _announced, WORKER_TIMEOUT_S)
                 self._services.append(worker)
                 group.create_task(self._start(worker, worker.name, "starting", _worker_text))
@@ -155,6 +169,11 @@ class Supervisor:
             except OSError:
                 pass
             await asyncio.sleep(_POLL_S)
+
+    def _store_text(self, values: dict[str, Any]) -> str:
+        sizes = {"host": self._options.host_bytes, "disk": self._options.disk_bytes}
+        tiers = ", ".join(f"{name} {size / 2**30:.3g} GiB" for name, size in sizes.items() if size)
+        return f"{tiers}, admin {values.get('admin_address', '?')}"
 
     def _say_ready(self, took_s: float) -> None:
         self._steps.say(

@@ -338,8 +338,9 @@ async def running_node(
     sequences: int = 8,
     max_waiting: int = 64,
     weights: str = "oracle",
+    store: Path | None = None,
 ) -> AsyncIterator[Node]:
-    """`tokens` and `sequences` bound a step; `weights` is what the fingerprint names."""
+    """`tokens` and `sequences` bound a step; `weights` is what the fingerprint names; `store` a store node's socket."""
     engine_config = EngineConfig(
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
@@ -351,7 +352,7 @@ async def running_node(
     gate = Gate()
     engine = Engine(engine_config, BlockPool(num_blocks, BLOCK_SIZE), Runner(gate, empty_pool(GEOMETRY, num_blocks)))
     built = Built(engine, GEOMETRY, GEOMETRY.fingerprint(weights), eos_token_ids=(), vocab_size=VOCAB_SIZE)
-    config = WorkerConfig(role=role, worker_id=worker_id, model=Path("oracle"), limits=limits)
+    config = WorkerConfig(role=role, worker_id=worker_id, model=Path("oracle"), limits=limits, store=store)
     transport = HoldingTransport(network)
     async with running_worker(config, built, transport) as hello:
         node = Node(hello, RouterClient(hello.address), gate, transport, engine)
