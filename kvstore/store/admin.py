@@ -59,6 +59,8 @@ def update_gauges(state: NodeState) -> None:
     if store.disk is not None:
         _set_tier(state, Tier.DISK, len(store.disk), store.disk.capacity_bytes)
         metrics.breaker_open.labels("disk").set(store.disk.breaker is not BreakerState.CLOSED)
+    if opened.peers is not None:
+        metrics.breaker_open.labels("index").set(opened.peers.locations.breaker is not BreakerState.CLOSED)
     if store.write_behind is not None:
         metrics.write_behind_bytes.set(store.write_behind.backlog_bytes)
 

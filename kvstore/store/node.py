@@ -20,8 +20,9 @@ from kvstore.store.admin import make_admin_app
 from kvstore.store.config import StoreConfig
 from kvstore.store.geometry import Geometry
 from kvstore.store.opened import NodeState
+from kvstore.store.peer_service import PeerService
 from kvstore.store.service import StoreService
-from kvstore.store.store_pb2_grpc import add_StoreServicer_to_server
+from kvstore.store.store_pb2_grpc import add_StorePeerServicer_to_server, add_StoreServicer_to_server
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,8 @@ async def running_node(config: StoreConfig, geometry: Geometry | None = None) ->
         raise Unavailable(f"{config.host}:{config.port} cannot be listened on; choose another --port") from error
     admin = uvicorn.Server(uvicorn.Config(make_admin_app(state), log_level="warning", lifespan="off"))
     admin_task = asyncio.create_task(_serve_admin(admin, admin_socket), name="admin port")
-    address = f"{config.host}:{port}"
+    add_StorePeerServicer_to_server(PeerService(state), remote)
+    address = state.address = f"{config.host}:{port}"
     try:
         if geometry is not None:
             await state.open(geometry)

@@ -15,12 +15,26 @@ from kvstore.store.config import StoreConfig
 from kvstore.store.disk_tier import DiskTier
 from kvstore.store.geometry import Geometry
 from kvstore.store.host_tier import HostTier
+from kvstore.store.locations import Locations, NodeRecord
 from kvstore.store.metrics import StoreMetrics
+from kvstore.store.offers import Offers
+from kvstore.store.peer_links import PeerLinks, host_id
+from kvstore.store.remote import Remote
 from kvstore.store.sessions import SessionTable
 from kvstore.store.store import TieredStore
 from kvstore.transfer.transport import Buffer
+from kvstore.transfer.ucx import UcxTransport
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSide:
+    """What a node with an index has towards other nodes."""
+
+    locations: Locations
+    links: PeerLinks
+    offers: Offers
 
 
 @dataclass(slots=True)
@@ -31,6 +45,7 @@ class OpenStore:
     arena: Arena | None
     store: TieredStore
     sessions: SessionTable
+    peers: PeerSide | None
     tasks: list[asyncio.Task[None]]
 
     @property
@@ -48,8 +63,10 @@ class NodeState:
         self.metrics = StoreMetrics()
         self.opened: OpenStore | None = None
         self.ending = asyncio.Event()
+        self.address = ""  # host:port for other nodes; set before the node opens
         self.problems: list[str] = []
         self._opening = asyncio.Lock()
+        self._opened = asyncio.Event()
 
     async def open(self, geometry: Geometry) -> OpenStore:
         """Open for blocks like these, or find it open.
@@ -60,12 +77,23 @@ class NodeState:
         async with self._opening:
             if self.opened is None:
                 self.opened = await self._open(geometry)
+                self._opened.set()
         if self.opened.geometry != geometry:
             ours = self.opened.geometry.block_bytes
             raise Unavailable(
                 f"store node {self.config.node_id} holds blocks of another model, dtype or layout ({ours} bytes each,"
                 f" not {geometry.block_bytes}): start a node for each, or restart this one"
             )
+        return self.opened
+
+    async def wait_opened(self) -> OpenStore | None:
+        """None if the node ends first."""
+        waiting = [asyncio.ensure_future(event.wait()) for event in (self._opened, self.ending)]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in waiting:
+                one.cancel()
         return self.opened
 
     async def _open(self, geometry: Geometry) -> OpenStore:
@@ -75,10 +103,13 @@ class NodeState:
         disk = None if arena is None else await loop.run_in_executor(None, self._open_disk, geometry)
         host = HostTier(len(slots), geometry.block_bytes, config.tenant_bytes)
         store = TieredStore(host, slots, disk, config.policy, config.limits, self.metrics)
-        opened = OpenStore(geometry, arena, store, SessionTable(host), [])
+        peers = await self._open_peers(geometry, store)
+        opened = OpenStore(geometry, arena, store, SessionTable(host), peers, [])
         opened.tasks.append(asyncio.create_task(_sweep(store), name="store sweep"))
         if store.write_behind is not None:
             opened.tasks.append(asyncio.create_task(store.write_behind.run(), name="write-behind"))
+        if peers is not None:
+            opened.tasks.append(asyncio.create_task(peers.locations.run(store.held), name="index"))
         log.info(
             "open for blocks of %d bytes: %d slots, %d blocks on disk",
             geometry.block_bytes,
@@ -114,6 +145,24 @@ class NodeState:
             self._note(f"no disk tier: {error}")
             return None
 
+    async def _open_peers(self, geometry: Geometry, store: TieredStore) -> PeerSide | None:
+        config = self.config
+        if config.redis_url is None or not store.slots:
+            return None
+        me = NodeRecord(self.incarnation, config.node_id, self.address, host_id())
+        limits = config.limits
+        try:
+            transport = await asyncio.get_running_loop().run_in_executor(None, UcxTransport)
+            locations = Locations(
+                config.redis_url, config.namespace, me, ttl_s=limits.location_ttl_s, timeout_s=limits.index_timeout_s
+            )
+        except Unavailable as error:
+            self._note(f"no remote tier: {error}")
+            return None
+        links = PeerLinks(me, geometry, transport, limits.peer_dial_s)
+        store.remote = Remote(store, locations, links, config.node_id)
+        return PeerSide(locations, links, Offers(store, links))
+
     def _note(self, problem: str) -> None:
         log.warning(problem)
         self.problems.append(problem)
@@ -132,6 +181,10 @@ class NodeState:
         for task in opened.tasks:
             task.cancel()
         await asyncio.gather(*opened.tasks, return_exceptions=True)
+        if opened.peers is not None:
+            await opened.peers.locations.close()
+            await opened.peers.offers.shut_down()
+            await opened.peers.links.shut_down()
         loop = asyncio.get_running_loop()
         if opened.store.disk is not None:
             await loop.run_in_executor(None, opened.store.disk.close)

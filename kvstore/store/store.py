@@ -38,8 +38,8 @@ class RemoteTier(Protocol):
         """How many leading keys other nodes have, as far as the index knows."""
         ...
 
-    async def fetch(self, keys: Sequence[BlockKey], until_s: float) -> int:
-        """Bring leading blocks into the host tier; how many came, by `until_s` on the monotonic clock."""
+    async def fetch(self, keys: Sequence[BlockKey], parent: BlockKey | None, until_s: float) -> int:
+        """Bring leading blocks of what follows `parent` into the host tier, by `until_s`; how many came."""
         ...
 
     def announce(self, tier: Tier, keys: Sequence[BlockKey]) -> None:
@@ -109,7 +109,7 @@ class TieredStore:
             tiers += bytes([Tier.REMOTE]) * await self.remote.locate(rest)
         return bytes(tiers)
 
-    async def load(self, owner: str, keys: Sequence[BlockKey], deadline_s: float) -> Loaded:
+    async def load(self, owner: str, keys: Sequence[BlockKey], deadline_s: float, *, from_peers: bool = True) -> Loaded:
         """Lease the leading run of `keys` in the host tier; takes `deadline_s` seconds at most."""
         now_s = time.monotonic()
         until_s = now_s + min(max(deadline_s, 0.0), self.limits.max_load_s)
@@ -120,7 +120,8 @@ class TieredStore:
             while len(blocks) < len(keys) and time.monotonic() < until_s:
                 rest = keys[len(blocks) :]
                 missing = {key for key in rest if self.host.get(key) is None}
-                tier = await self._bring(rest, until_s)
+                parent = keys[len(blocks) - 1] if blocks else None
+                tier = await self._bring(rest, parent, until_s, from_peers=from_peers)
                 run = self.host.lease(lease_id, rest)
                 if not run:
                     break
@@ -275,7 +276,9 @@ class TieredStore:
                 wants = self.write_behind.wants
                 self.write_behind.add([block for block in blocks if wants(block.key) and self._wanted_on_disk(block)])
 
-    async def _bring(self, keys: Sequence[BlockKey], until_s: float) -> Tier:
+    async def _bring(
+        self, keys: Sequence[BlockKey], parent: BlockKey | None, until_s: float, *, from_peers: bool
+    ) -> Tier:
         """Try to have the first of `keys`, and more, in the host tier; from where. Raises TimeoutError at `until_s`."""
         first = keys[0]
         if (arriving := self._arriving.get(first)) is not None:
@@ -288,8 +291,8 @@ class TieredStore:
             task.add_done_callback(self._tasks.discard)
             await _until(asyncio.shield(task), until_s)  # what is not needed any more is good for the next one
             return Tier.DISK
-        if self.remote is not None and not self.host.is_writing(first):
-            await self.remote.fetch(keys, until_s)
+        if from_peers and self.remote is not None and not self.host.is_writing(first):
+            await self.remote.fetch(keys, parent, until_s)
         return Tier.REMOTE
 
     def _on_disk_only(self, keys: Sequence[BlockKey]) -> list[BlockKey]:

@@ -256,7 +256,7 @@ class VerifyReply(_message.Message):
     def __init__(self, verified: _Optional[int] = ..., corrupt: _Optional[int] = ...) -> None: ...
 
 class ConnectRequest(_message.Message):
-    __slots__ = ("node_id", "incarnation", "host_id", "transport", "link_address", "fingerprint", "block_bytes", "pid")
+    __slots__ = ("node_id", "incarnation", "host_id", "transport", "link_address", "fingerprint", "block_bytes", "pid", "address")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -265,6 +265,7 @@ class ConnectRequest(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     incarnation: int
     host_id: str
@@ -273,19 +274,18 @@ class ConnectRequest(_message.Message):
     fingerprint: bytes
     block_bytes: int
     pid: int
-    def __init__(self, node_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., host_id: _Optional[str] = ..., transport: _Optional[str] = ..., link_address: _Optional[bytes] = ..., fingerprint: _Optional[bytes] = ..., block_bytes: _Optional[int] = ..., pid: _Optional[int] = ...) -> None: ...
+    address: str
+    def __init__(self, node_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., host_id: _Optional[str] = ..., transport: _Optional[str] = ..., link_address: _Optional[bytes] = ..., fingerprint: _Optional[bytes] = ..., block_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ...) -> None: ...
 
 class ConnectReply(_message.Message):
-    __slots__ = ("incarnation", "link_address", "host_id", "pid")
+    __slots__ = ("incarnation", "link_address", "pid")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     LINK_ADDRESS_FIELD_NUMBER: _ClassVar[int]
-    HOST_ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
     link_address: bytes
-    host_id: str
     pid: int
-    def __init__(self, incarnation: _Optional[int] = ..., link_address: _Optional[bytes] = ..., host_id: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
+    def __init__(self, incarnation: _Optional[int] = ..., link_address: _Optional[bytes] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class OfferRequest(_message.Message):
     __slots__ = ("node_id", "incarnation", "keys", "deadline_s")

@@ -1,4 +1,4 @@
-"""A node and its workers as real processes: what one saves another reads; whoever dies, nothing leaks and nothing lies."""
+"""A node and its workers as real processes: what one saves another reads; whoever dies, nothing leaks or lies."""
 
 from __future__ import annotations
 

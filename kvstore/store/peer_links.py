@@ -1,0 +1,219 @@
+"""Links to other nodes, dialled when a block is fetched and kept until the peer is lost.
+
+    DIALLING ── Connect answered ──> UP ── peer died, an operation failed or was late ──> CLOSED, dialled anew
+
+The node that fetches dials; the one that serves accepts. Closing is the proof that nothing lands any more: every open
+operation of a closed link completes as FAILED first. On one machine the peer's death is learnt from its pidfd.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+from kvstore.errors import LinkClosed, TransferError
+from kvstore.store import store_pb2 as pb
+from kvstore.store.geometry import Geometry
+from kvstore.store.locations import NodeRecord
+from kvstore.store.store_pb2_grpc import StorePeerStub
+from kvstore.transfer.transport import Buffer, Completion, Link, Transport
+
+log = logging.getLogger(__name__)
+
+MAX_LINKS = 256
+CHANNEL_OPTIONS = (
+    ("grpc.keepalive_time_ms", 2000),
+    ("grpc.keepalive_timeout_ms", 2000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+
+
+def host_id() -> str:
+    """Equal for processes that share memory and see each other's process ids: one boot, one pid and ipc namespace."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    namespaces = [os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("pid", "ipc")]
+    return ":".join([socket.gethostname(), boot, *map(str, namespaces)])
+
+
+@dataclass(slots=True, eq=False)
+class PeerLink:
+    """One link as this node sees it. Use on the asyncio loop only."""
+
+    node_id: str
+    link: Link
+    peer_address: bytes = b""
+    closing: asyncio.Future[None] | None = None  # set once the link is being closed; done when that is proven
+    pidfd: int | None = None
+    _waiting: dict[int, Callable[[Completion], None]] = field(default_factory=dict)
+
+    def send(self, tag: int, data: Buffer, done: Callable[[Completion], None]) -> None:
+        """Raises TransferError. `done` is called on the loop, exactly once, after this returned."""
+        self._check()
+        self._waiting[self.link.send(tag, data)] = done
+
+    def receive(self, tag: int, into: Buffer, done: Callable[[Completion], None]) -> int:
+        """Raises TransferError. `done` is called on the loop, exactly once, after this returned."""
+        self._check()
+        operation = self.link.receive(tag, into)
+        self._waiting[operation] = done
+        return operation
+
+    def cancel(self, operation: int) -> None:
+        if operation in self._waiting:
+            self.link.cancel(operation)
+
+    def complete(self, completion: Completion) -> None:
+        done = self._waiting.pop(completion.operation, None)
+        if done is not None:
+            done(completion)
+
+    def _check(self) -> None:
+        if self.closing is not None:
+            raise LinkClosed(f"the link with {self.node_id} is closed")
+
+
+class PeerLinks:
+    """All links of this node. Use on the asyncio loop only."""
+
+    def __init__(self, me: NodeRecord, geometry: Geometry, transport: Transport, dial_s: float) -> None:
+        self._me = me
+        self._geometry = geometry
+        self._transport = transport
+        self._dial_s = dial_s
+        self._loop = asyncio.get_running_loop()
+        self._dialled: dict[int, PeerLink] = {}  # by the peer's incarnation
+        self._accepted: dict[str, PeerLink] = {}  # by the peer's node id
+        self._dialling: dict[int, asyncio.Lock] = {}
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._closing: set[asyncio.Future[None]] = set()
+
+    def stub(self, address: str) -> StorePeerStub:
+        """A client for another node's service."""
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        return StorePeerStub(channel)
+
+    def accepted(self, node_id: str) -> PeerLink | None:
+        return self._accepted.get(node_id)
+
+    async def dialled(self, peer: NodeRecord) -> PeerLink:
+        """The link to fetch from this life of a node through. Raises TransferError or AioRpcError."""
+        async with self._dialling.setdefault(peer.incarnation, asyncio.Lock()):
+            link = self._dialled.get(peer.incarnation)
+            if link is None:
+                link = await self._dial(peer)
+            return link
+
+    async def _dial(self, peer: NodeRecord) -> PeerLink:
+        if len(self._dialled) >= MAX_LINKS:
+            raise TransferError(f"more than {MAX_LINKS} nodes are linked")
+        same_host = self._same_host(peer.host_id, peer.address)
+        link = await self._open(peer.node_id, same_host=same_host)
+        self._dialled[peer.incarnation] = link
+        try:
+            request = pb.ConnectRequest(
+                node_id=self._me.node_id,
+                incarnation=self._me.incarnation,
+                address=self._me.address,
+                host_id=self._me.host_id,
+                transport=self._transport.name,
+                link_address=link.link.address,
+                fingerprint=self._geometry.fingerprint,
+                block_bytes=self._geometry.block_bytes,
+                pid=os.getpid(),
+            )
+            reply: pb.ConnectReply = await self.stub(peer.address).Connect(request, timeout=self._dial_s)
+            if reply.incarnation != peer.incarnation:
+                raise TransferError(f"{peer.node_id} has restarted since it was listed")
+            link.link.connect(reply.link_address)
+            if same_host:
+                self._watch(link, reply.pid)
+        except BaseException:
+            await self.close(link, "dialling failed")
+            raise
+        log.info("linked to store node %s: %s", peer.node_id, link.link.describe())
+        return link
+
+    async def accept(self, request: pb.ConnectRequest) -> pb.ConnectReply:
+        """Raises TransferError, with what differs, if the two nodes do not fit."""
+        if request.transport != self._transport.name:
+            raise TransferError(f"{self._me.node_id} moves blocks by {self._transport.name}, not {request.transport}")
+        if (request.fingerprint, request.block_bytes) != (self._geometry.fingerprint, self._geometry.block_bytes):
+            raise TransferError(f"{request.node_id} and {self._me.node_id} hold blocks of different models or layouts")
+        if (older := self._accepted.get(request.node_id)) is not None:
+            await self.close(older, "the peer dials again")
+        if len(self._accepted) >= MAX_LINKS:
+            raise TransferError(f"more than {MAX_LINKS} nodes are linked")
+        same_host = self._same_host(request.host_id, request.address)
+        link = await self._open(request.node_id, same_host=same_host)
+        self._accepted[request.node_id] = link
+        try:
+            link.link.connect(request.link_address)
+            if same_host:
+                self._watch(link, request.pid)
+        except TransferError:
+            await self.close(link, "connecting back failed")
+            raise
+        return pb.ConnectReply(incarnation=self._me.incarnation, link_address=link.link.address, pid=os.getpid())
+
+    def close(self, link: PeerLink, reason: str) -> asyncio.Future[None]:
+        """Close for good; done once it is proven that nothing lands any more. Open operations complete as FAILED."""
+        if link.closing is None:
+            log.info("closing the link with store node %s: %s", link.node_id, reason)
+            if link.pidfd is not None:
+                self._loop.remove_reader(link.pidfd)
+                os.close(link.pidfd)
+            for incarnation in [one for one, other in self._dialled.items() if other is link]:
+                del self._dialled[incarnation]
+                self._dialling.pop(incarnation, None)
+            if self._accepted.get(link.node_id) is link:
+                del self._accepted[link.node_id]
+            link.closing = self._loop.run_in_executor(None, link.link.close)
+            self._closing.add(link.closing)
+            link.closing.add_done_callback(self._closing.discard)
+        return asyncio.shield(link.closing)  # a call that is cancelled while it waits must not undo it for all
+
+    async def shut_down(self) -> None:
+        """Close all links, channels and the transport."""
+        for link in (*self._dialled.values(), *self._accepted.values()):
+            self.close(link, "this node is ending")
+        await asyncio.gather(*self._closing, return_exceptions=True)
+        for channel in self._channels.values():
+            await channel.close(None)
+        await self._loop.run_in_executor(None, self._transport.close)
+
+    def _same_host(self, peer_host_id: str, peer_address: str) -> bool:
+        """Nodes of one machine that use different addresses are treated as what they are set up as: two machines."""
+        own_host, peer_host = (address.rpartition(":")[0] for address in (self._me.address, peer_address))
+        return peer_host_id == self._me.host_id and peer_host == own_host
+
+    async def _open(self, node_id: str, *, same_host: bool) -> PeerLink:
+        def on_transport_thread(completion: Completion) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+                self._loop.call_soon_threadsafe(link.complete, completion)
+
+        opened = await self._loop.run_in_executor(
+            None, lambda: self._transport.open(on_transport_thread, same_host=same_host)
+        )
+        link = PeerLink(node_id, opened)
+        return link
+
+    def _watch(self, link: PeerLink, pid: int) -> None:
+        """Close the link as soon as the peer's process is gone."""
+        try:
+            link.pidfd = os.pidfd_open(pid)
+        except (OSError, OverflowError) as error:
+            raise TransferError(f"the process of {link.node_id} (pid {pid}) is gone") from error
+        self._loop.add_reader(link.pidfd, self.close, link, "the peer's process has ended")
