@@ -17,7 +17,7 @@ from kvstore.store.host_tier import SlotRef
 from kvstore.store.peer_links import PeerLink, PeerLinks
 from kvstore.store.store_pb2_grpc import StorePeerStub
 from kvstore.transfer.checksum import block_checksum
-from kvstore.transfer.manifest import manifest_bytes
+from kvstore.transfer.manifest import Subject, manifest_bytes
 from kvstore.transfer.session import (
     AskFence,
     CancelReceives,
@@ -48,11 +48,13 @@ class FetchListener(Protocol):
 
 
 class Fetch:
-    """Use on the asyncio loop only. `result` is done once, with None if every block is verified, else with why not."""
+    """Use on the asyncio loop only. The content of `subject` is the key of the last block, which names all before it.
+
+    `result` is done once, with None if every block is verified, else with why not."""
 
     def __init__(
         self,
-        ticket_id: int,
+        subject: Subject,
         me: str,
         refs: Sequence[SlotRef],
         checksums: Sequence[int],
@@ -64,7 +66,7 @@ class Fetch:
         fence_s: float,
     ) -> None:
         self.result: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
-        self.ticket_id = ticket_id
+        self.ticket_id = subject.ticket_id
         self._me = me
         self._refs = {ref.slot: ref for ref in refs}
         self._buffers = [slots[ref.slot] for ref in refs]
@@ -75,9 +77,8 @@ class Fetch:
         self._listener = listener
         self._fence_s = fence_s
         self._manifest: Buffer = np.empty(manifest_bytes(len(refs), 0), np.uint8)
-        self._session = ReceiveSession(
-            ticket_id, peer.node_id, [ExpectedBlock(ref.slot, ref.generation) for ref in refs], 0
-        )
+        expected = [ExpectedBlock(ref.slot, ref.generation) for ref in refs]
+        self._session = ReceiveSession(subject, peer.node_id, expected)
         self._operations: dict[int, int] = {}
         self._fence: asyncio.Task[None] | None = None
         self._drained = asyncio.Event()

@@ -42,7 +42,7 @@ class Sending:
         for ordinal, block in enumerate(self._blocks):
             self._do(self._session.ready(ordinal, block.checksum))
         if self._session.state is SendState.SENDING:
-            self._do(self._session.finish(()))
+            self._do(self._session.finish(self._blocks[-1].key, ()))
 
     @property
     def done(self) -> bool:

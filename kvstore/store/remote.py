@@ -30,6 +30,7 @@ from kvstore.store.store import TieredStore
 from kvstore.store.store_pb2_grpc import StorePeerStub
 from kvstore.store.tier import Tier
 from kvstore.store.wire import join_keys
+from kvstore.transfer.manifest import Subject
 from kvstore.transfer.tags import MAX_TICKET_ID
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class Remote:
             return 0
         checksums = list(offer.checksums)[: len(refs)]
         fetch = Fetch(
-            next(self._tickets),
+            Subject(next(self._tickets), content=keys[len(refs) - 1], num_tokens=0, vocab_size=0),
             self._node_id,
             refs,
             checksums,

@@ -110,6 +110,6 @@ class Manifest:
         tokens_start = start + num_blocks * _BLOCK.size
         seals = tuple(BlockSeal(*pair) for pair in _BLOCK.iter_unpack(data[start:tokens_start]))
         output_token_ids = struct.unpack_from(f"<{subject.num_tokens}I", data, tokens_start)
-        if max(output_token_ids, default=0) >= subject.vocab_size:
+        if any(token_id >= subject.vocab_size for token_id in output_token_ids):
             raise TransferError(f"manifest has a token outside the vocabulary of {subject.vocab_size}")
         return cls(ticket, content, seals, output_token_ids)
