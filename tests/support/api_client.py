@@ -5,8 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -25,10 +25,16 @@ class Answer:
     text: str
     finish_reason: str
     usage: dict[str, Any]
+    extension: dict[str, Any] = field(default_factory=dict)
 
     @property
     def output_tokens(self) -> int:
         return int(self.usage["completion_tokens"])
+
+    @property
+    def cached_by_tier(self) -> dict[str, int]:
+        """Only of a client with `timeline`."""
+        return dict(self.extension["cached_tokens"])
 
     @property
     def cached_tokens(self) -> int:
@@ -42,6 +48,7 @@ class ApiClient:
     port: int
     model: str
     timeout_s: float = 120.0
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def complete(self, prompt: Prompt, **options: Any) -> Answer:
         return self.ask({"prompt": prompt, **options})
@@ -57,7 +64,7 @@ class ApiClient:
             raise ApiError(response.status, answer)
         choice = answer["choices"][0]
         text = choice["text"] if "prompt" in body else choice["message"]["content"]
-        return Answer(text, choice["finish_reason"], answer["usage"])
+        return Answer(text, choice["finish_reason"], answer["usage"], answer.get("x_pdserve", {}))
 
     def stream(self, body: dict[str, Any]) -> Stream:
         """Returns with the first token. Raises ApiError."""
@@ -68,7 +75,7 @@ class ApiClient:
         connection = Connection("127.0.0.1", self.port, timeout=self.timeout_s)
         path = "/v1/completions" if "prompt" in body else "/v1/chat/completions"
         content = json.dumps({"model": self.model, **GREEDY, **body})
-        connection.request("POST", path, content, {"Content-Type": "application/json"})
+        connection.request("POST", path, content, {"Content-Type": "application/json", **self.headers})
         return connection
 
 

@@ -65,6 +65,15 @@ class WorkerProcess:
         self.process.send_signal(signal.SIGCONT)
 
 
+@dataclass(slots=True)
+class StoreProcess:
+    process: subprocess.Popen[bytes]
+    admin_address: str
+
+    def metric(self, name: str, **labels: str) -> float:
+        return metric(f"http://{self.admin_address}/metrics", name, **labels)
+
+
 @dataclass
 class Stack:
     """Use as a context manager. Worker ids are `role-number`."""
@@ -73,7 +82,9 @@ class Stack:
     log_dir: Path
     roles: Mapping[str, int]  # for example {"prefill": 1, "decode": 1}
     worker_options: tuple[str, ...] = ("--dtype", "float32")
+    store_options: tuple[str, ...] | None = None  # of the store node that all workers use; None: there is none
     workers: dict[str, WorkerProcess] = field(default_factory=dict)
+    store: StoreProcess | None = None
     router: subprocess.Popen[bytes] | None = None
     port: int = 0
 
@@ -94,6 +105,8 @@ class Stack:
 
     def __enter__(self) -> Stack:
         try:
+            if self.store_options is not None:
+                self.start_store()
             self._start_workers([f"{role}-{number}" for role, count in self.roles.items() for number in range(count)])
             with socket.create_server(("127.0.0.1", 0)) as probe:
                 self.port = probe.getsockname()[1]
@@ -104,7 +117,9 @@ class Stack:
         return self
 
     def __exit__(self, *_: object) -> None:
-        processes = [worker.process for worker in self.workers.values()] + ([self.router] if self.router else [])
+        processes = [worker.process for worker in self.workers.values()]
+        processes += [self.router] if self.router else []
+        processes += [self.store.process] if self.store else []
         for process in processes:
             process.send_signal(signal.SIGCONT)
             process.terminate()
@@ -122,6 +137,29 @@ class Stack:
             self.start_router()
         else:
             self._await_links()
+
+    @property
+    def _store_socket(self) -> Path:
+        return self.log_dir / "store.sock"
+
+    def start_store(self) -> None:
+        read_fd, write_fd = os.pipe()
+        arguments = ["kvstore.store", "--socket", str(self._store_socket), *(self.store_options or ())]
+        process = self._spawn("store", [*arguments, "--ready-fd", str(write_fd)], pass_fds=(write_fd,))
+        os.close(write_fd)
+        self.store = StoreProcess(process, self._await_ready("store", read_fd)["admin_address"])
+
+    def end_store(self, number: signal.Signals = signal.SIGTERM) -> None:
+        assert self.store is not None
+        self.store.process.send_signal(number)
+        self.store.process.wait(20)
+
+    def end_workers(self) -> None:
+        """In order, as an operator would; `revive` brings them back."""
+        for worker in self.living:
+            worker.process.terminate()
+        for worker in self.workers.values():
+            worker.process.wait(20)
 
     def start_router(self) -> None:
         arguments = ["router", "--port", str(self.port), "--model", str(self.model)]
@@ -202,6 +240,8 @@ class Stack:
         arguments = ["pdserve.worker", "--role", role, "--worker-id", worker_id, "--model", str(self.model)]
         if before is not None:
             arguments += ["--port", before.address.rpartition(":")[2]]
+        if self.store_options is not None:
+            arguments += ["--store", str(self._store_socket)]
         arguments += [*self.worker_options, "--ready-fd", str(write_fd)]
         process = self._spawn(worker_id, arguments, pass_fds=(write_fd,))
         os.close(write_fd)
