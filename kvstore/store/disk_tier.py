@@ -225,7 +225,10 @@ class DiskTier:
         return found
 
     async def write(self, writes: Sequence[DiskWrite]) -> int:
-        """Append blocks, in order; how many were written. Others are refused: over a quota, no room, a broken disk."""
+        """Append blocks, parents first; how many are there now. Others are refused: a quota, a full or broken disk.
+
+        A parent is on disk, among `writes`, or None: what could not be reached from its chain's beginning is no use.
+        """
         written = 0
         writes = [write for write in writes if write.key not in self._index and self._within_quota(write.tenant)]
         while writes and self._write_breaker.allows(time.monotonic()):
@@ -248,9 +251,11 @@ class DiskTier:
                 break
             self._write_breaker.succeeded()
             for record, write in enumerate(batch, first):
+                if write.parent is not None and write.parent not in self._index:
+                    continue  # its segment made room for this very one
+                written += 1
                 self._index.put(segment.seat, record, write.key, write.parent, tenant_field(write.tenant))
                 self._stored.append(write.key)
-            written += len(batch)
             writes = writes[len(batch) :]
         return written
 
@@ -401,7 +406,7 @@ class DiskTier:
                 if seat >= self._num_seats or os.fstat(fd).st_size > self._segment_bytes:
                     raise BadSegment("the tier has become smaller")
                 try:
-                    headers, records = read_index(path.with_suffix(".idx"), info)
+                    headers, records = read_index(path.with_suffix(".idx"), fd, info)
                 except (OSError, BadSegment):
                     headers, records = read_headers(fd, info)
             except BadSegment as error:

@@ -124,7 +124,7 @@ def tenant_field(tenant: str) -> bytes:
 
 def read_headers(fd: int, info: SegmentInfo) -> tuple[Headers, NDArray[np.int64]]:
     """Headers of the whole records of a segment, and their positions; damaged ones are left out."""
-    num_records = max(0, (os.fstat(fd).st_size - PAGE_BYTES)) // info.stride  # a torn last one does not count
+    num_records = _num_whole(fd, info)
     data = bytearray(num_records * HEADER_BYTES)
     view = memoryview(data)
     good: list[int] = []
@@ -149,10 +149,10 @@ def encode_index(info: SegmentInfo, headers: bytes) -> bytes:
     return head + _CHECKSUM.pack(digest.intdigest()) + headers
 
 
-def read_index(path: Path, info: SegmentInfo) -> tuple[Headers, NDArray[np.int64]]:
+def read_index(path: Path, fd: int, info: SegmentInfo) -> tuple[Headers, NDArray[np.int64]]:
     """Like `read_headers`, from the side index. Raises BadSegment or OSError; the segment itself is asked then."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with os.fdopen(fd, "rb") as file:
+    num_whole = _num_whole(fd, info)
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
         data = file.read()
     start = _INDEX.size + _CHECKSUM.size
     if len(data) < start:
@@ -167,8 +167,13 @@ def read_index(path: Path, info: SegmentInfo) -> tuple[Headers, NDArray[np.int64
         raise BadSegment("a side index is of another segment")
     if len(data) - start != count * HEADER_BYTES:
         raise BadSegment("a side index has another length than it says")
-    headers = np.frombuffer(data, HEADER, offset=start)
-    return _matching(headers, np.arange(count), info)
+    headers = np.frombuffer(data, HEADER, offset=start)[:num_whole]
+    return _matching(headers, np.arange(len(headers)), info)
+
+
+def _num_whole(fd: int, info: SegmentInfo) -> int:
+    """Records that the file has room for; a torn last one does not count."""
+    return max(0, os.fstat(fd).st_size - PAGE_BYTES) // info.stride
 
 
 def _matching(headers: Headers, records: NDArray[np.int64], info: SegmentInfo) -> tuple[Headers, NDArray[np.int64]]:
