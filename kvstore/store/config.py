@@ -29,7 +29,7 @@ class StoreLimits:
     peer_dial_s: float = 1.0
     peer_fence_s: float = 1.0
     max_offers: int = 256  # prefixes kept for other nodes at one time
-    close_s: float = 5.0  # for the disk to take what waits
+    close_s: float = 1.5  # for the disk to take what only the host tier has
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,15 +168,18 @@ class NodeState:
         self.problems.append(problem)
 
     async def close(self) -> None:
-        """End sessions, write what waits if it can be done quickly, then let go of disk and arena. Idempotent."""
+        """End sessions, save to disk what the host tier alone has, as far as time allows, and let go. Idempotent."""
         self.ending.set()
         opened, self.opened = self.opened, None
         if opened is None:
             return
         opened.store.events.close()
         opened.sessions.close()
+        if opened.arena is not None:
+            opened.arena.close()  # the file goes first, whatever happens later; we keep what we have mapped
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.config.limits.close_s):
+                await opened.store.demote()
                 await opened.store.settle()
         for task in opened.tasks:
             task.cancel()
@@ -188,8 +191,6 @@ class NodeState:
         loop = asyncio.get_running_loop()
         if opened.store.disk is not None:
             await loop.run_in_executor(None, opened.store.disk.close)
-        if opened.arena is not None:
-            opened.arena.close()
 
 
 async def _sweep(store: TieredStore) -> None:

@@ -216,6 +216,15 @@ class TieredStore:
             if removed := self.disk.drain_removed():
                 self.events.emit(EventKind.REMOVED, Tier.DISK, removed)
 
+    async def demote(self) -> None:
+        """Write to disk what the host tier alone has, the latest used first, for the next life. May be cancelled."""
+        if self.write_behind is None:
+            return
+        for block in sorted(self.host.blocks(), key=lambda block: block.tick, reverse=True):
+            if not self.write_behind.add_chain(block):
+                await self.write_behind.flush()
+                self.write_behind.add_chain(block)
+
     async def settle(self) -> None:
         """Wait for what goes on in the background."""
         while self._tasks:

@@ -51,6 +51,11 @@ class WriteBehind:
     def wants(self, key: BlockKey) -> bool:
         return key not in self._disk and key not in self._waiting
 
+    def add_chain(self, block: HostBlock) -> bool:
+        """A committed block behind its ancestors; False if not all of them fit the budget now."""
+        self.add([*reversed(self._ancestors(block)), block])
+        return not self.wants(block.key)
+
     def add(self, blocks: Iterable[HostBlock]) -> None:
         """Committed blocks of a chain, parents first; those that are on disk or waiting are passed over."""
         for block in blocks:
@@ -64,12 +69,7 @@ class WriteBehind:
 
     def rescue(self, block: HostBlock) -> None:
         """A block that is about to be evicted: its ancestors first, then a copy of it."""
-        chain: list[HostBlock] = []
-        parent = block.parent
-        while parent is not None and (ancestor := self._host.get(parent)) is not None and self.wants(parent):
-            chain.append(ancestor)
-            parent = ancestor.parent
-        self.add(reversed(chain))
+        self.add(reversed(self._ancestors(block)))
         if self.wants(block.key) and self._has_room():
             self._put(block, self._slots[block.ref.slot].copy(), 0)
 
@@ -85,6 +85,15 @@ class WriteBehind:
     async def flush(self) -> None:
         """Wait until nothing waits; `run` must be running."""
         await self._idle.wait()
+
+    def _ancestors(self, block: HostBlock) -> list[HostBlock]:
+        """Those in the host tier that are not on disk, nearest first."""
+        chain: list[HostBlock] = []
+        parent = block.parent
+        while parent is not None and (ancestor := self._host.get(parent)) is not None and self.wants(parent):
+            chain.append(ancestor)
+            parent = ancestor.parent
+        return chain
 
     def _has_room(self) -> bool:
         if not self._disk.accepts_writes:

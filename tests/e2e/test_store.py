@@ -96,11 +96,11 @@ def test_answers_go_on_when_the_store_is_killed_or_frozen(pair: Stack, mixed: St
 def test_restart_of_everything_keeps_what_is_on_disk(
     make_stack: MakeStack, mixed: Stack, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    disk = ("--disk-bytes", "1GiB", "--disk-path", str(tmp_path_factory.mktemp("disk")), "--policy", "all")
+    disk = ("--disk-bytes", "1GiB", "--disk-path", str(tmp_path_factory.mktemp("disk")))
     with make_stack(store=(*HOST, *disk), mixed=1) as stack:
         prompt = passage(4, 60)
         first = asking(stack).complete(prompt)
-        await_blocks(stack, "disk", full_blocks(first))
+        await_blocks(stack, "host", full_blocks(first))
         stack.end_workers()
         stack.end_store()
         stack.start_store()
