@@ -23,7 +23,7 @@ class FleetCollector(Collector):
         yield workers
         events = CounterMetricFamily(
             "pdserve_router_events",
-            "Retries and their causes: rejected_tokens, refusals, redispatches, migrations, handoffs_without_room, spills.",
+            "Retries and causes: rejected_tokens, refusals, redispatches, migrations, handoffs_without_room, spills.",
             labels=("event",),
         )
         for event, count in sorted(self._dispatcher.counts.items()):
