@@ -35,23 +35,15 @@ def execv(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return calls
 
 
-@pytest.mark.parametrize("name", ["router", "worker"])
+@pytest.mark.parametrize("name", ["router", "store", "worker"])
 @pytest.mark.parametrize(
     "arguments", [[], ["--help"], ["--port", "1", "--worker", "h:1", "--worker", "h:2"], ["a", "-x"]]
 )
 def test_single_processes_take_over_with_all_arguments(execv: list[list[str]], name: str, arguments: list[str]) -> None:
     result = CliRunner().invoke(app, [name, *arguments])
     assert isinstance(result.exception, Became)
-    module = {"router": "router", "worker": "pdserve.worker"}[name]
+    module = {"router": "router", "store": "kvstore.store", "worker": "pdserve.worker"}[name]
     assert execv == [["-m", module, *arguments]]
-
-
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["--port", "1"]])
-def test_store_keeps_its_name_only(arguments: list[str]) -> None:
-    result = CliRunner().invoke(app, ["store", *arguments])
-    assert result.exit_code == 2
-    assert result.stderr.count("\n") == 1
-    assert "no store node" in result.stderr
 
 
 def test_bench_runs_the_module_of_a_name(execv: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
