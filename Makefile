@@ -27,7 +27,7 @@ endef
 
 .PHONY: help
 help: ## this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 .PHONY: serve
 serve: $(VENV)/.serve ## install what is missing, then serve the default model on 127.0.0.1:8000 (UP="--port 9000 ..." adds options)
@@ -50,6 +50,10 @@ types: $(VENV)/.dev ## mypy --strict
 .PHONY: bench
 bench: $(VENV)/.serve ## every benchmark, one after the other; JSON lines (BENCH="engine transfer" chooses)
 	@for name in $${BENCH:-$$($(BIN)/pdserve bench | cut -d' ' -f1)}; do $(BIN)/pdserve bench $$name; done
+
+.PHONY: bench-store
+bench-store: $(VENV)/.serve ## the KV store against memcpy, disk, transfer plane and Redis (STORE="--only host" chooses)
+	@$(BIN)/pdserve bench store $(STORE)
 
 .PHONY: proto
 proto: $(VENV)/.dev ## generate *_pb2* from the .proto files

@@ -8,6 +8,7 @@ from typing import ClassVar, cast
 
 from prometheus_client import CollectorRegistry
 
+from kvstore.store.metrics import StoreMetrics
 from pdserve.worker.metrics import WorkerMetrics
 from router.dispatch import RouterDispatcher
 from router.fleet import Fleet
@@ -63,6 +64,7 @@ def render() -> str:
     for title, port, registry in (
         ("Router", "`/metrics` on the HTTP port", router_registry()),
         ("Worker", "`/metrics` on the admin port", WorkerMetrics("mixed").registry),
+        ("Store node", "`/metrics` on the admin port", StoreMetrics().registry),
     ):
         parts.append(f"\n## {title}\n\n{port}.\n\n| name | type | labels | meaning |\n|---|---|---|---|\n")
         parts.append("\n".join(rows(registry)) + "\n")

@@ -21,7 +21,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,9 @@ class StoreClient:
         self._stream: Any = None
         self._task: asyncio.Task[None] | None = None
         self._to_release: list[int] = []
-        self._releasing: asyncio.Task[None] | None = None
+        self._writing: set[tuple[int, int]] = set()  # slot and generation of what the callers may still write
+        self._releasing = False
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @classmethod
@@ -183,17 +185,25 @@ class StoreClient:
             parents=join_parents([parent for _, parent in entries]),
             tenant=tenant,
         )
-        reply = await self._call(self._stub.BeginSave, request, CALL_TIMEOUT_S)
+        call = asyncio.ensure_future(self._call(self._stub.BeginSave, request, CALL_TIMEOUT_S))
+        try:
+            reply = await asyncio.shield(call)
+        except asyncio.CancelledError:
+            call.add_done_callback(self._abandon_unseen)
+            raise
         if reply is None:
             return nothing
         slots = attachment.arena.slots
-        return [
+        begun = [
             None if slot < 0 else SaveSlot(key, slots[slot], slot, generation)
             for (key, _), slot, generation in zip(entries, reply.slots, reply.generations, strict=True)
         ]
+        self._writing.update((slot.slot, slot.generation) for slot in begun if slot is not None)
+        return begun
 
     async def commit_save(self, saved: Sequence[tuple[SaveSlot, int]]) -> None:
         """Publish blocks; each with the `block_checksum` of what was written. Parents before children."""
+        self._writing.difference_update((slot.slot, slot.generation) for slot, _ in saved)
         if self._attachment is None or not saved:
             return
         request = pb.CommitSaveRequest(
@@ -204,38 +214,54 @@ class StoreClient:
         await self._call(self._stub.CommitSave, request, CALL_TIMEOUT_S)
 
     async def abandon_save(self, slots: Sequence[SaveSlot]) -> None:
-        """Give slots back unpublished; the caller writes to them no more. Also right after a reconnection."""
+        """Give slots back unpublished; the caller writes to them no more."""
+        self._writing.difference_update((slot.slot, slot.generation) for slot in slots)
         if self._attachment is None or not slots:
-            return
+            return  # the node learns it when we attach again
         request = pb.AbandonSaveRequest(
             slots=[slot.slot for slot in slots], generations=[slot.generation for slot in slots]
         )
         await self._call(self._stub.AbandonSave, request, CALL_TIMEOUT_S)
 
     async def close(self) -> None:
-        """Leave; what this worker still leased or reserved is given back. Views of the arena stay readable."""
+        """Leave; leases end. Slots that are neither committed nor abandoned come back when this process ends."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        if self._releasing is not None:
-            await self._releasing
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._channel.close(None)
 
     # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _abandon_unseen(self, call: asyncio.Future[Any]) -> None:
+        """The caller was cancelled before it saw its slots."""
+        reply = None if call.cancelled() or call.exception() is not None else call.result()
+        if reply is not None:
+            held = [(slot, number) for slot, number in zip(reply.slots, reply.generations, strict=True) if slot >= 0]
+            request = pb.AbandonSaveRequest(
+                slots=[slot for slot, _ in held], generations=[number for _, number in held]
+            )
+            self._background(self._call(self._stub.AbandonSave, request, CALL_TIMEOUT_S))
+
+    def _background(self, what: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.create_task(what)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _release(self, attachment: _Attachment, lease_id: int) -> None:
         """Releases of one turn of the loop go together; a lease that is lost on the way ends by itself."""
         if self._attachment is not attachment:
             return
         self._to_release.append(lease_id)
-        if self._releasing is None:
-            self._releasing = asyncio.create_task(self._send_releases(), name="store releases")
+        if not self._releasing:
+            self._releasing = True
+            self._background(self._send_releases())
 
     async def _send_releases(self) -> None:
         while self._to_release:
             lease_ids, self._to_release = self._to_release, []
             await self._call(self._stub.Release, pb.ReleaseRequest(lease_ids=lease_ids), CALL_TIMEOUT_S)
-        self._releasing = None
+        self._releasing = False
 
     async def _call(self, method: Callable[..., Any], request: Any, timeout_s: float) -> Any:
         """The reply, or None if the node gave none; a node that is late or gone is left until it attaches us again."""
@@ -271,6 +297,9 @@ class StoreClient:
 
     async def _attach_once(self) -> str | None:
         """One session from its start to its end. Returns why it did not come to be; "" if nobody was there."""
+        del self._hello.writing_slots[:], self._hello.writing_generations[:]
+        self._hello.writing_slots.extend(slot for slot, _ in self._writing)
+        self._hello.writing_generations.extend(generation for _, generation in self._writing)
         stream = self._stream = self._stub.Attach(self._hello)
         try:
             async with asyncio.timeout(ATTACH_TIMEOUT_S):
@@ -278,6 +307,7 @@ class StoreClient:
             if not isinstance(attached, pb.Attached):
                 return ""
             self._attachment = _Attachment(attached, self._hello.block_bytes)
+            self._hello.previous_session_id = attached.session_id
             log.info("attached to the store: %d slots in %s", attached.num_slots, attached.arena_path or "no host tier")
             if not self._first.done():
                 self._first.set_result(None)

@@ -19,7 +19,7 @@ parent in this tier. A soft pin moves a block behind all unpinned ones, a hard p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -105,14 +105,17 @@ class HostLedger:
 class HostTier:
     """Not thread-safe: the node's loop owns it. Times are in seconds on one monotonic clock."""
 
-    def __init__(self, num_slots: int, block_bytes: int, tenant_bytes: int = 0) -> None:
-        """`tenant_bytes` is what one named tenant may hold; 0 is no limit."""
+    def __init__(self, num_slots: int, block_bytes: int, tenant_bytes: int = 0, first_generation: int = 0) -> None:
+        """`tenant_bytes` is what one named tenant may hold; 0 is no limit.
+
+        Generations grow from `first_generation`: a reference from another life of the node must mean nothing in this.
+        """
         self.num_slots = num_slots
         self.block_bytes = block_bytes
         self.evictions = 0
         self._tenant_blocks = tenant_bytes // block_bytes if tenant_bytes else num_slots
         self._free = list(range(num_slots - 1, -1, -1))
-        self._generation = [0] * num_slots
+        self._generation = [first_generation] * num_slots
         self._blocks: dict[BlockKey, HostBlock] = {}
         self._by_slot: dict[int, HostBlock] = {}
         self._children: dict[BlockKey, int] = {}  # also of parents that are not here (yet)
@@ -256,9 +259,9 @@ class HostTier:
             block.quarantined = True
         return len(lost)
 
-    def owner_gone(self, owner: str) -> int:
-        """Proven: the owner's process has ended. Frees what it was writing; returns how many slots."""
-        gone = [block for block in self._by_slot.values() if block.owner == owner]
+    def owner_gone(self, owner: str, still_writing: Collection[SlotRef] = ()) -> int:
+        """Proven: the owner's process has ended, or by its own word writes only there. Frees the rest; how many."""
+        gone = [block for block in self._by_slot.values() if block.owner == owner and block.ref not in still_writing]
         for block in gone:
             self._remove(block)
         return len(gone)

@@ -80,7 +80,7 @@ class Locations:
 
     def __init__(self, url: str, namespace: str, me: NodeRecord, *, ttl_s: int = 600, timeout_s: float = 0.05) -> None:
         """Raises Unavailable: no such URL, or the package is missing."""
-        self._client, self._is_cluster, self._errors = _connect(url)
+        self._client, self._is_cluster, self._errors = connect(url)
         self._prefix = f"pdserve:{namespace}:kv:".encode()
         self._node_prefix = f"pdserve:{namespace}:store:"
         self._me = me
@@ -164,15 +164,16 @@ class Locations:
         while True:
             now_s = time.monotonic()
             if now_s >= renew_s:
-                renew_s = now_s + (_NODE_RENEW_S if await self._renew() else _FLUSH_S)
+                renew_s = now_s + (_NODE_RENEW_S if await self.renew() else _FLUSH_S)
             if now_s - told_s >= self._ttl_s / 2:
                 told_s = now_s
                 for tier, keys in sorted(held().items(), reverse=True):  # the cheapest tier last: it stays
                     self.announce(tier, keys)
-            await self._flush()
+            await self.flush()
             await asyncio.sleep(_FLUSH_S)
 
-    async def _renew(self) -> bool:
+    async def renew(self) -> bool:
+        """Have our own record live on; whether that worked."""
         key = f"{self._node_prefix}{self._me.incarnation:x}"
         try:
             await self._bounded(self._client.set(key, self._me.to_json(), ex=_NODE_TTL_S), self._timeout_s)
@@ -180,7 +181,8 @@ class Locations:
             return False
         return True
 
-    async def _flush(self) -> None:
+    async def flush(self) -> None:
+        """Tell what has been announced; what cannot be told now stays."""
         while self._pending:
             batch = [(key, self._pending[key]) for key, _ in zip(tuple(self._pending), range(_BATCH), strict=False)]
             try:
@@ -225,7 +227,7 @@ class Locations:
         return result
 
 
-def _connect(url: str) -> tuple[Any, bool, tuple[type[Exception], ...]]:
+def connect(url: str) -> tuple[Any, bool, tuple[type[Exception], ...]]:
     """The client, whether it is a cluster's, and what its calls may raise. Raises Unavailable.
 
     Besides what the package takes (`redis://`, `rediss://`, `unix://`, with user and password):

@@ -20,9 +20,14 @@ from kvstore.store.admin import make_admin_app
 from kvstore.store.config import StoreConfig
 from kvstore.store.geometry import Geometry
 from kvstore.store.opened import NodeState
+from kvstore.store.operator_service import OperatorService
 from kvstore.store.peer_service import PeerService
 from kvstore.store.service import StoreService
-from kvstore.store.store_pb2_grpc import add_StorePeerServicer_to_server, add_StoreServicer_to_server
+from kvstore.store.store_pb2_grpc import (
+    add_StoreOperatorServicer_to_server,
+    add_StorePeerServicer_to_server,
+    add_StoreServicer_to_server,
+)
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +58,7 @@ async def running_node(config: StoreConfig, geometry: Geometry | None = None) ->
     local = _server()
     _bind_socket(local, config.socket_path)
     add_StoreServicer_to_server(StoreService(state), local)
+    add_StoreOperatorServicer_to_server(OperatorService(state), local)
     remote = _server()
     try:
         port = remote.add_insecure_port(f"{config.host}:{config.port}")

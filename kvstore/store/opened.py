@@ -101,10 +101,11 @@ class NodeState:
         arena = await loop.run_in_executor(None, self._open_arena, geometry)
         slots: Sequence[Buffer] = () if arena is None else arena.slots
         disk = None if arena is None else await loop.run_in_executor(None, self._open_disk, geometry)
-        host = HostTier(len(slots), geometry.block_bytes, config.tenant_bytes)
+        first = self.incarnation >> 32 << 32  # of this life's generations and sessions
+        host = HostTier(len(slots), geometry.block_bytes, config.tenant_bytes, first)
         store = TieredStore(host, slots, disk, config.policy, config.limits, self.metrics)
         peers = await self._open_peers(geometry, store)
-        opened = OpenStore(geometry, arena, store, SessionTable(host), peers, [])
+        opened = OpenStore(geometry, arena, store, SessionTable(host, first), peers, [])
         opened.tasks.append(asyncio.create_task(_sweep(store), name="store sweep"))
         if store.write_behind is not None:
             opened.tasks.append(asyncio.create_task(store.write_behind.run(), name="write-behind"))

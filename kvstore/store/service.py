@@ -31,6 +31,14 @@ async def keys_of(data: bytes, context: Context) -> list[BlockKey]:
         raise
 
 
+async def opened_store(state: NodeState, context: Context) -> OpenStore:
+    """Ends the call if no worker has attached yet."""
+    if state.opened is None:
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "no worker has attached yet")
+    assert state.opened is not None
+    return state.opened
+
+
 class StoreService(StoreServicer):
     def __init__(self, state: NodeState) -> None:
         self._state = state
@@ -39,6 +47,8 @@ class StoreService(StoreServicer):
         try:
             geometry = Geometry(request.fingerprint, request.block_bytes)
             opened = await self._state.open(geometry)
+            writing = await self._refs(request.writing_slots, request.writing_generations, context)
+            opened.sessions.resume(request.previous_session_id, request.pid, set(writing))
             session = opened.sessions.open(request.owner[:_MAX_OWNER], request.pid)
         except (ValueError, Unavailable) as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
@@ -56,7 +66,7 @@ class StoreService(StoreServicer):
             opened.sessions.lost(session)
 
     async def Lookup(self, request: pb.LookupRequest, context: Context) -> pb.LookupReply:
-        opened = await self._opened(context)
+        opened = await opened_store(self._state, context)
         return pb.LookupReply(tiers=await opened.store.lookup(await keys_of(request.keys, context)))
 
     async def Load(self, request: pb.LoadRequest, context: Context) -> pb.LoadReply:
@@ -72,7 +82,7 @@ class StoreService(StoreServicer):
         )
 
     async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.Done:
-        opened = await self._opened(context)
+        opened = await opened_store(self._state, context)
         for lease_id in request.lease_ids:
             opened.store.release(lease_id)
         return _DONE
@@ -92,7 +102,7 @@ class StoreService(StoreServicer):
         )
 
     async def CommitSave(self, request: pb.CommitSaveRequest, context: Context) -> pb.Done:
-        opened = await self._opened(context)
+        opened = await opened_store(self._state, context)
         refs = await self._refs(request.slots, request.generations, context)
         if len(refs) != len(request.checksums):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "each slot needs a checksum")
@@ -100,24 +110,17 @@ class StoreService(StoreServicer):
         return _DONE
 
     async def AbandonSave(self, request: pb.AbandonSaveRequest, context: Context) -> pb.Done:
-        opened = await self._opened(context)
+        opened = await opened_store(self._state, context)
         opened.store.abandon_save(await self._refs(request.slots, request.generations, context))
         return _DONE
 
     async def ReportCorrupt(self, request: pb.ReportCorruptRequest, context: Context) -> pb.Done:
-        opened = await self._opened(context)
+        opened = await opened_store(self._state, context)
         await opened.store.report_corrupt(await keys_of(request.keys, context))
         return _DONE
 
-    async def _opened(self, context: Context) -> OpenStore:
-        opened = self._state.opened
-        if opened is None:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "no worker has attached yet")
-        assert opened is not None
-        return opened
-
     async def _session(self, session_id: int, context: Context) -> tuple[OpenStore, str]:
-        opened = await self._opened(context)
+        opened = await opened_store(self._state, context)
         owner = opened.sessions.owner(session_id)
         if owner is None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this session has ended")

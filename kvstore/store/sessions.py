@@ -1,7 +1,7 @@
 """The workers that are attached: a stream tells that a session has ended, a pidfd proves that the process has.
 
-ATTACHED ── stream ends ──> LOST: slots quarantined ── process ends ──> GONE: slots freed
-    └────────────── process ends ──────────────────────────┘
+ATTACHED ── stream ends ──> LOST: slots quarantined ── process ends, or attaches again ──> GONE: slots freed
+        └────────────── process ends ────────────────────────┴─────────────────────────────────────┘
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from kvstore.errors import Unavailable
-from kvstore.store.host_tier import HostTier
+from kvstore.store.host_tier import HostTier, SlotRef
 
 log = logging.getLogger(__name__)
 
@@ -23,16 +24,18 @@ class Session:
 
     session_id: int
     owner: str
+    pid: int
     pidfd: int
 
 
 class SessionTable:
     """Use on the node's loop."""
 
-    def __init__(self, host: HostTier) -> None:
+    def __init__(self, host: HostTier, first_id: int = 0) -> None:
+        """Ids grow from `first_id`: a session of another life of the node must mean nothing in this."""
         self._host = host
         self._loop = asyncio.get_running_loop()
-        self._last_id = 0
+        self._last_id = first_id
         self._attached: dict[int, Session] = {}
         self._watched: dict[int, Session] = {}  # by pidfd, until the process has ended or nothing is left to free
 
@@ -48,11 +51,20 @@ class SessionTable:
                 f"process {pid} cannot be seen from here: a worker and its store node must share a PID namespace"
             ) from error
         self._last_id += 1
-        session = Session(self._last_id, f"{name}#{self._last_id}", pidfd)
+        session = Session(self._last_id, f"{name}#{self._last_id & 0xFFFFFFFF}", pid, pidfd)
         self._attached[session.session_id] = self._watched[pidfd] = session
         self._loop.add_reader(pidfd, self._gone, session)
         log.info("%s has attached (pid %d)", session.owner, pid)
         return session
+
+    def resume(self, session_id: int, pid: int, still_writing: Collection[SlotRef]) -> None:
+        """The process of a session that was lost says what it still writes: the rest is free."""
+        for session in tuple(self._watched.values()):
+            if session.session_id == session_id and session.pid == pid:
+                self.lost(session)
+                self._host.owner_gone(session.owner, still_writing)
+                if not still_writing:
+                    self._forget(session)
 
     def owner(self, session_id: int) -> str | None:
         """Whose session it is; None if it has ended."""

@@ -10,7 +10,6 @@ Whatever is broken, late or full makes a miss.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
@@ -116,7 +115,7 @@ class TieredStore:
         lease_id = self.host.open_lease(owner, now_s, until_s + self.limits.lease_s)
         blocks = self.host.lease(lease_id, keys)
         brought: dict[BlockKey, Tier] = {}
-        with contextlib.suppress(TimeoutError):
+        try:
             while len(blocks) < len(keys) and time.monotonic() < until_s:
                 rest = keys[len(blocks) :]
                 missing = {key for key in rest if self.host.get(key) is None}
@@ -127,6 +126,11 @@ class TieredStore:
                     break
                 brought.update((block.key, tier) for block in run if block.key in missing)
                 blocks += run
+        except TimeoutError:
+            pass  # what is there by now
+        except asyncio.CancelledError:
+            self.host.release(lease_id)
+            raise
         self._note_load(blocks, len(keys), brought)
         if not blocks:
             self.host.release(lease_id)

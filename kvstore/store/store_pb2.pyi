@@ -12,16 +12,22 @@ class Done(_message.Message):
     def __init__(self) -> None: ...
 
 class AttachRequest(_message.Message):
-    __slots__ = ("owner", "pid", "fingerprint", "block_bytes")
+    __slots__ = ("owner", "pid", "fingerprint", "block_bytes", "previous_session_id", "writing_slots", "writing_generations")
     OWNER_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    WRITING_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    WRITING_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     owner: str
     pid: int
     fingerprint: bytes
     block_bytes: int
-    def __init__(self, owner: _Optional[str] = ..., pid: _Optional[int] = ..., fingerprint: _Optional[bytes] = ..., block_bytes: _Optional[int] = ...) -> None: ...
+    previous_session_id: int
+    writing_slots: _containers.RepeatedScalarFieldContainer[int]
+    writing_generations: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, owner: _Optional[str] = ..., pid: _Optional[int] = ..., fingerprint: _Optional[bytes] = ..., block_bytes: _Optional[int] = ..., previous_session_id: _Optional[int] = ..., writing_slots: _Optional[_Iterable[int]] = ..., writing_generations: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Attached(_message.Message):
     __slots__ = ("session_id", "incarnation", "arena_path", "num_slots", "lease_s")
@@ -126,7 +132,7 @@ class StatRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TierStat(_message.Message):
-    __slots__ = ("tier", "blocks", "bytes", "capacity_bytes", "hits", "evictions", "corrupt", "state")
+    __slots__ = ("tier", "blocks", "bytes", "capacity_bytes", "hits", "evictions", "corrupt", "breaker")
     TIER_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -134,7 +140,7 @@ class TierStat(_message.Message):
     HITS_FIELD_NUMBER: _ClassVar[int]
     EVICTIONS_FIELD_NUMBER: _ClassVar[int]
     CORRUPT_FIELD_NUMBER: _ClassVar[int]
-    STATE_FIELD_NUMBER: _ClassVar[int]
+    BREAKER_FIELD_NUMBER: _ClassVar[int]
     tier: str
     blocks: int
     bytes: int
@@ -142,11 +148,11 @@ class TierStat(_message.Message):
     hits: int
     evictions: int
     corrupt: int
-    state: str
-    def __init__(self, tier: _Optional[str] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., hits: _Optional[int] = ..., evictions: _Optional[int] = ..., corrupt: _Optional[int] = ..., state: _Optional[str] = ...) -> None: ...
+    breaker: str
+    def __init__(self, tier: _Optional[str] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., hits: _Optional[int] = ..., evictions: _Optional[int] = ..., corrupt: _Optional[int] = ..., breaker: _Optional[str] = ...) -> None: ...
 
 class StatReply(_message.Message):
-    __slots__ = ("node_id", "incarnation", "address", "fingerprint", "block_bytes", "tiers", "slots", "misses", "write_behind_bytes", "tenant_bytes")
+    __slots__ = ("node_id", "incarnation", "address", "fingerprint", "block_bytes", "tiers", "slots", "misses", "write_behind_bytes", "tenant_bytes", "problems")
     class SlotsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -171,6 +177,7 @@ class StatReply(_message.Message):
     MISSES_FIELD_NUMBER: _ClassVar[int]
     WRITE_BEHIND_BYTES_FIELD_NUMBER: _ClassVar[int]
     TENANT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     incarnation: int
     address: str
@@ -181,7 +188,8 @@ class StatReply(_message.Message):
     misses: int
     write_behind_bytes: int
     tenant_bytes: _containers.ScalarMap[str, int]
-    def __init__(self, node_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., block_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStat, _Mapping]]] = ..., slots: _Optional[_Mapping[str, int]] = ..., misses: _Optional[int] = ..., write_behind_bytes: _Optional[int] = ..., tenant_bytes: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    problems: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, node_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., block_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStat, _Mapping]]] = ..., slots: _Optional[_Mapping[str, int]] = ..., misses: _Optional[int] = ..., write_behind_bytes: _Optional[int] = ..., tenant_bytes: _Optional[_Mapping[str, int]] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListRequest(_message.Message):
     __slots__ = ("limit",)

@@ -116,7 +116,7 @@ def _receive_rounds(link: Link, batch: Batch, into: Buffer, child: IO[str]) -> t
     ) / gigabytes
 
 
-def _measure(block_kib: int, *, same_host: bool) -> Result:
+def measure(block_kib: int, *, same_host: bool) -> Result:
     batch = Batch()
     transport = UcxTransport()
     link = transport.open(batch, same_host=same_host)
@@ -175,7 +175,7 @@ def main() -> None:
     if arguments.sender:
         _send_rounds()
         return
-    results = [_measure(kib, same_host=same_host) for same_host in (True, False) for kib in BLOCK_KIB]
+    results = [measure(kib, same_host=same_host) for same_host in (True, False) for kib in BLOCK_KIB]
     report = json.dumps([asdict(result) for result in results], indent=1)
     if arguments.json:
         arguments.json.write_text(report + "\n")

@@ -15,6 +15,7 @@ BENCHMARKS = {
     "engine": ("pdserve.bench.engine", "engine step against the bare weight products of the same shape"),
     "kernels": ("pdserve.bench.kernels", "kernels against torch"),
     "transfer": ("kvstore.transfer.bench", "KV push against memcpy, over shared memory and TCP"),
+    "store": ("kvstore.store.bench", "KV store against memcpy, disk, transfer plane and Redis"),
     "router": ("router.bench", "router overhead per request and per token"),
     "startup": ("pdserve.bench.startup", "seconds to ready, and the memory of each process"),
     "tiers": ("pdserve.bench.tiers", "TTFT of a long prompt: computed, and found in each tier of the store"),

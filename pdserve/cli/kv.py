@@ -1,4 +1,4 @@
-"""`pdserve kv audit`: does every worker's ledger sum to its pool?"""
+"""`pdserve kv`: does every worker's ledger sum to its pool (`audit`), and what a store node holds (the others)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pdserve.cli import kv_store
 from pdserve.cli.ledger import STATES, Audit, audit
 from pdserve.errors import ConfigError
 from pdserve.launch.http_front import get_json
@@ -17,12 +18,8 @@ from pdserve.launch.http_front import get_json
 DEFAULT_URL = "http://127.0.0.1:8000"
 _MIN_WIDTH = 120
 
-app = typer.Typer(help="Look into the KV blocks of running workers.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `audit` a command of its own name while it is the only one."""
+app = typer.Typer(help="Look into the KV blocks of running workers and store nodes.", no_args_is_help=True)
+kv_store.register(app)
 
 
 @app.command("audit")

@@ -230,3 +230,31 @@ async def test_too_little_shared_memory_leaves_the_node_without_a_host_tier(tmp_
 
 def test_the_fingerprint_of_these_tests_is_one() -> None:
     assert len(FINGERPRINT) == 16
+
+
+async def test_a_worker_that_lost_its_session_keeps_only_what_it_still_writes(
+    node: NodeProcess, client: StoreClient
+) -> None:
+    writing, given_up = await client.begin_save(entries(chain(1, 2)))
+    assert writing is not None
+    assert given_up is not None
+    node.process.send_signal(signal.SIGSTOP)
+    try:
+        assert await client.lookup(chain(2, 1)) == []
+        await client.abandon_save([given_up])  # the node does not hear it
+    finally:
+        node.process.send_signal(signal.SIGCONT)
+    await until_attached(client)
+    assert (await ledger(node))["by_state"]["quarantined"] == 1
+    await client.abandon_save([writing])
+    assert (await ledger(node))["by_state"]["quarantined"] == 0
+
+
+async def test_a_cancelled_save_keeps_no_slot(node: NodeProcess, client: StoreClient) -> None:
+    saving = asyncio.create_task(client.begin_save(entries(chain(1, 5))))
+    await asyncio.sleep(0)
+    saving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await saving
+    await until(node, "free", (await ledger(node))["total_blocks"])
+    assert await save(client, chain(1, 5)) == 5
