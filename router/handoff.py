@@ -23,7 +23,8 @@ class HandOver:
     """From HANDOFF_WANTED to DECODING.
 
     `choose` places the rest of the request on a decode worker, none of those given; `submit` makes the request's
-    message; `wait_s` is for a worker that has room.
+    message; `wait_s` is for a worker that has room. Nothing is given up before the prompt is `prefilled`: its last chunk
+    would be computed for nothing.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class HandOver:
         limits: RouterLimits,
         choose: Callable[[frozenset[str]], Claim | Decision],
         submit: Callable[[], pb.Submit],
+        prefilled: Callable[[], bool],
         wait_s: float,
     ) -> None:
         self._attempt = attempt
@@ -40,6 +42,7 @@ class HandOver:
         self._limits = limits
         self._choose = choose
         self._submit = submit
+        self._prefilled = prefilled
         self._wait_s = wait_s
         self._refused: set[str] = set()  # asked again a little later
         self._silent: set[str] = set()  # not asked again: a late answer would be to an aborted reservation
@@ -57,10 +60,11 @@ class HandOver:
                     return True
                 continue
             now_s = time.monotonic()
-            if now_s >= until_s:
+            gives_up = self._prefilled() or now_s >= until_s + self._limits.first_token_s
+            if now_s >= until_s and gives_up:
                 log.info("attempt=%d no decode worker has room: %s", self._attempt.number, choice.why_not())
                 return False
-            await self._attempt.event(min(until_s, now_s + TICK_S))
+            await self._attempt.event(now_s + TICK_S)
             self._refused.clear()
 
     async def _reserve(self, claim: Claim) -> pb.Ticket | None:

@@ -236,6 +236,7 @@ class RoutedGeneration:
                     self._need(Phase.DECODE, avoid | self._avoid), keys, attempt.prompt_id
                 ),
                 submit=lambda: self._submit(attempt),
+                prefilled=lambda: len(self._order.token_ids) > attempt.resumed_tokens,
                 wait_s=self._limits.spill_after_s if spills else self._limits.handoff_wait_s,
             )
             if await hand_over.run():

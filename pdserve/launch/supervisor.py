@@ -173,7 +173,7 @@ class Supervisor:
     def _store_text(self, values: dict[str, Any]) -> str:
         sizes = {"host": self._options.host_bytes, "disk": self._options.disk_bytes}
         tiers = ", ".join(f"{name} {size / 2**30:.3g} GiB" for name, size in sizes.items() if size)
-        return f"{tiers}, admin {values.get('admin_address', '?')}"
+        return f"{tiers}, socket {values.get('socket', '?')}"
 
     def _say_ready(self, took_s: float) -> None:
         self._steps.say(

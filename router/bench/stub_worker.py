@@ -57,6 +57,7 @@ class StubSpec:
     incarnation: int = 1
     model: str = "stub"
     fingerprint: bytes = FINGERPRINT
+    has_store: bool = False
 
 
 @dataclass(slots=True)
@@ -284,6 +285,7 @@ class StubWorker(WorkerServicer):
             max_sequences=1024,
             address=self.address,
             vocab_size=VOCAB_SIZE,
+            has_store=spec.has_store,
         )
 
     def _send_load(self, session: StubSession) -> None:
