@@ -23,8 +23,8 @@ class HandOver:
     """From HANDOFF_WANTED to DECODING.
 
     `choose` places the rest of the request on a decode worker, none of those given; `submit` makes the request's
-    message; `wait_s` is for a worker that has room. Nothing is given up before the prompt is `prefilled`: its last chunk
-    would be computed for nothing.
+    message; `wait_s` is for a worker that has room. Nothing is given up before the prompt is `prefilled`, or its last
+    chunk would be computed for nothing.
     """
 
     def __init__(
