@@ -147,11 +147,9 @@ class StoreClient:
         if reply is None or not reply.lease_id:
             return Lease.empty()
         slots = attachment.arena.slots
-        # Not `map(Tier, ...)`: an enum's constructor is slow, and there may be 2,000 blocks.
-        blocks = tuple(
-            LeasedBlock(key, slots[slot], checksum, _TIERS[tier])
-            for key, slot, checksum, tier in zip(keys, reply.slots, reply.checksums, reply.tiers, strict=False)
-        )
+        # There may be 2,000 blocks: constructors of named tuples and enums would be most of the call.
+        fields = zip(keys, map(slots.__getitem__, reply.slots), reply.checksums, map(_TIERS.get, reply.tiers))  # noqa: B905
+        blocks = tuple(map(LeasedBlock._make, fields))
         lease_id = reply.lease_id
         return Lease(blocks, asked_s + attachment.lease_s, lambda: self._release(attachment, lease_id))
 
@@ -306,7 +304,9 @@ class StoreClient:
                 attached = await stream.read()
             if not isinstance(attached, pb.Attached):
                 return ""
-            self._attachment = _Attachment(attached, self._hello.block_bytes)
+            self._attachment = attachment = _Attachment(attached, self._hello.block_bytes)
+            if attachment.arena is not None:
+                self._background(asyncio.to_thread(attachment.arena.populate))
             self._hello.previous_session_id = attached.session_id
             log.info("attached to the store: %d slots in %s", attached.num_slots, attached.arena_path or "no host tier")
             if not self._first.done():
