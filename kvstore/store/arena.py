@@ -88,10 +88,12 @@ class Arena:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(self._fd, size)
             os.posix_fallocate(self._fd, 0, size)  # now: a page that cannot be had later kills whoever touches it
-            self.slots = ArenaMap(self.path, self.num_slots, block_bytes).slots
+            mapped = ArenaMap(self.path, self.num_slots, block_bytes)
         except OSError as error:
             self.close()
             raise Unavailable(f"{size} bytes of shared memory could not be had: {error.strerror}") from error
+        mapped.populate()
+        self.slots = mapped.slots
 
     def close(self) -> None:
         """Idempotent; workers that have it mapped keep what they see."""

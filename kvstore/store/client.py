@@ -84,6 +84,7 @@ class StoreClient:
         self._to_release: list[int] = []
         self._writing: set[tuple[int, int]] = set()  # slot and generation of what the callers may still write
         self._releasing = False
+        self._closing = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -223,6 +224,7 @@ class StoreClient:
 
     async def close(self) -> None:
         """Leave; leases end. Slots that are neither committed nor abandoned come back when this process ends."""
+        self._closing = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -274,7 +276,8 @@ class StoreClient:
 
     def _detach(self, reason: str) -> None:
         if self._attachment is not None:
-            log.warning("the store node does not answer (%s): every look-up misses until it is back", reason)
+            level = logging.DEBUG if self._closing else logging.WARNING
+            log.log(level, "the store node does not answer (%s): every look-up misses until it is back", reason)
             self._attachment = None
             self._to_release.clear()
         if self._stream is not None:

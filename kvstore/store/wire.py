@@ -27,6 +27,11 @@ def split_keys(data: bytes) -> list[BlockKey]:
     """Raises ValueError if it is no run of keys, or longer than `MAX_KEYS`."""
     if len(data) % KEY_BYTES or len(data) > MAX_KEYS * KEY_BYTES:
         raise ValueError(f"{len(data)} bytes are no run of at most {MAX_KEYS} block keys")
+    return split_all(data)
+
+
+def split_all(data: bytes) -> list[BlockKey]:
+    """Of our own bytes, which are a run of keys however many."""
     return [key for (key,) in _KEY.iter_unpack(data)]
 
 
