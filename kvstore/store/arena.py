@@ -22,6 +22,8 @@ from kvstore.transfer.transport import Buffer
 SHM_FOLDER = Path("/dev/shm")
 _PREFIX = "pdserve-"
 _HUGE_PAGE_BYTES = 2 << 20
+_MADV_POPULATE_WRITE = 23  # mman.h; the mmap module does not name it
+_POPULATE_BYTES = 8 << 20
 _KEEP_FREE = 0.05  # of the file system, for everybody else
 
 
@@ -39,7 +41,19 @@ class ArenaMap:
         finally:
             os.close(fd)
         advise(memory)
+        self._memory = memory
         self.slots: list[Buffer] = list(np.frombuffer(memory, np.uint8).reshape(num_slots, block_bytes))
+
+    def populate(self) -> None:
+        """Map all pages now: one by one, as they are first touched, they would cost more than the copies.
+
+        The memory is there already, so this takes page tables only; it holds the interpreter a millisecond at a time.
+        """
+        for start in range(0, len(self._memory), _POPULATE_BYTES):
+            try:
+                self._memory.madvise(_MADV_POPULATE_WRITE, start, min(_POPULATE_BYTES, len(self._memory) - start))
+            except OSError:
+                return  # before Linux 5.14: they are mapped when they are touched
 
 
 def advise(memory: mmap.mmap) -> None:
@@ -74,10 +88,12 @@ class Arena:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(self._fd, size)
             os.posix_fallocate(self._fd, 0, size)  # now: a page that cannot be had later kills whoever touches it
-            self.slots = ArenaMap(self.path, self.num_slots, block_bytes).slots
+            mapped = ArenaMap(self.path, self.num_slots, block_bytes)
         except OSError as error:
             self.close()
             raise Unavailable(f"{size} bytes of shared memory could not be had: {error.strerror}") from error
+        mapped.populate()
+        self.slots = mapped.slots
 
     def close(self) -> None:
         """Idempotent; workers that have it mapped keep what they see."""

@@ -84,6 +84,7 @@ class StoreClient:
         self._to_release: list[int] = []
         self._writing: set[tuple[int, int]] = set()  # slot and generation of what the callers may still write
         self._releasing = False
+        self._closing = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -147,11 +148,9 @@ class StoreClient:
         if reply is None or not reply.lease_id:
             return Lease.empty()
         slots = attachment.arena.slots
-        # Not `map(Tier, ...)`: an enum's constructor is slow, and there may be 2,000 blocks.
-        blocks = tuple(
-            LeasedBlock(key, slots[slot], checksum, _TIERS[tier])
-            for key, slot, checksum, tier in zip(keys, reply.slots, reply.checksums, reply.tiers, strict=False)
-        )
+        # There may be 2,000 blocks: constructors of named tuples and enums would be most of the call.
+        fields = zip(keys, map(slots.__getitem__, reply.slots), reply.checksums, map(_TIERS.get, reply.tiers))  # noqa: B905
+        blocks = tuple(map(LeasedBlock._make, fields))
         lease_id = reply.lease_id
         return Lease(blocks, asked_s + attachment.lease_s, lambda: self._release(attachment, lease_id))
 
@@ -225,6 +224,7 @@ class StoreClient:
 
     async def close(self) -> None:
         """Leave; leases end. Slots that are neither committed nor abandoned come back when this process ends."""
+        self._closing = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -276,7 +276,8 @@ class StoreClient:
 
     def _detach(self, reason: str) -> None:
         if self._attachment is not None:
-            log.warning("the store node does not answer (%s): every look-up misses until it is back", reason)
+            level = logging.DEBUG if self._closing else logging.WARNING
+            log.log(level, "the store node does not answer (%s): every look-up misses until it is back", reason)
             self._attachment = None
             self._to_release.clear()
         if self._stream is not None:
@@ -306,7 +307,9 @@ class StoreClient:
                 attached = await stream.read()
             if not isinstance(attached, pb.Attached):
                 return ""
-            self._attachment = _Attachment(attached, self._hello.block_bytes)
+            self._attachment = attachment = _Attachment(attached, self._hello.block_bytes)
+            if attachment.arena is not None:
+                self._background(asyncio.to_thread(attachment.arena.populate))
             self._hello.previous_session_id = attached.session_id
             log.info("attached to the store: %d slots in %s", attached.num_slots, attached.arena_path or "no host tier")
             if not self._first.done():

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvstore.keys import KEY_BYTES, BlockKey
 from kvstore.store.segment import TENANT_BYTES, Headers
-from kvstore.store.wire import NO_PARENT
+from kvstore.store.wire import NO_PARENT, split_all
 
 
 class DiskIndex:
@@ -91,10 +91,10 @@ class DiskIndex:
         """The blocks of a segment that was found at the start; `link` is due when all are in."""
         rows = seat * self.records_per_segment + records
         data = np.ascontiguousarray(headers["key"]).tobytes()
-        keys = [BlockKey(data[start : start + KEY_BYTES]) for start in range(0, len(data), KEY_BYTES)]
-        for key in keys:
-            if key in self._rows:
-                self._forget(key)
+        keys = split_all(data)
+        for key in [key for key in keys if key in self._rows]:
+            self._forget(key)
+        before = len(self._rows)
         self._rows.update(zip(keys, rows.tolist(), strict=True))
         self._keys[rows] = np.frombuffer(data, np.uint8).reshape(-1, KEY_BYTES)
         parents = np.ascontiguousarray(headers["parent"]).tobytes()
@@ -109,7 +109,7 @@ class DiskIndex:
             self._tenant_blocks[number] = self._tenant_blocks.get(number, 0) + count
         self._live[rows] = True
         # Of a key that is twice in one segment the later one counts.
-        if len(set(keys)) < len(keys):
+        if len(self._rows) - before < len(keys):
             for key, row in zip(keys, rows.tolist(), strict=True):
                 if self._rows[key] != row:
                     self._kill(row)
@@ -117,10 +117,8 @@ class DiskIndex:
     def link(self) -> None:
         """Find the rows of all parents. A block whose parent is not here follows it: no look-up would reach it."""
         rows = np.flatnonzero(self._live)
-        data, get = self._parents[rows].tobytes(), self._rows.get
-        self._parent_rows[rows] = [
-            get(BlockKey(data[start : start + KEY_BYTES]), -1) for start in range(0, len(data), KEY_BYTES)
-        ]
+        parents, get = split_all(self._parents[rows].tobytes()), self._rows.get
+        self._parent_rows[rows] = [get(parent, -1) for parent in parents]
         self._drop(self._live & self._parents.any(axis=1) & (self._parent_rows < 0))
 
     def coldest(self, seats: Iterable[int]) -> int | None:
@@ -154,8 +152,7 @@ class DiskIndex:
             doomed[below] |= doomed[above]
             up[below] = up[above]
         rows = np.flatnonzero(doomed & self._live)
-        data = self._keys[rows].tobytes()
-        gone = [BlockKey(data[start : start + KEY_BYTES]) for start in range(0, len(data), KEY_BYTES)]
+        gone = split_all(self._keys[rows].tobytes())
         for key, row in zip(gone, rows.tolist(), strict=True):
             del self._rows[key]
             self._kill(row)

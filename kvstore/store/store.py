@@ -135,7 +135,10 @@ class TieredStore:
         if not blocks:
             self.host.release(lease_id)
             return Loaded(0, [], b"")
-        return Loaded(lease_id, blocks, bytes(brought.get(block.key, Tier.HOST) for block in blocks))
+        tiers = bytes([Tier.HOST]) * len(blocks)
+        if brought:
+            tiers = bytes(brought.get(block.key, Tier.HOST) for block in blocks)
+        return Loaded(lease_id, blocks, tiers)
 
     def release(self, lease_id: int) -> None:
         self.host.release(lease_id)

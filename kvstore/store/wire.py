@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 from kvstore.keys import KEY_BYTES, BlockKey
 
 MAX_KEYS = 1 << 16  # of one call: a million tokens in blocks of 16
+_KEY = struct.Struct(f"{KEY_BYTES}s")
 NO_PARENT = bytes(KEY_BYTES)
 
 
@@ -25,7 +27,12 @@ def split_keys(data: bytes) -> list[BlockKey]:
     """Raises ValueError if it is no run of keys, or longer than `MAX_KEYS`."""
     if len(data) % KEY_BYTES or len(data) > MAX_KEYS * KEY_BYTES:
         raise ValueError(f"{len(data)} bytes are no run of at most {MAX_KEYS} block keys")
-    return [BlockKey(data[start : start + KEY_BYTES]) for start in range(0, len(data), KEY_BYTES)]
+    return split_all(data)
+
+
+def split_all(data: bytes) -> list[BlockKey]:
+    """Of our own bytes, which are a run of keys however many."""
+    return [key for (key,) in _KEY.iter_unpack(data)]
 
 
 def split_parents(data: bytes) -> list[BlockKey | None]:
