@@ -150,7 +150,7 @@ def test_a_killed_worker_comes_back_and_serves(up: Up, worker_id: str) -> None:
 def test_interrupt_ends_everything_within_5_s(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     with running_up(tmp_path_factory.mktemp("up")) as up:
         children = up.children()
-        assert len(children) == 4, "redis, router and two workers"
+        assert len(children) == 5, "redis, store, router and two workers"
         shared = {path for pid in children for path in shared_memory(pid)}
         (folder,) = up.runtime.glob("pdserve-*")
         assert list(folder.glob("*.sock"))

@@ -34,7 +34,7 @@ def apply(held: dict[Tier, set[BlockKey]], kind: EventKind, tier: Tier, keys: tu
 
 
 @given(changes, changes)
-def test_late_subscriber_has_the_same_picture(before: list, after: list) -> None:
+async def test_late_subscriber_has_the_same_picture(before: list, after: list) -> None:
     log = EventLog()
     truth: dict[Tier, set[BlockKey]] = {Tier.HOST: set(), Tier.DISK: set()}
 
@@ -43,26 +43,23 @@ def test_late_subscriber_has_the_same_picture(before: list, after: list) -> None
         apply(truth, kind, tier, (key,))
         log.emit(kind, tier, [key])
 
-    async def run() -> None:
-        for change in before:
-            emit(*change)
-        subscription = log.subscribe({tier: sorted(keys) for tier, keys in truth.items()})
-        assert subscription is not None
-        for change in after:
-            emit(*change)
-        log.close()
-        picture: dict[Tier, set[BlockKey]] = {Tier.HOST: set(), Tier.DISK: set()}
-        sequence = len(before)
-        live = False
-        while (event := await subscription.next()) is not None:
-            sequence += live
-            assert event.sequence == sequence
-            apply(picture, event.kind, event.tier, event.keys)
-            live |= event.kind is EventKind.SNAPSHOT_END
-        assert picture == truth
-        assert live
-
-    asyncio.run(run())
+    for change in before:
+        emit(*change)
+    subscription = log.subscribe({tier: sorted(keys) for tier, keys in truth.items()})
+    assert subscription is not None
+    for change in after:
+        emit(*change)
+    log.close()
+    picture: dict[Tier, set[BlockKey]] = {Tier.HOST: set(), Tier.DISK: set()}
+    sequence = len(before)
+    live = False
+    while (event := await subscription.next()) is not None:
+        sequence += live
+        assert event.sequence == sequence
+        apply(picture, event.kind, event.tier, event.keys)
+        live |= event.kind is EventKind.SNAPSHOT_END
+    assert picture == truth
+    assert live
 
 
 async def test_subscriber_that_does_not_read_is_ended_and_subscribes_again() -> None:

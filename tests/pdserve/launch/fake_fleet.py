@@ -48,9 +48,9 @@ def main() -> int:
     port, behaviour = int(sys.argv[1]), sys.argv[2]
     worker = fake("prefill-0", ANNOUNCE + WORKERS[behaviour], announces=True)
     supervisor.prepare_command = lambda options: fake("prepare", ANNOUNCE + PREPARE, announces=True)
-    supervisor.worker_commands = lambda options, model, redis_url: [worker]
+    supervisor.worker_commands = lambda options, model, redis_url, store: [worker]
     supervisor.router_command = lambda options, model, redis_url: fake("router", ROUTER, str(port), announces=False)
-    options = UpOptions(model=Path("/models/tiny"), port=port)
+    options = UpOptions(model=Path("/models/tiny"), port=port, host_bytes=0)
     return asyncio.run(supervisor.up(options, Steps(Console(highlight=False))))
 
 
