@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 
-from kvstore.keys import BlockKey, block_keys
+from kvstore.keys import KeyChain
 from pdserve.errors import DeadlineExceeded, InternalError, Overloaded, ServeError, WorkerFailed
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.protocol.codec import finish_from_proto, sampling_to_proto
@@ -166,7 +166,7 @@ class RoutedGeneration:
             log.exception("request=%s a bug ended it", self.request.request_id)
             self._end(InternalError("The router failed."))
 
-    async def _place(self, keys: list[BlockKey]) -> Placed:
+    async def _place(self, keys: KeyChain) -> Placed:
         """Wait, for a bounded time, for a worker that can take the request. Raises Overloaded or DeadlineExceeded."""
         if self._stay_on is not None:
             stay_on, self._stay_on = self._stay_on, None
@@ -205,7 +205,7 @@ class RoutedGeneration:
             attempt.post(Failed(attempt.prompt_id, "cannot be reached", refused=True))
         return attempt
 
-    async def _see_through(self, attempt: Attempt, keys: list[BlockKey]) -> None:
+    async def _see_through(self, attempt: Attempt, keys: KeyChain) -> None:
         """Returns only if prefill is to go on alone, in a new attempt. Raises as `Attempt.event`."""
         while True:
             if not isinstance(await attempt.event(), HandoffWanted) or attempt.state is not State.PREFILLING:
@@ -238,10 +238,10 @@ class RoutedGeneration:
             target=self._target,
         )
 
-    def _keys(self) -> list[BlockKey]:
+    def _keys(self) -> KeyChain:
         """Of the full blocks whose KV must exist."""
         tokens = (*self.request.prompt_token_ids, *self._order.token_ids)
-        return block_keys(self.request.root_key, tokens, self._block_size)
+        return KeyChain(self.request.root_key, tokens, self._block_size)
 
     def _submit(self, attempt: Attempt) -> pb.Submit:
         """The same for both workers of an attempt: decode learns the tokens made since from prefill."""
