@@ -28,6 +28,7 @@ from router.limits import RouterLimits
 from router.output import OutputBuffer, TokenOrder
 from router.placement import Placed, Placer
 from router.policy import Need, Phase
+from router.wishes import Wishes
 
 log = logging.getLogger(__name__)
 
@@ -39,18 +40,18 @@ class RoutedGeneration:
         self,
         request: Request,
         timeline: Timeline,
-        target: str | None,
+        wishes: Wishes,
         fleet: Fleet,
         placer: Placer,
         limits: RouterLimits,
         counts: Counter[str],
-        on_end: Callable[[RoutedGeneration], None],
+        on_end: Callable[[RoutedGeneration, str], None],
     ) -> None:
         self.request = request
         self.timeline = timeline
         self.cached_tokens = 0
         self.workers: list[str] = []  # that did a part, in order of first use
-        self._target = target
+        self._wishes = wishes
         self._fleet = fleet
         self._placer = placer
         self._limits = limits
@@ -235,7 +236,8 @@ class RoutedGeneration:
             max_tokens=self.request.sampling.max_tokens - done,
             block_size=self._block_size,
             avoid=avoid,
-            target=self._target,
+            target=self._wishes.target,
+            session=self._wishes.session,
         )
 
     def _keys(self) -> KeyChain:
@@ -307,14 +309,14 @@ class RoutedGeneration:
                 self._attempt = None
             else:
                 self._leave(attempt)
-        self._on_end(self)
+        self._on_end(self, _name(end))
         if asyncio.current_task() is not self._task:
             self._task.cancel()
 
     def _log_end(self, end: FinishReason | ServeError, attempt: Attempt | None) -> None:
         facts: dict[str, object] = {
             "request": self.request.request_id,
-            "end": end.value if isinstance(end, FinishReason) else end.code,
+            "end": _name(end),
             "state": attempt.state.value if attempt is not None else "queued",
             "workers": ",".join(self.workers) or "-",
             "attempts": self._attempts,
@@ -329,3 +331,7 @@ class RoutedGeneration:
         """Seconds by stage; those of a hand-over only if there was one."""
         handoff = self.timeline.handoff_stages()
         return {**self.timeline.ttft_stages(), **handoff}
+
+
+def _name(end: FinishReason | ServeError) -> str:
+    return end.value if isinstance(end, FinishReason) else end.code or end.type
