@@ -10,10 +10,13 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.store.metrics import StoreMetrics
 from pdserve.worker.metrics import WorkerMetrics
+from router.account_metrics import AccountCollector
 from router.dispatch import RouterDispatcher
 from router.fleet import Fleet
 from router.fleet_metrics import FleetCollector
 from router.metrics import RouterMetrics
+from router.slo import CLASSES, STANDARD, GoodputTracker
+from router.speed import ErrorMeter
 
 TARGET = Path(__file__).parent.parent / "METRICS.md"
 HEAD = """# Metrics
@@ -43,6 +46,10 @@ def router_registry() -> CollectorRegistry:
     registry = CollectorRegistry()
     RouterMetrics(registry)
     registry.register(FleetCollector(cast(Fleet, OneWorker()), cast(RouterDispatcher, OneEvent())))
+    goodput, error = GoodputTracker(), ErrorMeter()
+    goodput.note(CLASSES[STANDARD], ("prefill-0", "decode-0"), None)
+    error.note(1.0, 1.0)
+    registry.register(AccountCollector(goodput, {"ttft": error}))
     return registry
 
 

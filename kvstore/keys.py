@@ -1,11 +1,15 @@
 """Block keys: a chained 128-bit hash names the KV of a block and of everything before it.
 
-    root  = H("root",  fingerprint, salt, adapter)
-    key_i = H("block", key_{i-1}, tokens of block i)        key_{-1} = root
+    root  = H("root",   fingerprint, salt, adapter)
+    key_i = H("blocks", key_{g-1}, stride, tokens of blocks g .. i)     g = i - i % 16,  key_{-1} = root
 
-Every field is length-prefixed, so no two different inputs share a preimage. One function makes keys; every tier, the
-index and the router use the type `BlockKey`. The fingerprint names model, dtype and layout; the salt comes from the
-server's tenant configuration, so a look-up can only hit blocks of the same tenant (design invariant I6).
+The chain has a link each `GROUP_BLOCKS` blocks; inside a group a key hashes the group's tokens so far. That names the
+same prefix as a link at each block would, and lets a reader that skips from group to group (`KeyChain`, the router)
+make a sixteenth of the calls: here it is calls, not bytes, that hashing costs.
+
+Every field but the last is length-prefixed, so no two different inputs share a preimage. One function makes keys;
+every tier, the index and the router use the type `BlockKey`. The fingerprint names model, dtype and layout; the salt
+comes from the server's tenant configuration, so a look-up can only hit blocks of the same tenant (design invariant I6).
 """
 
 from __future__ import annotations
@@ -14,16 +18,23 @@ import struct
 from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import NewType
+from typing import NewType, overload
 
 BlockKey = NewType("BlockKey", bytes)
 KEY_BYTES = 16
+GROUP_BLOCKS = 16
 
 _LEN = struct.Struct("<Q")
+_TOKEN_BYTES = array("I").itemsize
 
 
 def _field(value: bytes) -> bytes:
     return _LEN.pack(len(value)) + value
+
+
+_HEAD = _field(b"blocks") + _LEN.pack(
+    KEY_BYTES
+)  # the key before the group follows, then the length of a block's tokens
 
 
 def root_key(fingerprint: bytes, salt: bytes = b"", adapter: str = "") -> BlockKey:
@@ -42,27 +53,83 @@ def block_keys(root: BlockKey, token_ids: Sequence[int], block_size: int) -> lis
     """Keys of the full blocks of `token_ids`; a partial last block has none.
 
     Args:
-        root: from `root_key`.
+        root: from `root_key`, or the key before a group: that of block `GROUP_BLOCKS` * n - 1 of the same chain.
         token_ids: token ids in [0, 2**32).
         block_size: tokens a block, positive.
 
     Raises:
         ValueError: a token id or the block size is out of range.
     """
+    data = _packed(token_ids, _checked(block_size))
+    stride = block_size * _TOKEN_BYTES
+    middle = _LEN.pack(stride)
+    keys: list[BlockKey] = []
+    parent: bytes = root
+    for begin in range(0, len(data), GROUP_BLOCKS * stride):
+        group = blake2b(b"".join((_HEAD, parent, middle)), digest_size=KEY_BYTES)
+        for start in range(begin, min(begin + GROUP_BLOCKS * stride, len(data)), stride):
+            group.update(data[start : start + stride])
+            parent = group.digest()
+            keys.append(BlockKey(parent))
+    return keys
+
+
+class KeyChain(Sequence[BlockKey]):
+    """`block_keys(root, token_ids, block_size)`, each key derived when it is asked for.
+
+    The last key of a group (`GROUP_BLOCKS` - 1, 2 * `GROUP_BLOCKS` - 1, ...) costs one hash, if those before it were
+    asked for; any other key one more. Tokens are checked as they are reached.
+    """
+
+    __slots__ = ("_ends", "_length", "_middle", "_size", "_tokens")
+
+    def __init__(self, root: BlockKey, token_ids: Sequence[int], block_size: int) -> None:
+        self._size = _checked(block_size)
+        self._tokens = token_ids
+        self._length = len(token_ids) // block_size
+        self._middle = _LEN.pack(block_size * _TOKEN_BYTES)
+        self._ends = [root]  # the key before each group that was reached
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, at: int) -> BlockKey: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[BlockKey]: ...
+
+    def __getitem__(self, at: int | slice) -> BlockKey | list[BlockKey]:
+        if isinstance(at, slice):
+            return [self[each] for each in range(*at.indices(self._length))]
+        if at < 0:
+            at += self._length
+        if not 0 <= at < self._length:
+            raise IndexError(at)
+        group, rest = divmod(at + 1, GROUP_BLOCKS)
+        ends = self._ends
+        while len(ends) <= group:
+            ends.append(self._key(len(ends) - 1, GROUP_BLOCKS))
+        return self._key(group, rest) if rest else ends[group]
+
+    def _key(self, group: int, blocks: int) -> BlockKey:
+        """Of the last of the first `blocks` blocks of a group whose predecessor is known."""
+        begin = group * GROUP_BLOCKS * self._size
+        data = _packed(self._tokens[begin : begin + blocks * self._size], self._size)
+        preimage = b"".join((_HEAD, self._ends[group], self._middle, data))
+        return BlockKey(blake2b(preimage, digest_size=KEY_BYTES).digest())
+
+
+def _checked(block_size: int) -> int:
     if block_size <= 0:
         raise ValueError(f"block_size must be positive, got {block_size}")
+    return block_size
+
+
+def _packed(token_ids: Sequence[int], block_size: int) -> memoryview:
+    """The tokens of the full blocks, four bytes each."""
     try:
         tokens = array("I", token_ids)
     except OverflowError as error:
         raise ValueError("token ids must lie in [0, 2**32)") from error
-    data = memoryview(tokens).cast("B")
-    stride = block_size * tokens.itemsize
-    # The three prefixes are the same for every block: tag, key length, token bytes length.
-    head = _field(b"block") + _LEN.pack(KEY_BYTES)
-    middle = _LEN.pack(stride)
-    keys: list[BlockKey] = []
-    parent: bytes = root
-    for start in range(0, len(tokens) // block_size * stride, stride):
-        parent = blake2b(b"".join((head, parent, middle, data[start : start + stride])), digest_size=KEY_BYTES).digest()
-        keys.append(BlockKey(parent))
-    return keys
+    return memoryview(tokens).cast("B")[: len(tokens) // block_size * block_size * _TOKEN_BYTES]

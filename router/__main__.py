@@ -24,6 +24,7 @@ def main(
     namespace: Annotated[str, typer.Option(help="Separates deployments that share a Redis.")] = "default",
     policy: Annotated[str, typer.Option(help=f"How workers are chosen: {', '.join(POLICIES)}.")] = "cost",
     drain_s: Annotated[float, typer.Option(help="How long streams may go on after SIGTERM.")] = 2.0,
+    decision_log: Annotated[Path | None, typer.Option(help="Append each decision's record to this file.")] = None,
 ) -> None:
     """Run the router until SIGTERM or Ctrl-C; a second signal ends it at once."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -37,6 +38,7 @@ def main(
             namespace=namespace,
             policy=policy,
             drain_s=drain_s,
+            decision_log=decision_log,
         )
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(run(config))

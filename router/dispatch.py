@@ -6,15 +6,19 @@ import asyncio
 import logging
 from collections import Counter
 
+from kvstore.keys import KeyChain
 from pdserve.errors import InvalidRequest, Overloaded
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.request import Request
 from pdserve.timeline import Timeline
+from router.account import Account
 from router.fleet import Fleet
 from router.limits import RouterLimits
 from router.placement import Placer
-from router.policy import Policy
+from router.policy import POLICIES, Decision, Need, Phase, Policy
+from router.records import Records
 from router.routed import RoutedGeneration
+from router.wishes import NO_WISHES, Wishes
 
 log = logging.getLogger(__name__)
 
@@ -25,10 +29,12 @@ class RouterDispatcher:
     `counts` only rise: rejected_tokens, refusals, redispatches, migrations, handoffs_without_room, spills.
     """
 
-    def __init__(self, fleet: Fleet, policy: Policy, limits: RouterLimits) -> None:
+    def __init__(self, fleet: Fleet, policy: Policy, limits: RouterLimits, records: Records | None = None) -> None:
         self.counts: Counter[str] = Counter()
+        self.account = Account(fleet, records if records is not None else Records())
         self._fleet = fleet
-        self._placer = Placer(fleet, policy)
+        self._policy = policy
+        self._turns: Counter[Phase] = Counter()
         self._limits = limits
         self._active: dict[str, RoutedGeneration] = {}
         self._idle = asyncio.Event()
@@ -38,23 +44,48 @@ class RouterDispatcher:
     def num_active(self) -> int:
         return len(self._active)
 
-    def start(self, request: Request, timeline: Timeline, target: str | None = None) -> RoutedGeneration:
-        """`target` names a worker, for the policy `direct`. Raises Overloaded or InvalidRequest."""
+    def start(self, request: Request, timeline: Timeline, wishes: Wishes = NO_WISHES) -> RoutedGeneration:
+        """Raises Overloaded or InvalidRequest."""
         if len(self._active) >= self._limits.active_requests:
             raise Overloaded("The server is handling as many requests as it can.")
         assert request.request_id not in self._active, "the front makes unique ids"
-        longest = self._fleet.facts().max_model_len
-        if len(request.prompt_token_ids) >= longest:
-            raise InvalidRequest(f"The workers serve at most {longest} tokens, the answer included.", param="prompt")
+        self._check_length(request)
+        record = self.account.open(request, wishes)
+        placer = Placer(self._fleet, self._policy_of(wishes), self._turns, record.note)
         generation = RoutedGeneration(
-            request, timeline, target, self._fleet, self._placer, self._limits, self.counts, self._ended
+            request, timeline, wishes, self._fleet, placer, self._limits, self.counts, self._ended
         )
         self._active[request.request_id] = generation
         self._idle.clear()
         return generation
 
-    def _ended(self, generation: RoutedGeneration) -> None:
+    def dry_run(self, request: Request, wishes: Wishes = NO_WISHES) -> Decision:
+        """What `start` would decide first, now. Runs and changes nothing. Raises Overloaded or InvalidRequest."""
+        self._check_length(request)
+        facts = self._fleet.facts()
+        need = Need(
+            phase=Phase.PROMPT,
+            tokens=len(request.prompt_token_ids),
+            max_tokens=request.sampling.max_tokens,
+            block_size=facts.block_size,
+            target=wishes.target,
+            session=wishes.session,
+        )
+        keys = KeyChain(request.root_key, request.prompt_token_ids, facts.block_size)
+        placer = Placer(self._fleet, self._policy_of(wishes), self._turns, lambda decision: None)
+        return placer.preview(need, keys)
+
+    def _check_length(self, request: Request) -> None:
+        longest = self._fleet.facts().max_model_len
+        if len(request.prompt_token_ids) >= longest:
+            raise InvalidRequest(f"The workers serve at most {longest} tokens, the answer included.", param="prompt")
+
+    def _policy_of(self, wishes: Wishes) -> Policy:
+        return self._policy if wishes.policy is None else POLICIES[wishes.policy]
+
+    def _ended(self, generation: RoutedGeneration, end: str) -> None:
         del self._active[generation.request.request_id]
+        self.account.close(generation, end)
         if not self._active:
             self._idle.set()
 

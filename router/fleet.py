@@ -134,6 +134,8 @@ class Fleet:
         match message.WhichOneof("body"):
             case "load":
                 member.load = message.load
+                if member.role is Role.DECODE:  # elsewhere a step holds prompts too
+                    member.learner.note_step(message.load.running_sequences, message.load.step_s)
                 self._wake()
             case "kv_events":
                 self._apply(member, message.kv_events)
@@ -288,6 +290,10 @@ class Fleet:
         return Counter(
             (member.role.value if member.worker_id else "unknown", member.state) for member in self._members.values()
         )
+
+    def known(self) -> list[Member]:
+        """All that ever said hello, by name."""
+        return sorted((each for each in self._members.values() if each.worker_id), key=lambda each: each.worker_id)
 
     def topology(self) -> dict[str, Any]:
         """JSON-ready: every known address with its state, and the links between workers."""

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from pdserve.request import FinishReason, Request
 from pdserve.timeline import Timeline
+from router.wishes import NO_WISHES, Wishes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +38,10 @@ class Generation(Protocol):
 class Dispatcher(Protocol):
     """Turns requests into generations. Implemented by `router.dispatch`."""
 
-    def start(self, request: Request, timeline: Timeline, target: str | None = None) -> Generation:
+    def start(self, request: Request, timeline: Timeline, wishes: Wishes = NO_WISHES) -> Generation:
         """Raises `pdserve.errors.Overloaded` when no worker can take the request.
 
-        `request.request_id` is unique among those that run; `target` names a worker, for the policy that obeys.
+        `request.request_id` is unique among those that run.
 
         From here on it marks the timeline, and each output token as it arrives from a worker.
         """

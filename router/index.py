@@ -1,14 +1,15 @@
 """Which worker holds which block: block key -> integer bit set over worker slots, fed by the workers' KV events.
 
-A look-up is one dictionary access and a few integer operations a block, however many workers there are. The reverse map
-(keys by slot) lets a worker's contents be replaced or forgotten without a walk over everyone else's.
+A look-up is one dictionary access and a few integer operations a group of blocks, and a few more for each group in
+which workers part ways, however many workers there are. The reverse map (keys by slot) lets a worker's contents be
+replaced or forgotten without a walk over everyone else's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from kvstore.keys import KEY_BYTES, BlockKey
+from kvstore.keys import GROUP_BLOCKS, KEY_BYTES, BlockKey
 
 
 def split_keys(data: bytes) -> list[BlockKey]:
@@ -64,21 +65,44 @@ class PrefixIndex:
             self._clear(key, 1 << slot)
 
     def match(self, keys: Sequence[BlockKey]) -> Mapping[int, int]:
-        """How many leading blocks of `keys` each worker holds without a gap, by slot; slots with none are left out."""
+        """How many leading blocks of `keys` each worker holds, by slot; slots with none are left out.
+
+        Looks at the last key of each group of `keys` and searches by halves only the groups where workers drop out, so
+        that a `KeyChain` derives few keys. This takes a worker to hold what lies before a block that it holds: pools
+        evict children first, and a worker that says otherwise is routed to in vain, nothing worse.
+        """
         depths: dict[int, int] = {}
         if not keys:
             return depths
-        get = self._holders.get
+        get, length = self._holders.get, len(keys)
         alive = get(keys[0], 0)
-        for depth, key in enumerate(keys):
-            holders = alive & get(key, 0)
+        begin = 1  # blocks that all of `alive` hold
+        for end in (*range(GROUP_BLOCKS, length, GROUP_BLOCKS), length):
+            if not alive:
+                break
+            if end <= begin:
+                continue
+            holders = alive & get(keys[end - 1], 0)
             if holders != alive:
-                _note(depths, alive ^ holders, depth)
+                self._note_drops(depths, keys, begin, end, alive, holders)
                 alive = holders
-                if not alive:
-                    return depths
-        _note(depths, alive, len(keys))
+            begin = end
+        _note(depths, alive, length)
         return depths
+
+    def _note_drops(
+        self, depths: dict[int, int], keys: Sequence[BlockKey], begin: int, end: int, before: int, after: int
+    ) -> None:
+        """Of the workers `before` that hold `begin` blocks, those not in `after` hold fewer than `end`."""
+        if end - begin == 1:
+            _note(depths, before ^ after, begin)
+            return
+        middle = (begin + end) // 2
+        between = after | before & self._holders.get(keys[middle - 1], 0)
+        if between != before:
+            self._note_drops(depths, keys, begin, middle, before, between)
+        if between != after:
+            self._note_drops(depths, keys, middle, end, between, after)
 
     def _clear(self, key: BlockKey, bit: int) -> None:
         left = self._holders[key] & ~bit

@@ -26,7 +26,9 @@ from kvstore.keys import BlockKey
 from pdserve.discovery import Discovery, RedisDiscovery, StaticDiscovery
 from pdserve.errors import ConfigError, Overloaded
 from pdserve.models.config import load_config
+from router.account_metrics import AccountCollector
 from router.dispatch import RouterDispatcher
+from router.explain import Explainer
 from router.fleet import Fleet
 from router.fleet_metrics import FleetCollector
 from router.http.app import make_app
@@ -34,6 +36,7 @@ from router.http.service import ServedModel, Service
 from router.limits import RouterLimits
 from router.metrics import RouterMetrics
 from router.policy import POLICIES
+from router.records import Records
 from router.text.chat_template import ChatTemplate
 from router.text.tokenizer import Tokenizer
 
@@ -56,6 +59,7 @@ class RouterConfig:
     namespace: str
     policy: str
     drain_s: float
+    decision_log: Path | None = None  # one JSON line a request is appended
 
     def __post_init__(self) -> None:
         if (self.redis_url is None) == (not self.workers):
@@ -85,6 +89,14 @@ def load_model(folder: Path) -> ServedModel:
     )
 
 
+def _records(log_file: Path | None) -> Records:
+    """Raises ConfigError."""
+    try:
+        return Records(log_file=log_file)
+    except OSError as error:
+        raise ConfigError(f"The decision log {log_file} cannot be written ({error.strerror}).") from error
+
+
 class Router:
     """Everything of one router process but its sockets and signals. `start` and `close` run in the event loop."""
 
@@ -93,8 +105,11 @@ class Router:
         router_id = secrets.token_hex(4)
         registry = CollectorRegistry()
         self.fleet = Fleet(config.discovery(), router_id, limits.fleet, vocab_size=model.vocab_size)
-        self.dispatcher = RouterDispatcher(self.fleet, POLICIES[config.policy], limits)
+        self._records = _records(config.decision_log)
+        self.dispatcher = RouterDispatcher(self.fleet, POLICIES[config.policy], limits, self._records)
         registry.register(FleetCollector(self.fleet, self.dispatcher))
+        account = self.dispatcher.account
+        registry.register(AccountCollector(account.goodput, account.errors))
         self.app = make_app(
             Service(
                 model=model,
@@ -102,6 +117,7 @@ class Router:
                 root_key=self._root_key,
                 metrics=RouterMetrics(registry),
                 topology=self._topology,
+                routing=Explainer(self.fleet, self.dispatcher),
             )
         )
         self._draining = False
@@ -122,6 +138,7 @@ class Router:
 
     async def close(self) -> None:
         await self.fleet.close()
+        self._records.close()
 
     def _root_key(self) -> BlockKey:
         if self._draining:

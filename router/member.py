@@ -12,6 +12,7 @@ from router.link import WorkerLink
 from router.memory import DecayingSum
 from router.policy import Candidate, LinkFacts, LoadView, Role
 from router.policy.scorers import RECENT_HALF_LIFE_S
+from router.speed import SpeedLearner
 
 _ROLES: Mapping[int, Role] = {pb.PREFILL: Role.PREFILL, pb.DECODE: Role.DECODE, pb.MIXED: Role.MIXED}
 
@@ -81,6 +82,7 @@ class Member:
     recent: DecayingSum = field(default_factory=lambda: DecayingSum(RECENT_HALF_LIFE_S))
     outstanding_tokens: int = 0  # uncached prompt tokens sent there and not yet answered by a token
     sequences: int = 0  # of this router, on it now
+    learner: SpeedLearner = field(default_factory=SpeedLearner)
 
     @property
     def worker_id(self) -> str:
@@ -148,6 +150,7 @@ class Member:
             total_blocks=self.hello.num_blocks,
             block_bytes=self.hello.block_bytes,
             load=self.load_view(now_s),
+            speed=self.learner.speed,
             matched_blocks=matched_blocks,
             has_store=self.hello.has_store,
             partners=self.partners,

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from kvstore.keys import BlockKey
 from router.fleet import Fleet
 from router.member import Member
 from router.policy import Decision, Need, Phase, Policy, Role
-
-log = logging.getLogger(__name__)
 
 
 class Claim:
@@ -46,12 +43,19 @@ class Placed:
 
 
 class Placer:
-    """`keys` are those of all full blocks of the tokens whose KV is needed."""
+    """Places one request. `keys` are those of all full blocks of the tokens whose KV is needed."""
 
-    def __init__(self, fleet: Fleet, policy: Policy) -> None:
+    def __init__(self, fleet: Fleet, policy: Policy, turns: Counter[Phase], note: Callable[[Decision], None]) -> None:
+        """`turns`, by phase, is shared by all requests of the router; `note` is told each decision."""
         self._fleet = fleet
         self._policy = policy
-        self._turns: Counter[Phase] = Counter()
+        self._turns = turns
+        self._note = note
+
+    def preview(self, need: Need, keys: Sequence[BlockKey]) -> Decision:
+        """What `place_prompt` would decide now; changes nothing."""
+        decision = self._look(need, keys)
+        return decision if decision.chosen is not None else self._look(replace(need, phase=Phase.WHOLE), keys)
 
     def place_prompt(self, need: Need, keys: Sequence[BlockKey]) -> Placed | Decision:
         """The worker for the prompt; when the roles for it are missing, any worker for the whole request.
@@ -100,12 +104,15 @@ class Placer:
         return Claim(member, 0)
 
     def _decide(self, need: Need, keys: Sequence[BlockKey], linked_from: str | None = None) -> Decision:
+        decision = self._look(need, keys, linked_from)
+        self._turns[need.phase] += 1
+        self._note(decision)
+        return decision
+
+    def _look(self, need: Need, keys: Sequence[BlockKey], linked_from: str | None = None) -> Decision:
         depths = self._fleet.index.match(keys)
         candidates = self._fleet.candidates(depths, time.monotonic(), linked_from=linked_from)
-        decision = self._policy.decide(need, candidates, self._turns[need.phase])
-        self._turns[need.phase] += 1
-        log.debug("%s", decision)
-        return decision
+        return self._policy.decide(need, candidates, self._turns[need.phase])
 
     def _claim(self, member: Member, need: Need, matched_blocks: int) -> Claim:
         uncached_tokens = max(1, need.tokens - matched_blocks * need.block_size)

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 
-from kvstore.keys import BlockKey, block_keys
+from kvstore.keys import KeyChain
 from pdserve.errors import DeadlineExceeded, InternalError, Overloaded, ServeError, WorkerFailed
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.protocol.codec import finish_from_proto, sampling_to_proto
@@ -28,6 +28,7 @@ from router.limits import RouterLimits
 from router.output import OutputBuffer, TokenOrder
 from router.placement import Placed, Placer
 from router.policy import Need, Phase
+from router.wishes import Wishes
 
 log = logging.getLogger(__name__)
 
@@ -39,18 +40,18 @@ class RoutedGeneration:
         self,
         request: Request,
         timeline: Timeline,
-        target: str | None,
+        wishes: Wishes,
         fleet: Fleet,
         placer: Placer,
         limits: RouterLimits,
         counts: Counter[str],
-        on_end: Callable[[RoutedGeneration], None],
+        on_end: Callable[[RoutedGeneration, str], None],
     ) -> None:
         self.request = request
         self.timeline = timeline
         self.cached_by_tier: dict[str, int] = {}
         self.workers: list[str] = []  # that did a part, in order of first use
-        self._target = target
+        self._wishes = wishes
         self._fleet = fleet
         self._placer = placer
         self._limits = limits
@@ -167,7 +168,7 @@ class RoutedGeneration:
             log.exception("request=%s a bug ended it", self.request.request_id)
             self._end(InternalError("The router failed."))
 
-    async def _place(self, keys: list[BlockKey]) -> Placed:
+    async def _place(self, keys: KeyChain) -> Placed:
         """Wait, for a bounded time, for a worker that can take the request. Raises Overloaded or DeadlineExceeded."""
         if self._spilled:
             self._spilled = False
@@ -194,7 +195,7 @@ class RoutedGeneration:
             await self._fleet.wait_change(min(until_s - now_s, TICK_S))
             self._avoid.clear()  # better a worker that failed before than none
 
-    async def _place_spilled(self, keys: list[BlockKey]) -> Placed | None:
+    async def _place_spilled(self, keys: KeyChain) -> Placed | None:
         """Wait for a decode worker with room; None if none has any in time."""
         until_s = min(self._queued_s + self._limits.spill_wait_s, self.request.deadline_s)
         while (now_s := time.monotonic()) < until_s:
@@ -222,7 +223,7 @@ class RoutedGeneration:
             attempt.post(Failed(attempt.prompt_id, "cannot be reached", refused=True))
         return attempt
 
-    async def _see_through(self, attempt: Attempt, keys: list[BlockKey]) -> None:
+    async def _see_through(self, attempt: Attempt, keys: KeyChain) -> None:
         """Returns only if prefill is to go on alone, in a new attempt. Raises as `Attempt.event`."""
         while True:
             if not isinstance(await attempt.event(), HandoffWanted) or attempt.state is not State.PREFILLING:
@@ -256,13 +257,14 @@ class RoutedGeneration:
             max_tokens=self.request.sampling.max_tokens - done,
             block_size=self._block_size,
             avoid=avoid,
-            target=self._target,
+            target=self._wishes.target,
+            session=self._wishes.session,
         )
 
-    def _keys(self) -> list[BlockKey]:
+    def _keys(self) -> KeyChain:
         """Of the full blocks whose KV must exist."""
         tokens = (*self.request.prompt_token_ids, *self._order.token_ids)
-        return block_keys(self.request.root_key, tokens, self._block_size)
+        return KeyChain(self.request.root_key, tokens, self._block_size)
 
     def _submit(self, attempt: Attempt) -> pb.Submit:
         """The same for both workers of an attempt: decode learns the tokens made since from prefill."""
@@ -328,14 +330,14 @@ class RoutedGeneration:
                 self._attempt = None
             else:
                 self._leave(attempt)
-        self._on_end(self)
+        self._on_end(self, _name(end))
         if asyncio.current_task() is not self._task:
             self._task.cancel()
 
     def _log_end(self, end: FinishReason | ServeError, attempt: Attempt | None) -> None:
         facts: dict[str, object] = {
             "request": self.request.request_id,
-            "end": end.value if isinstance(end, FinishReason) else end.code,
+            "end": _name(end),
             "state": attempt.state.value if attempt is not None else "queued",
             "workers": ",".join(self.workers) or "-",
             "attempts": self._attempts,
@@ -350,3 +352,7 @@ class RoutedGeneration:
         """Seconds by stage; those of a hand-over only if there was one."""
         handoff = self.timeline.handoff_stages()
         return {**self.timeline.ttft_stages(), **handoff}
+
+
+def _name(end: FinishReason | ServeError) -> str:
+    return end.value if isinstance(end, FinishReason) else end.code or end.type

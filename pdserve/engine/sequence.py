@@ -6,7 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 
-from kvstore.keys import BlockKey, block_keys
+from kvstore.keys import GROUP_BLOCKS, BlockKey, block_keys
 from kvstore.pool import BlockRef
 from pdserve.request import FinishReason, SamplingParams
 
@@ -73,9 +73,9 @@ class Sequence:
         """Keys of all full blocks of the tokens so far; extends those already derived."""
         done = len(self.keys)
         if (len(self.token_ids) // self.block_size) > done:
-            parent = self.keys[-1] if self.keys else self.root_key
-            tail = self.token_ids[done * self.block_size :]
-            self.keys.extend(block_keys(parent, tail, self.block_size))
+            begun = done - done % GROUP_BLOCKS  # the chain goes on where its group began
+            parent = self.keys[begun - 1] if begun else self.root_key
+            self.keys[begun:] = block_keys(parent, self.token_ids[begun * self.block_size :], self.block_size)
         return self.keys
 
     def add_blocks(self, refs: list[BlockRef]) -> None:

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp
 from kvstore.keys import block_keys, root_key
 from pdserve.launch.folders import cache_folder
 from pdserve.models.default_model import ensure_default_model
+from router.bench.decide import measure_decision
 from router.main import Router, RouterConfig, load_model
 from router.policy import POLICIES, Candidate, LoadView, Need, Phase, Role
 
@@ -74,6 +75,7 @@ async def measure(model: Path, requests: int) -> dict[str, Any]:
         "block_keys_us": _time_us(lambda: block_keys(root_key(b"x"), tokenised, BLOCK_SIZE)),
         "decide_8_workers_us": _decide_us(8),
         "decide_64_workers_us": _decide_us(64),
+        "decision_8192_tokens_64_workers": measure_decision(),
     }
 
 

@@ -34,14 +34,16 @@ class Exchange:
     Either one `respond`, or `write`s of which the last has `last=True`; `fail` ends both kinds.
 
     Attributes:
+        extra_headers: for the start of the response, set before it.
         gone: the client has closed the connection or does not read.
     """
 
-    __slots__ = ("_limits", "_receive", "_send", "_streaming", "gone", "headers", "request_id")
+    __slots__ = ("_limits", "_receive", "_send", "_streaming", "extra_headers", "gone", "headers", "request_id")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, limits: HttpLimits) -> None:
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.request_id: str = scope[REQUEST_ID_KEY]
+        self.extra_headers: list[tuple[bytes, bytes]] = []
         self.gone = False
         self._receive = receive
         self._send = send
@@ -70,14 +72,22 @@ class Exchange:
         body = _encode(payload)
         extra = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
         length = (b"content-length", str(len(body)).encode())
-        await self._emit({"type": "http.response.start", "status": status, "headers": [*_JSON_HEADERS, length, *extra]})
+        await self._emit(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [*_JSON_HEADERS, length, *extra, *self.extra_headers],
+            }
+        )
         await self._emit({"type": "http.response.body", "body": body})
 
     async def write(self, data: bytes, *, last: bool = False) -> None:
         """Events of a stream; the first call sends the headers. Raises ClientGone, also for a client that stalls."""
         if not self._streaming:
             self._streaming = True
-            await self._emit({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
+            await self._emit(
+                {"type": "http.response.start", "status": 200, "headers": [*_SSE_HEADERS, *self.extra_headers]}
+            )
         await self._emit({"type": "http.response.body", "body": data, "more_body": not last})
 
     async def fail(self, error: ServeError) -> None:

@@ -20,9 +20,10 @@ from router.http.answer import Answer
 from router.http.call import Call, chat_call, completion_call
 from router.http.errors import ClientGone, as_serve_error
 from router.http.exchange import DONE, Exchange, sse_event
-from router.http.service import ServedModel, Service
+from router.http.service import Routing, ServedModel, Service
 from router.http.shapes import ChatShape, CompletionShape, Payload, Shape, Usage
 from router.metrics import RouterMetrics
+from router.wishes import Wishes
 
 # Above this a body takes milliseconds to tokenise, and another thread does it.
 INLINE_BODY_BYTES = 8 * 2**10
@@ -107,11 +108,13 @@ class GenerateEndpoint:
             root_key=service.root_key(),
             deadline_s=timeline.received_s + limits.request_s,
         )
-        target = exchange.headers.get(b"x-pdserve-worker")
-        generation = service.dispatcher.start(request, timeline, target.decode("latin-1") if target else None)
+        wishes = Wishes.from_headers(exchange.headers, label=exchange.request_id)
+        generation = service.dispatcher.start(request, timeline, wishes)
         logger.info("request started request_id=%s id=%s", exchange.request_id, response_id)
         answer = Answer(call, service.model.tokenizer.token_bytes, service.clock)
-        delivery = _Delivery(exchange, generation, answer, self._shape(call, response_id), call.include_usage)
+        delivery = _Delivery(
+            exchange, generation, answer, self._shape(call, response_id), call.include_usage, service.routing
+        )
         watcher = asyncio.create_task(_abort_when_gone(exchange, generation))
         try:
             async with asyncio.timeout(limits.request_s + DEADLINE_GRACE_S):
@@ -155,12 +158,22 @@ class _Delivery:
     answer: Answer
     shape: Shape
     include_usage: bool
+    routing: Routing | None
+
+    def _name_decision(self) -> None:
+        """On the response's headers, once tokens are there: then it is made."""
+        if self.routing is None or self.exchange.extra_headers:
+            return
+        header = self.routing.decision_header(self.generation.request.request_id)
+        if header is not None:
+            self.exchange.extra_headers.append((b"x-pdserve-decision", header.encode("latin-1", "replace")))
 
     async def whole(self) -> None:
         pieces: list[str] = []
         async for tokens in self.generation:
             pieces.append(self.answer.push(tokens))
             if self.answer.finish_reason is not None:
+                self._name_decision()
                 payload = self.shape.whole("".join(pieces), self.answer.finish_reason, self._usage())
                 await self.exchange.respond(200, payload | self._timeline_extension())
                 return
@@ -172,6 +185,7 @@ class _Delivery:
         async for tokens in self.generation:
             text = self.answer.push(tokens)
             data = opening + sse_event(self.shape.delta(text)) if text else opening
+            self._name_decision()
             opening = b""
             if self.answer.finish_reason is not None:
                 await self.exchange.write(data + self._ending(), last=True)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from kvstore.keys import BlockKey
+from pdserve.request import Request
 from router.generation import Dispatcher
 from router.metrics import RouterMetrics
 from router.text.chat_template import ChatTemplate
 from router.text.tokenizer import Tokenizer
+from router.wishes import Wishes
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +42,31 @@ class HttpLimits:
     in_flight: int = 1024
 
 
+class Routing(Protocol):
+    """What the front asks the brain; every answer is JSON-ready. Implemented by `router.explain`."""
+
+    def explain(self, request_id: str) -> dict[str, Any] | None:
+        """The record of a request, by the response's id or the client's own; None when it is not among the last."""
+        ...
+
+    def decision_header(self, request_id: str) -> str | None: ...
+
+    def dry_run(self, request: Request, wishes: Wishes) -> dict[str, Any]:
+        """Raises Overloaded or InvalidRequest."""
+        ...
+
+    def slo(self) -> dict[str, Any]: ...
+
+    def pairs(self) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """
     Attributes:
         root_key: the root of the prompt's block keys; raises `Overloaded` while nothing is known of any worker.
         topology: the fleet, JSON-ready; its "ready" is what /readyz asks.
+        routing: answers about choices; None leaves their endpoints out.
         clock: monotonic, in seconds; the clock of timelines and deadlines, so the dispatcher's too.
         wall_clock: Unix time in seconds, for `created` only.
     """
@@ -55,6 +76,7 @@ class Service:
     root_key: Callable[[], BlockKey]
     metrics: RouterMetrics
     topology: Callable[[], dict[str, Any]]
+    routing: Routing | None = None
     limits: HttpLimits = HttpLimits()
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time

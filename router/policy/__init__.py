@@ -1,6 +1,6 @@
 """Where a request goes: candidates -> filters -> scorers -> picker -> a decision that keeps every term. Pure."""
 
-from router.policy.candidate import Candidate, LinkFacts, LoadView, Need, Phase, Role
+from router.policy.candidate import Candidate, LinkFacts, LoadView, Need, Phase, Role, Speed
 from router.policy.decision import Considered, Decision, Rejected
 from router.policy.policies import POLICIES, Policy
 
@@ -16,4 +16,5 @@ __all__ = [
     "Policy",
     "Rejected",
     "Role",
+    "Speed",
 ]

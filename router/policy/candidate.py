@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+# Of a worker that was not measured yet. Equal for all, so they only weigh terms against each other.
+USUAL_TOKENS_PER_S = 2_000.0
+USUAL_STEP_S = 0.02
+USUAL_SEQUENCE_STEP_S = 0.001
+
 
 class Role(Enum):
     PREFILL = "prefill"
@@ -43,6 +48,31 @@ class LoadView:
 
 
 @dataclass(frozen=True, slots=True)
+class Speed:
+    """Measured rates, each by the bit length of the size it was measured at, ascending; empty: not measured yet."""
+
+    prefill_tokens_per_s: tuple[tuple[int, float], ...] = ()  # by uncached tokens
+    step_s: tuple[tuple[int, float], ...] = ()  # of one decode step, by sequences in it
+
+    def prefill_s(self, tokens: float) -> float:
+        """To compute so many uncached tokens."""
+        rates = self.prefill_tokens_per_s
+        return tokens / (_nearest(rates, int(tokens).bit_length()) if rates else USUAL_TOKENS_PER_S)
+
+    def decode_step_s(self, sequences: int) -> float:
+        """One step of so many sequences."""
+        if not self.step_s:
+            return USUAL_STEP_S + USUAL_SEQUENCE_STEP_S * sequences
+        return _nearest(self.step_s, sequences.bit_length())
+
+
+def _nearest(measured: tuple[tuple[int, float], ...], bits: int) -> float:
+    if len(measured) == 1:
+        return measured[0][1]
+    return min(measured, key=lambda pair: abs(pair[0] - bits))[1]
+
+
+@dataclass(frozen=True, slots=True)
 class Candidate:
     worker_id: str
     role: Role
@@ -53,6 +83,7 @@ class Candidate:
     total_blocks: int
     block_bytes: int
     load: LoadView
+    speed: Speed = Speed()
     matched_blocks: int = 0  # leading blocks of the request that it holds
     has_store: bool = False  # reads and writes the store of its machine
     partners: int = 0  # decode workers that it has an open link to
@@ -69,6 +100,7 @@ class Need:
     block_size: int
     avoid: frozenset[str] = frozenset()  # workers that failed or refused this request
     target: str | None = None  # the worker that the client named; obeyed by the policy `direct`
+    session: str | None = None  # what the client calls its conversation; the policy `session` keeps it on one worker
 
     @property
     def full_blocks(self) -> int:

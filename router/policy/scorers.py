@@ -1,4 +1,4 @@
-"""Scorers: what a candidate would cost, term by term, in tokens of prefill work (the unit that all terms convert to).
+"""Scorers: what a candidate would cost, term by term, in seconds, from the worker's measured speed.
 
     prompt   uncached + queued + MEMORY * recent + SEQUENCE * sequences (where decoding shares the step)
     decode   bytes to move + SEQUENCE * sequences + CONTEXT * context
@@ -22,41 +22,49 @@ RECENT_WEIGHT = 0.05
 SEQUENCE_TOKENS = 32.0
 # Reading the KV of a context token once is this small a part of computing it.
 CONTEXT_WEIGHT = 0.01
-# Converts seconds on a link into the prefill work that a worker could do meanwhile.
-TOKENS_PER_S = 2_000.0
 UNMEASURED_LINK_BYTES_PER_S = 1e9
 
 
-def uncached(need: Need, candidate: Candidate) -> float:
+def uncached_tokens(need: Need, candidate: Candidate) -> int:
     """Never below one: the last token is computed even when every block is there."""
-    return float(max(1, need.tokens - candidate.matched_blocks * need.block_size))
+    return max(1, need.tokens - candidate.matched_blocks * need.block_size)
+
+
+def missing_bytes(need: Need, candidate: Candidate) -> int:
+    """What a hand-over to it moves."""
+    return max(0, need.full_blocks + 1 - candidate.matched_blocks) * candidate.block_bytes
+
+
+def uncached(need: Need, candidate: Candidate) -> float:
+    return candidate.speed.prefill_s(uncached_tokens(need, candidate))
 
 
 def queued(_: Need, candidate: Candidate) -> float:
-    return float(candidate.load.waiting_tokens)
+    waiting = candidate.load.waiting_tokens
+    return candidate.speed.prefill_s(waiting) if waiting else 0.0
 
 
 def recent(_: Need, candidate: Candidate) -> float:
-    return RECENT_WEIGHT * candidate.load.recent_tokens
+    tokens = candidate.load.recent_tokens
+    return RECENT_WEIGHT * candidate.speed.prefill_s(tokens) if tokens else 0.0
 
 
 def shared_step(_: Need, candidate: Candidate) -> float:
     """Sequences that decode in the same step as this prompt; a prefill worker has none."""
-    return 0.0 if candidate.role is Role.PREFILL else SEQUENCE_TOKENS * candidate.load.sequences
+    return 0.0 if candidate.role is Role.PREFILL else sequences(_, candidate)
 
 
 def move(need: Need, candidate: Candidate) -> float:
-    missing_bytes = max(0, need.full_blocks + 1 - candidate.matched_blocks) * candidate.block_bytes
     measured = candidate.link.bytes_per_s if candidate.link is not None else 0.0
-    return TOKENS_PER_S * missing_bytes / (measured or UNMEASURED_LINK_BYTES_PER_S)
+    return missing_bytes(need, candidate) / (measured or UNMEASURED_LINK_BYTES_PER_S)
 
 
 def sequences(_: Need, candidate: Candidate) -> float:
-    return SEQUENCE_TOKENS * candidate.load.sequences
+    return candidate.speed.prefill_s(SEQUENCE_TOKENS) * candidate.load.sequences
 
 
 def context(_: Need, candidate: Candidate) -> float:
-    return CONTEXT_WEIGHT * candidate.load.context_tokens
+    return CONTEXT_WEIGHT * candidate.load.context_tokens * candidate.speed.prefill_s(1)
 
 
 _PROMPT: Mapping[str, Scorer] = {"uncached": uncached, "queued": queued, "recent": recent, "shared_step": shared_step}
@@ -68,3 +76,7 @@ COST: Mapping[Phase, Mapping[str, Scorer]] = {
     Phase.DECODE: _DECODE,
     Phase.RESUME: _DECODE,
 }
+_LOAD: Mapping[str, Scorer] = {"queued": queued, "sequences": sequences}
+
+LEAST_LOAD: Mapping[Phase, Mapping[str, Scorer]] = dict.fromkeys(Phase, _LOAD)
+PREFIX_ONLY: Mapping[Phase, Mapping[str, Scorer]] = {phase: {"uncached": uncached} for phase in Phase}

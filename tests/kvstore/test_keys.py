@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from array import array
 from hashlib import blake2b
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.keys import KEY_BYTES, block_keys, root_key
+from kvstore.keys import GROUP_BLOCKS, KEY_BYTES, KeyChain, block_keys, root_key
 
 ROOT = root_key(b"fingerprint", b"salt", "adapter")
-TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=40)
+TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=100)
 
 
 def test_golden_keys_never_change() -> None:
@@ -20,19 +21,26 @@ def test_golden_keys_never_change() -> None:
     assert root_key(b"fingerprint").hex() == "7dcac31bdcc9bfca5314ddfa8c5833d5"
     assert ROOT.hex() == "60253e1a3539dc90de6aa06004324de0"
     keys = block_keys(ROOT, [0, 1, 2**32 - 1, 49151], 2)
-    assert [key.hex() for key in keys] == ["d49fac9d1138c3b21f7d4513064a8f51", "4fc5de732558c5a6d29013e885c0b69a"]
+    assert [key.hex() for key in keys] == ["3ef69d0c8d0fd3b69ae895148e017af0", "9a74bcb8415ba5bfd47cf016ae0a29df"]
+    assert block_keys(ROOT, range(40), 1)[-1].hex() == "dcb7c834b7d4c622d22e6ff45a87e1be"
 
 
 def test_key_is_the_documented_hash() -> None:
     def field(value: bytes) -> bytes:
         return len(value).to_bytes(8, "little") + value
 
-    def hashed(*fields: bytes) -> bytes:
-        return blake2b(b"".join(map(field, fields)), digest_size=KEY_BYTES).digest()
+    def hashed(*fields: bytes, rest: bytes = b"") -> bytes:
+        return blake2b(b"".join(map(field, fields)) + rest, digest_size=KEY_BYTES).digest()
+
+    def block(parent: bytes, tokens: range) -> bytes:
+        data = array("I", tokens).tobytes()
+        return hashed(b"blocks", parent, rest=(8).to_bytes(8, "little") + data)
 
     assert hashed(b"root", b"fingerprint", b"salt", b"adapter") == ROOT
-    first = hashed(b"block", ROOT, b"\x01\0\0\0\x02\0\0\0")
-    assert block_keys(ROOT, [1, 2, 3, 4], 2) == [first, hashed(b"block", first, b"\x03\0\0\0\x04\0\0\0")]
+    keys = block_keys(ROOT, range(2 * (GROUP_BLOCKS + 2)), 2)
+    assert keys[:2] == [block(ROOT, range(2)), block(ROOT, range(4))]
+    assert keys[GROUP_BLOCKS - 1] == block(ROOT, range(2 * GROUP_BLOCKS))
+    assert keys[-1] == block(keys[GROUP_BLOCKS - 1], range(2 * GROUP_BLOCKS, 2 * GROUP_BLOCKS + 4))
 
 
 @pytest.mark.parametrize(
@@ -68,12 +76,27 @@ def test_keys_are_equal_exactly_as_far_as_whole_blocks_are(left: list[int], righ
         assert (one == two) == (left[: count * size] == right[: count * size])
 
 
-@given(TOKENS, st.integers(1, 6), st.integers(0, 6))
-def test_chain_goes_on_from_any_of_its_keys(tokens: list[int], size: int, cut: int) -> None:
+@given(TOKENS, st.integers(1, 2), st.integers(0, 2))
+def test_chain_goes_on_from_the_end_of_any_group(tokens: list[int], size: int, groups: int) -> None:
     keys = block_keys(ROOT, tokens, size)
-    cut = min(cut, len(keys))
+    cut = min(groups, len(keys) // GROUP_BLOCKS) * GROUP_BLOCKS
     parent = keys[cut - 1] if cut else ROOT
     assert block_keys(parent, tokens[cut * size :], size) == keys[cut:]
+
+
+@given(TOKENS, st.integers(1, 3), st.randoms(use_true_random=False))
+def test_a_lazy_chain_has_the_same_keys_in_whatever_order_they_are_asked_for(
+    tokens: list[int], size: int, order: Random
+) -> None:
+    keys, chain = block_keys(ROOT, tokens, size), KeyChain(ROOT, tokens, size)
+    assert len(chain) == len(keys)
+    places = list(range(-len(keys), len(keys)))
+    order.shuffle(places)
+    assert all(chain[place] == keys[place] for place in places)
+    assert chain[:] == list(chain) == keys
+    for outside in (len(keys), -len(keys) - 1):
+        with pytest.raises(IndexError):
+            chain[outside]
 
 
 @given(TOKENS, st.integers(1, 6))

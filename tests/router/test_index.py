@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvstore.keys import BlockKey, block_keys, root_key
+from kvstore.keys import BlockKey, KeyChain, block_keys, root_key
 from router.index import PrefixIndex, split_keys
 
-KEYS = [BlockKey(bytes([number]) * 16) for number in range(12)]
+KEYS = [BlockKey(bytes([number]) * 16) for number in range(40)]
 slots = st.integers(0, 4)
-some_keys = st.lists(st.sampled_from(KEYS), max_size=8)
+some_keys = st.lists(st.sampled_from(KEYS), max_size=24)
 
 
 class AgainstNaive(RuleBasedStateMachine):
@@ -41,14 +41,21 @@ class AgainstNaive(RuleBasedStateMachine):
         self.index.remove_worker(slot)
         self.naive.pop(slot, None)
 
-    @rule(keys=some_keys)
-    def match(self, keys: list[BlockKey]) -> None:
-        expected = {}
+    @rule(slot=slots, depth=st.integers(0, len(KEYS)))
+    def prefix(self, slot: int, depth: int) -> None:
+        self.snapshot(slot, KEYS[:depth])
+
+    @rule(length=st.integers(0, len(KEYS)))
+    def match(self, length: int) -> None:
+        """As far as an unbroken prefix reaches, and never further than the last key held."""
+        depths = self.index.match(KEYS[:length])
         for slot, held in self.naive.items():
-            depth = next((n for n, key in enumerate(keys) if key not in held), len(keys))
-            if depth:
-                expected[slot] = depth
-        assert self.index.match(keys) == expected
+            unbroken = next((n for n, key in enumerate(KEYS[:length]) if key not in held), length)
+            if held.issubset(KEYS[:unbroken]) or unbroken in (0, length):
+                assert depths.get(slot, 0) == unbroken
+            else:
+                assert depths[slot] >= unbroken
+                assert KEYS[depths[slot] - 1] in held
 
     @invariant()
     def sizes_agree(self) -> None:
@@ -71,12 +78,22 @@ def test_an_index_that_all_workers_left_is_empty() -> None:
     assert index.match(KEYS) == {}
 
 
-def test_only_an_unbroken_prefix_counts() -> None:
+@given(st.dictionaries(slots, st.integers(0, 60), max_size=5), st.integers(0, 60))
+def test_prefixes_of_any_depth_are_found_whole(depths: dict[int, int], length: int) -> None:
+    tokens = range(60 * 4)
+    keys, index = block_keys(root_key(b"f"), tokens, 4), PrefixIndex()
+    for slot, depth in depths.items():
+        index.stored(slot, keys[:depth])
+    expected = {slot: min(depth, length) for slot, depth in depths.items() if min(depth, length)}
+    assert index.match(keys[:length]) == expected
+    assert index.match(KeyChain(root_key(b"f"), tokens[: length * 4], 4)) == expected
+
+
+def test_a_worker_without_the_first_block_holds_nothing() -> None:
     keys = block_keys(root_key(b"f"), range(40), 4)
     index = PrefixIndex()
-    index.stored(1, keys[:3] + keys[5:])
     index.stored(2, keys[1:])
-    assert index.match(keys) == {1: 3}
+    assert index.match(keys) == {}
 
 
 def test_a_cut_key_is_refused() -> None:

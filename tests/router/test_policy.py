@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from router.memory import DecayingSum
-from router.policy import POLICIES, Candidate, LinkFacts, LoadView, Need, Phase, Role
+from router.policy import POLICIES, Candidate, LinkFacts, LoadView, Need, Phase, Role, Speed
 
 NEED = Need(Phase.PROMPT, tokens=64, max_tokens=16, block_size=16)
 
@@ -113,7 +113,7 @@ def test_a_decision_keeps_every_term_and_the_runner_up() -> None:
     assert [each.worker_id for each in decision.considered] == ["b", "a"]
     assert decision.runner_up is not None
     assert decision.runner_up.worker_id == "a"
-    assert dict(decision.considered[0].terms) == {"uncached": 32.0, "queued": 0.0, "recent": 0.0, "shared_step": 0.0}
+    assert dict(decision.considered[0].terms) == {"uncached": 0.016, "queued": 0.0, "recent": 0.0, "shared_step": 0.0}
     assert all(each.cost == sum(each.terms.values()) for each in decision.considered)
 
 
@@ -123,3 +123,34 @@ def test_the_memory_halves_with_each_half_life() -> None:
     memory.add(100.0, now_s=40.0)
     assert memory.value(40.0) == pytest.approx(150.0)
     assert memory.value(100.0) == pytest.approx(37.5)
+
+
+def test_least_load_and_power_of_two_look_at_load_only() -> None:
+    workers = [worker(name, load=LoadView(waiting_tokens=100 * n), matched_blocks=n) for n, name in enumerate("abcd")]
+    assert {chosen("least_load", NEED, *workers, turn=turn) for turn in range(20)} == {"a"}
+    two = [chosen("power_of_two", NEED, *workers, turn=turn) for turn in range(200)]
+    assert set(two) == {"a", "b", "c"}  # the worst loses against anyone
+    assert chosen("power_of_two", NEED, workers[3]) == "d"
+
+
+def test_prefix_only_goes_where_the_prefix_is_whatever_the_load() -> None:
+    busy = worker("holder", matched_blocks=1, load=LoadView(waiting_tokens=10**6))
+    assert chosen("prefix_only", NEED, worker("idle"), busy) == "holder"
+
+
+def test_a_session_stays_and_moves_only_when_its_worker_is_gone() -> None:
+    workers = [worker(name, load=LoadView(waiting_tokens=turn)) for turn, name in enumerate("abcd")]
+    homes = {}
+    for number in range(40):
+        need = replace(NEED, session=f"s{number}")
+        homes[number] = home = chosen("session", need, *workers)
+        assert home == chosen("session", need, *reversed(workers), turn=5)
+        rest = [each for each in workers if each.worker_id != "a"]
+        assert home == "a" or chosen("session", need, *rest) == home
+    assert set(homes.values()) == set("abcd")
+    assert chosen("session", NEED, *workers) == chosen("cost", NEED, *workers) == "a"
+
+
+def test_a_slow_worker_costs_more_for_the_same_tokens() -> None:
+    slow = worker("a", speed=Speed(prefill_tokens_per_s=((7, 100.0),)))
+    assert chosen("cost", NEED, slow, worker("b")) == "b"

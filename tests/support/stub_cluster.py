@@ -19,6 +19,7 @@ from router.fleet import Fleet
 from router.limits import FleetLimits, LinkLimits, RouterLimits
 from router.policy import POLICIES, Role
 from router.routed import RoutedGeneration
+from router.wishes import Wishes
 
 LIMITS = RouterLimits(
     queue_wait_s=1.5,
@@ -76,18 +77,20 @@ class StubCluster:
         """Ours; gRPC may keep a task that waits for the status of a call whose last write failed."""
         return {task for task in asyncio.all_tasks() - self._tasks_before if "grpc/_cython" not in repr(task)}
 
-    def start(
-        self, sampling: SamplingParams, prompt_tokens: int = 40, deadline_s: float = 20.0, target: str | None = None
-    ) -> RoutedGeneration:
-        now_s = time.monotonic()
-        request = Request(
+    def request(self, sampling: SamplingParams, prompt_tokens: int = 40, deadline_s: float = 20.0) -> Request:
+        return Request(
             request_id=f"r{next(self._ids)}",
             prompt_token_ids=tuple(range(prompt_tokens)),
             sampling=sampling,
             root_key=self.fleet.root_key(),
-            deadline_s=now_s + deadline_s,
+            deadline_s=time.monotonic() + deadline_s,
         )
-        return self.dispatcher.start(request, Timeline(received_s=now_s), target)
+
+    def start(
+        self, sampling: SamplingParams, prompt_tokens: int = 40, deadline_s: float = 20.0, target: str | None = None
+    ) -> RoutedGeneration:
+        request = self.request(sampling, prompt_tokens, deadline_s)
+        return self.dispatcher.start(request, Timeline(received_s=time.monotonic()), Wishes(target=target))
 
 
 GREEDY = SamplingParams(max_tokens=20, seed=11, temperature=0.0)

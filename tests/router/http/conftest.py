@@ -27,6 +27,7 @@ from router.http.service import ServedModel, Service
 from router.metrics import RouterMetrics
 from router.text.chat_template import ChatTemplate
 from router.text.tokenizer import Tokenizer
+from router.wishes import NO_WISHES, Wishes
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -74,7 +75,7 @@ class FakeDispatcher:
         self.refusal: Exception | None = None
         self.started: list[FakeGeneration] = []
 
-    def start(self, request: Request, timeline: Timeline, target: str | None = None) -> FakeGeneration:
+    def start(self, request: Request, timeline: Timeline, wishes: Wishes = NO_WISHES) -> FakeGeneration:
         if self.refusal is not None:
             raise self.refusal
         timeline.dispatched_s = timeline.tokenised_s

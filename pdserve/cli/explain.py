@@ -1,0 +1,82 @@
+"""`pdserve explain ID`: why a request went where it went, and what was predicted against what happened."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pdserve.errors import ConfigError
+from pdserve.launch.http_front import get_json
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+_MIN_WIDTH = 120
+
+
+def register(app: typer.Typer) -> None:
+    @app.command("explain")
+    def explain(
+        request_id: Annotated[str, typer.Argument(metavar="ID", help="The response's id, or your X-Request-Id.")],
+        url: Annotated[str, typer.Option(help="The router.")] = DEFAULT_URL,
+        as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    ) -> None:
+        """Print the decision record of a request."""
+        try:
+            record = get_json(url, f"/v1/requests/{quote(request_id, safe='')}/explain")
+        except OSError as error:
+            raise ConfigError(f"The router {url} does not answer: {error}.") from error
+        except ValueError as error:
+            raise ConfigError(f"The router {url} knows no request {request_id}: {error}.") from error
+        if as_json:
+            print(json.dumps(record, indent=2))
+        else:
+            _show(record)
+
+
+def _show(record: dict[str, Any]) -> None:
+    console = Console(width=max(Console().width, _MIN_WIDTH))
+    console.print(f"{record['request_id']}: {record['prompt_tokens']} prompt tokens, ended with {record['end']}")
+    for decision in record["decisions"]:
+        console.print(
+            f"\n{decision['phase']} by {decision['policy']}: {decision['chosen'] or decision['why_not']}, "
+            f"prefix {decision['hit_blocks']} of {decision['best_hit_blocks']} blocks that some worker holds"
+        )
+        console.print(_candidates(decision))
+        for rejected in decision["filtered"]:
+            console.print(f"  not {rejected['worker_id']}: {rejected['reason']}")
+    actual = record["actual"] or {}
+    console.print("\nTTFT ", _against(record["predicted"]["ttft_s"], actual.get("ttft_s")))
+    console.print("TPOT ", _against(record["predicted"]["tpot_s"], actual.get("tpot_s")))
+    for stage, seconds in {**actual.get("ttft_stages_s", {}), **actual.get("handoff_stages_s", {})}.items():
+        console.print(f"  {stage:<10} {seconds * 1e3:10.2f} ms")
+    if record["missed_by"]:
+        console.print(f"missed its objective ({record['slo']['name']}) by {record['missed_by']}")
+
+
+def _candidates(decision: dict[str, Any]) -> Table:
+    terms = list(decision["candidates"][0]["terms_s"]) if decision["candidates"] else []
+    table = Table("worker", "cost", *terms, "hit blocks", "to compute", "to move", "link", box=None)
+    for each in decision["candidates"]:
+        mark = {decision["chosen"]: " <", decision["runner_up"]: " 2nd"}.get(each["worker_id"], "")
+        table.add_row(
+            each["worker_id"] + mark,
+            _ms(each["cost_s"]),
+            *(_ms(each["terms_s"][term]) for term in terms),
+            str(each["hit_blocks"]),
+            f"{each['uncached_tokens']} tokens, {_ms(each['compute_s'])}",
+            f"{each['move_bytes'] / 1e6:.1f} MB",
+            each["link"] or "-",
+        )
+    return table
+
+
+def _against(predicted_s: float | None, actual_s: float | None) -> str:
+    return f"predicted {_ms(predicted_s)}, was {_ms(actual_s)}"
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.2f} ms"

@@ -1,0 +1,68 @@
+"""What the router knows about its own choices, for people and machines. Implements `router.http.service.Routing`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pdserve.request import Request
+from router.dispatch import RouterDispatcher
+from router.fleet import Fleet
+from router.member import Member
+from router.policy import Role
+from router.records import describe_decision
+from router.wishes import Wishes
+
+
+class Explainer:
+    def __init__(self, fleet: Fleet, dispatcher: RouterDispatcher) -> None:
+        self._fleet = fleet
+        self._dispatcher = dispatcher
+
+    def explain(self, request_id: str) -> dict[str, Any] | None:
+        record = self._dispatcher.account.records.find(request_id)
+        return record.describe() if record is not None else None
+
+    def decision_header(self, request_id: str) -> str | None:
+        record = self._dispatcher.account.records.find(request_id)
+        return record.header() if record is not None else None
+
+    def dry_run(self, request: Request, wishes: Wishes) -> dict[str, Any]:
+        return describe_decision(self._dispatcher.dry_run(request, wishes))
+
+    def slo(self) -> dict[str, Any]:
+        account = self._dispatcher.account
+        errors = {
+            name: {"p50": meter.quantile(0.5), "p90": meter.quantile(0.9)} for name, meter in account.errors.items()
+        }
+        return account.goodput.describe() | {"prediction_error": errors}
+
+    def pairs(self) -> dict[str, Any]:
+        """Each prefill worker with each decode worker; an address without a worker behind it is no part of a pair."""
+        members = self._fleet.known()
+        return {
+            "ready": self._fleet.ready,
+            "workers": [
+                {"worker_id": each.worker_id, "role": each.role.value, "state": each.state, "error": each.incompatible}
+                for each in members
+            ],
+            "pairs": [
+                self._pair(prefill, decode)
+                for prefill in members
+                if prefill.role is Role.PREFILL
+                for decode in members
+                if decode.role is Role.DECODE
+            ],
+        }
+
+    def _pair(self, prefill: Member, decode: Member) -> dict[str, Any]:
+        link = prefill.link_to(decode)
+        reason = prefill.incompatible or decode.incompatible
+        return {
+            "prefill": prefill.worker_id,
+            "decode": decode.worker_id,
+            "compatible": not reason,
+            "up": link is not None and link.up,
+            "transport": link.transport if link is not None else None,
+            "bytes_per_second": link.bytes_per_s if link is not None and link.bytes_per_s else None,
+            "error": reason or (link.error if link is not None else "no link was reported yet"),
+        }

@@ -1,0 +1,77 @@
+"""Endpoints about choices: why a request went where it went, where one would go, and how well objectives are met."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
+
+from pdserve.errors import InvalidRequest
+from pdserve.request import MAX_SEED, Request
+from router.http.body import decode_body
+from router.http.call import chat_call, completion_call
+from router.http.errors import ClientGone, as_serve_error
+from router.http.exchange import Exchange
+from router.http.service import Routing, Service
+from router.wishes import Wishes
+
+
+class DryRunEndpoint:
+    """The body and headers of a completion or chat completion; answers with the decision, and runs nothing."""
+
+    def __init__(self, service: Service, routing: Routing) -> None:
+        self._service = service
+        self._routing = routing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send, self._service.limits)
+        with contextlib.suppress(ClientGone):
+            try:
+                await exchange.respond(200, await self._decide(exchange))
+            except ClientGone:
+                raise
+            except Exception as error:
+                await exchange.fail(as_serve_error(error, exchange.request_id))
+
+    async def _decide(self, exchange: Exchange) -> dict[str, Any]:
+        service = self._service
+        body = await exchange.body()
+        make = chat_call if "messages" in decode_body(body) else completion_call
+        call = make(body, service.model, secrets.randbelow(MAX_SEED + 1))
+        request = Request(
+            request_id=exchange.request_id,
+            prompt_token_ids=call.prompt_token_ids,
+            sampling=call.sampling,
+            root_key=service.root_key(),
+            deadline_s=service.clock() + service.limits.request_s,
+        )
+        return self._routing.dry_run(request, Wishes.from_headers(exchange.headers))
+
+
+def routing_routes(service: Service, routing: Routing) -> Sequence[BaseRoute]:
+    async def explain(request: HttpRequest) -> Response:
+        found = routing.explain(request.path_params["request_id"])
+        if found is None:
+            failure = InvalidRequest("This request is not among the last ones.", code="unknown_request")
+            payload = {"error": {"message": failure.message, "type": failure.type, "param": None, "code": failure.code}}
+            return JSONResponse(payload, status_code=404)
+        return JSONResponse(found)
+
+    async def slo(request: HttpRequest) -> Response:
+        return JSONResponse(routing.slo())
+
+    async def topology(request: HttpRequest) -> Response:
+        return JSONResponse(routing.pairs())
+
+    return [
+        Route("/v1/requests/{request_id}/explain", explain),
+        Route("/v1/route:dryrun", DryRunEndpoint(service, routing), methods=["POST"]),
+        Route("/v1/slo", slo),
+        Route("/v1/topology", topology),
+    ]

@@ -1,0 +1,110 @@
+"""Service level objectives and live goodput: a request is good if TTFT and TPOT both meet its class (design section 7).
+
+A miss is put down to one stage: of a missed TTFT the longest of the stages that sum to it, else of a missed TPOT the
+hand-over, if without its gap the mean would have met the class, or decode.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from pdserve.errors import InvalidRequest
+from pdserve.timeline import Timeline
+
+STANDARD = "standard"
+CUSTOM = "custom"
+FAILED = "failed"
+_MAX_PAIRS = 1024  # label sets that are counted apart; the rest goes to one
+
+
+@dataclass(frozen=True, slots=True)
+class SloClass:
+    name: str
+    ttft_s: float
+    tpot_s: float
+
+
+CLASSES = {
+    each.name: each
+    for each in (SloClass("interactive", 1.0, 0.1), SloClass(STANDARD, 4.0, 0.25), SloClass("batch", 120.0, 2.0))
+}
+
+
+def parse_slo(text: str) -> SloClass:
+    """A class by name, or a JSON object with `ttft_ms` and `tpot_ms`. Raises InvalidRequest."""
+    if text in CLASSES:
+        return CLASSES[text]
+    try:
+        given = json.loads(text)
+        ttft_s, tpot_s = float(given["ttft_ms"]) / 1e3, float(given["tpot_ms"]) / 1e3
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        ttft_s = tpot_s = math.nan
+    if not (0 < ttft_s < math.inf and 0 < tpot_s < math.inf):
+        names = ", ".join(CLASSES)
+        raise InvalidRequest(f'x-pdserve-slo is one of {names}, or {{"ttft_ms": 500, "tpot_ms": 50}}.')
+    return SloClass(CUSTOM, ttft_s, tpot_s)
+
+
+def first_miss(slo: SloClass, timeline: Timeline) -> str | None:
+    """The stage that broke the objective; None for a good request."""
+    ttft_s, tpot_s = timeline.ttft_s, timeline.tpot_s
+    if ttft_s is None:
+        return FAILED
+    if ttft_s > slo.ttft_s:
+        stages = timeline.ttft_stages()
+        return max(stages, key=lambda stage: stages[stage])
+    if tpot_s is None or tpot_s <= slo.tpot_s:
+        return None
+    handoff = timeline.handoff_stages()
+    gaps = timeline.output_tokens - 1
+    if gaps > 1 and handoff and (tpot_s * gaps - sum(handoff.values())) / (gaps - 1) <= slo.tpot_s:
+        return max(handoff, key=lambda stage: handoff[stage])
+    return "decode"
+
+
+class GoodputTracker:
+    """Counts good requests and misses by class, prefill worker and decode worker since the start."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[tuple[str, str, str, str]] = Counter()  # class, prefill, decode, stage; "" is good
+
+    def note(self, slo: SloClass, workers: tuple[str, str], missed: str | None) -> None:
+        """`workers`: the first and the last that did a part."""
+        if len(self.outcomes) >= _MAX_PAIRS:
+            workers = ("other", "other")
+        self.outcomes[slo.name, *workers, missed or ""] += 1
+
+    def by_class(self) -> Counter[tuple[str, str]]:
+        """(class, stage): requests."""
+        totals: Counter[tuple[str, str]] = Counter()
+        for (name, _, _, stage), count in self.outcomes.items():
+            totals[name, stage] += count
+        return totals
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "objectives": {
+                each.name: {"ttft_ms": each.ttft_s * 1e3, "tpot_ms": each.tpot_s * 1e3} for each in CLASSES.values()
+            },
+            "classes": {
+                name: self._sum({key: n for key, n in self.outcomes.items() if key[0] == name})
+                for name in sorted({key[0] for key in self.outcomes})
+            },
+            "pairs": [
+                {"prefill": prefill, "decode": decode}
+                | self._sum({key: n for key, n in self.outcomes.items() if key[1:3] == (prefill, decode)})
+                for prefill, decode in sorted({key[1:3] for key in self.outcomes})
+            ],
+        }
+
+    def _sum(self, outcomes: dict[tuple[str, str, str, str], int]) -> dict[str, Any]:
+        misses: Counter[str] = Counter()
+        for key, count in outcomes.items():
+            misses[key[3]] += count
+        good, total = misses.pop("", 0), sum(outcomes.values())
+        return {"requests": total, "good": good, "goodput": good / total, "missed_by_stage": dict(misses)}

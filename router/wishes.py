@@ -1,0 +1,42 @@
+"""What a client says in headers about where and how soon its request is to be served."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pdserve.errors import InvalidRequest
+from router.policy import POLICIES
+from router.slo import CLASSES, STANDARD, SloClass, parse_slo
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    label: str = ""  # the client's own id of the request; finds its record too
+    target: str | None = None  # x-pdserve-worker
+    policy: str | None = None  # x-pdserve-policy; None: the router's
+    session: str | None = None  # x-pdserve-session
+    slo: SloClass = CLASSES[STANDARD]  # x-pdserve-slo: a class, or {"ttft_ms": .., "tpot_ms": ..}
+
+    @classmethod
+    def from_headers(cls, headers: Mapping[bytes, bytes], label: str = "") -> Wishes:
+        """Raises InvalidRequest for a policy or a class that does not exist."""
+        policy = _text(headers, b"x-pdserve-policy")
+        if policy is not None and policy not in POLICIES:
+            raise InvalidRequest(f"No policy is named '{policy[:64]}'; there are {', '.join(POLICIES)}.")
+        slo = _text(headers, b"x-pdserve-slo")
+        return cls(
+            label=label,
+            target=_text(headers, b"x-pdserve-worker"),
+            policy=policy,
+            session=_text(headers, b"x-pdserve-session"),
+            slo=parse_slo(slo) if slo is not None else CLASSES[STANDARD],
+        )
+
+
+def _text(headers: Mapping[bytes, bytes], name: bytes) -> str | None:
+    value = headers.get(name)
+    return value.decode("latin-1") if value else None
+
+
+NO_WISHES = Wishes()

@@ -1,0 +1,75 @@
+"""`pdserve explain` shows the record that the router keeps, or says in one sentence why it cannot."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Protocol
+
+import pytest
+from typer.testing import CliRunner
+
+from pdserve.cli import app
+from pdserve.errors import ConfigError
+
+
+class Server(Protocol):
+    url: str
+    pages: dict[str, Any]
+
+
+RECORD = {
+    "request_id": "cmpl-1",
+    "prompt_tokens": 40,
+    "slo": {"name": "standard"},
+    "decisions": [
+        {
+            "phase": "prompt",
+            "policy": "cost",
+            "chosen": "p0",
+            "runner_up": "p1",
+            "hit_blocks": 2,
+            "best_hit_blocks": 3,
+            "why_not": "",
+            "candidates": [
+                {
+                    "worker_id": name,
+                    "cost_s": 0.012,
+                    "terms_s": {"uncached": 0.012},
+                    "hit_blocks": 2,
+                    "uncached_tokens": 8,
+                    "compute_s": 0.012,
+                    "move_bytes": 0,
+                    "link": None,
+                }
+                for name in ("p0", "p1")
+            ],
+            "filtered": [{"worker_id": "d0", "reason": "role decode"}],
+        }
+    ],
+    "predicted": {"ttft_s": 0.012, "tpot_s": 0.02},
+    "actual": {"ttft_s": 0.034, "tpot_s": None, "ttft_stages_s": {"queue": 0.034}, "handoff_stages_s": {}},
+    "end": "stop",
+    "missed_by": "queue",
+}
+
+
+def test_for_people(server: Server) -> None:
+    server.pages["/v1/requests/cmpl-1/explain"] = RECORD
+    shown = CliRunner().invoke(app, ["explain", "cmpl-1", "--url", server.url])
+    assert shown.exit_code == 0, shown.output
+    for expected in ("p0 <", "p1 2nd", "not d0: role decode", "predicted 12.00 ms, was 34.00 ms", "by queue"):
+        assert expected in shown.output
+
+
+def test_for_machines(server: Server) -> None:
+    server.pages["/v1/requests/a%2Fb/explain"] = RECORD
+    shown = CliRunner().invoke(app, ["explain", "a/b", "--url", server.url, "--json"])
+    assert json.loads(shown.output) == RECORD
+
+
+def test_an_unknown_request_and_a_router_that_is_away(server: Server) -> None:
+    for url, reason in ((server.url, "knows no request"), ("http://127.0.0.1:1", "does not answer")):
+        failed = CliRunner().invoke(app, ["explain", "x", "--url", url])
+        assert isinstance(failed.exception, ConfigError)
+        with pytest.raises(ConfigError, match=reason):
+            raise failed.exception

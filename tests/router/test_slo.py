@@ -1,0 +1,96 @@
+"""A request is good if TTFT and TPOT meet its class; a miss names the stage that broke it."""
+
+from __future__ import annotations
+
+import pytest
+
+from pdserve.errors import InvalidRequest
+from pdserve.timeline import Timeline
+from router.slo import CLASSES, GoodputTracker, SloClass, first_miss, parse_slo
+
+SLO = SloClass("test", ttft_s=1.0, tpot_s=0.1)
+
+
+def timeline(queue_s: float = 0.1, compute_s: float = 0.2, gaps_s: tuple[float, ...] = (0.05,) * 9) -> Timeline:
+    made = Timeline(received_s=0.0, tokenised_s=0.01, dispatched_s=0.02)
+    made.reported.update(queue=queue_s, compute=compute_s)
+    now_s = 0.02 + queue_s + compute_s
+    made.token(now_s)
+    for gap_s in gaps_s:
+        now_s += gap_s
+        made.token(now_s)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("made", "missed"),
+    [
+        (timeline(), None),
+        (timeline(gaps_s=()), None),
+        (timeline(queue_s=2.0), "queue"),
+        (timeline(compute_s=2.0), "compute"),
+        (timeline(gaps_s=(0.2,) * 9), "decode"),
+        (Timeline(received_s=0.0), "failed"),
+    ],
+)
+def test_the_stage_that_broke_it(made: Timeline, missed: str | None) -> None:
+    assert first_miss(SLO, made) == missed
+
+
+def test_a_slow_hand_over_is_told_from_slow_decode() -> None:
+    gaps_s = (2.0, *(0.05,) * 9)
+    made = timeline(gaps_s=gaps_s)
+    assert first_miss(SLO, made) == "decode"
+    made.reported.update(reserve=0.1, transfer=1.8, commit=0.05)
+    assert first_miss(SLO, made) == "transfer"
+
+
+def test_classes_by_name_and_by_numbers() -> None:
+    assert parse_slo("interactive") is CLASSES["interactive"]
+    assert parse_slo('{"ttft_ms": 500, "tpot_ms": 50}') == SloClass("custom", 0.5, 0.05)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "fast",
+        "[]",
+        "{}",
+        '{"ttft_ms": 1}',
+        '{"ttft_ms": "x", "tpot_ms": 1}',
+        '{"ttft_ms": -1, "tpot_ms": 1}',
+        '{"ttft_ms": NaN, "tpot_ms": 1}',
+        '{"ttft_ms": Infinity, "tpot_ms": 1}',
+        "[" * 100_000,
+    ],
+)
+def test_other_texts_are_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="interactive, standard, batch"):
+        parse_slo(text)
+
+
+def test_goodput_by_class_and_pair() -> None:
+    tracker = GoodputTracker()
+    tracker.note(CLASSES["standard"], ("p", "d"), None)
+    tracker.note(CLASSES["standard"], ("p", "e"), "queue")
+    tracker.note(CLASSES["batch"], ("p", "d"), None)
+    described = tracker.describe()
+    standard = {"requests": 2, "good": 1, "goodput": 0.5, "missed_by_stage": {"queue": 1}}
+    assert described["classes"]["standard"] == standard
+    assert described["pairs"][0] == {
+        "prefill": "p",
+        "decode": "d",
+        "requests": 2,
+        "good": 2,
+        "goodput": 1.0,
+        "missed_by_stage": {},
+    }
+
+
+def test_label_sets_are_bounded() -> None:
+    tracker = GoodputTracker()
+    for number in range(5000):
+        tracker.note(SLO, (f"p{number}", "d"), None)
+    assert len(tracker.outcomes) <= 1025
+    assert sum(tracker.outcomes.values()) == 5000
