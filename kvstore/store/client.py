@@ -39,8 +39,8 @@ from kvstore.store.wire import join_keys, join_parents
 
 log = logging.getLogger(__name__)
 
-CALL_TIMEOUT_S = 0.25  # of a call that waits for nothing but the node
-ATTACH_TIMEOUT_S = 5.0
+CALL_TIMEOUT_S = 0.4  # of a call that waits for nothing but the node
+ATTACH_TIMEOUT_S = 30.0  # the first worker waits while the node takes its memory
 _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", 16 << 20),
@@ -64,11 +64,10 @@ _TIERS = {tier.value: tier for tier in Tier}
 class _Attachment:
     """One session with one life of the node."""
 
-    def __init__(self, attached: pb.Attached, block_bytes: int) -> None:
+    def __init__(self, attached: pb.Attached, arena: ArenaMap | None) -> None:
         self.session_id = attached.session_id
         self.lease_s = attached.lease_s
-        path = attached.arena_path
-        self.arena = ArenaMap(Path(path), attached.num_slots, block_bytes) if path else None
+        self.arena = arena
 
 
 class StoreClient:
@@ -79,6 +78,8 @@ class StoreClient:
         self._channel = grpc.aio.insecure_channel(f"unix:{socket_path}", options=_CHANNEL_OPTIONS)
         self._stub = StoreStub(self._channel)
         self._attachment: _Attachment | None = None
+        self._arena_path = ""
+        self._arena: ArenaMap | None = None
         self._stream: Any = None
         self._task: asyncio.Task[None] | None = None
         self._to_release: list[int] = []
@@ -274,6 +275,16 @@ class StoreClient:
                 log.warning("the store refused a call: %s", error.details())
             return None
 
+    def _map(self, attached: pb.Attached) -> ArenaMap | None:
+        """The node's arena; the same mapping as before if it is the same life of the node. Raises OSError."""
+        if attached.arena_path != self._arena_path:
+            self._arena_path, self._arena = "", None
+            if attached.arena_path:
+                self._arena = ArenaMap(Path(attached.arena_path), attached.num_slots, self._hello.block_bytes)
+                self._arena_path = attached.arena_path
+                self._background(asyncio.to_thread(self._arena.populate))
+        return self._arena
+
     def _detach(self, reason: str) -> None:
         if self._attachment is not None:
             level = logging.DEBUG if self._closing else logging.WARNING
@@ -307,9 +318,7 @@ class StoreClient:
                 attached = await stream.read()
             if not isinstance(attached, pb.Attached):
                 return ""
-            self._attachment = attachment = _Attachment(attached, self._hello.block_bytes)
-            if attachment.arena is not None:
-                self._background(asyncio.to_thread(attachment.arena.populate))
+            self._attachment = _Attachment(attached, self._map(attached))
             self._hello.previous_session_id = attached.session_id
             log.info("attached to the store: %d slots in %s", attached.num_slots, attached.arena_path or "no host tier")
             if not self._first.done():

@@ -65,7 +65,7 @@ class NodeState:
         self.ending = asyncio.Event()
         self.address = ""  # host:port for other nodes; set before the node opens
         self.problems: list[str] = []
-        self._opening = asyncio.Lock()
+        self._opening: asyncio.Task[OpenStore] | None = None
         self._opened = asyncio.Event()
 
     async def open(self, geometry: Geometry) -> OpenStore:
@@ -74,17 +74,17 @@ class NodeState:
         Raises:
             Unavailable: the node serves others.
         """
-        async with self._opening:
-            if self.opened is None:
-                self.opened = await self._open(geometry)
-                self._opened.set()
-        if self.opened.geometry != geometry:
-            ours = self.opened.geometry.block_bytes
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._open(geometry), name="open store")
+        # A worker that hangs up meanwhile must not leave a half-open node behind.
+        opened = await asyncio.shield(self._opening)
+        if opened.geometry != geometry:
+            ours = opened.geometry.block_bytes
             raise Unavailable(
                 f"store node {self.config.node_id} holds blocks of another model, dtype or layout ({ours} bytes each,"
                 f" not {geometry.block_bytes}): start a node for each, or restart this one"
             )
-        return self.opened
+        return opened
 
     async def wait_opened(self) -> OpenStore | None:
         """None if the node ends first."""
@@ -117,6 +117,8 @@ class NodeState:
             host.num_slots,
             0 if disk is None else len(disk),
         )
+        self.opened = opened
+        self._opened.set()
         return opened
 
     def _open_arena(self, geometry: Geometry) -> Arena | None:
@@ -171,6 +173,8 @@ class NodeState:
     async def close(self) -> None:
         """End sessions, save to disk what the host tier alone has, as far as time allows, and let go. Idempotent."""
         self.ending.set()
+        if self._opening is not None:
+            await asyncio.gather(self._opening, return_exceptions=True)  # what it took is given back below
         opened, self.opened = self.opened, None
         if opened is None:
             return
