@@ -17,7 +17,7 @@ BENCHMARKS = {
     "transfer": ("kvstore.transfer.bench", "KV push against memcpy, over shared memory and TCP"),
     "router": ("router.bench", "router overhead per request and per token"),
     "startup": ("pdserve.bench.startup", "seconds to ready, and the memory of each process"),
-    "serving": ("pdserve.bench.serving", "disaggregated against mixed workers: tokens/s, TTFT, ITL, goodput"),
+    "serving": ("loadtest.sweep", "disaggregated against mixed workers: goodput, TTFT, TPOT, gaps (make loadtest)"),
 }
 
 
