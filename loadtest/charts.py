@@ -31,7 +31,7 @@ class Charts:
         self._samples: deque[dict[str, Any]] = deque(maxlen=MAX_SAMPLES)
 
     def add_to(self, app: Flask) -> None:
-        """Adds the page, its data and a tab of locust's that leads there, and begins to sample."""
+        """Adds the page and its data, and begins to sample."""
         app.add_url_rule("/latency", "latency", lambda: Response(_PAGE.read_text(), mimetype="text/html"))
         app.add_url_rule("/latency/data", "latency_data", lambda: jsonify(list(self._samples)))
         self._environment.events.test_start.add_listener(lambda **_: self._samples.clear())
@@ -49,8 +49,7 @@ class Charts:
         rows: dict[str, dict[str, Any]] = {TTFT: {}, TPOT: {}, ITL: {}, "rate": {}, GOOD: {}}
         for (path, method), entry in list(self._environment.stats.entries.items()):
             if method in (TTFT, TPOT, ITL):
-                values = [entry.get_current_response_time_percentile(share) for share in _PERCENTILES]
-                rows[method][path] = values
+                rows[method][path] = [entry.get_current_response_time_percentile(share) for share in _PERCENTILES]
             else:
                 rows[GOOD if method == GOOD else "rate"][path] = entry.current_rps
         return {"at": now_s, **rows}

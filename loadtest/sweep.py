@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=1.0, help="first rate, requests a second")
     parser.add_argument("--points", type=int, default=6, help="rates to try at most, each target")
     parser.add_argument("--point", type=float, default=25.0, help="seconds of arrivals a rate")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which a request has failed")
+    parser.add_argument("--timeout", type=float, default=30.0, help="seconds after which a request has failed")
     parser.add_argument("--closed", type=int, default=0, metavar="CLIENTS", help="also a closed loop of that many")
     parser.add_argument("--workload", choices=KINDS, default="synthetic")
     add_workload_options(parser)
