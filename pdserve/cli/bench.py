@@ -19,7 +19,7 @@ BENCHMARKS = {
     "router": ("router.bench", "router overhead per request and per token"),
     "startup": ("pdserve.bench.startup", "seconds to ready, and the memory of each process"),
     "tiers": ("pdserve.bench.tiers", "TTFT of a long prompt: computed, and found in each tier of the store"),
-    "serving": ("pdserve.bench.serving", "disaggregated against mixed workers: tokens/s, TTFT, ITL, goodput"),
+    "serving": ("loadtest.sweep", "disaggregated against mixed workers: goodput, TTFT, TPOT, gaps (make loadtest)"),
 }
 
 
