@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -29,6 +29,23 @@ class Session:
     at_s: float
     turns: tuple[Turn, ...]
     system: str = ""
+
+
+def fitted(sessions: Iterable[Session], rate_rps: float, duration_s: float) -> list[Session]:
+    """The first of an endless stream that come to `rate_rps` requests a second, one session at least, with time
+    stretched so that the next would be due at the end.
+
+    In a short window the count of a Poisson process is far from its mean; given the count, it is still Poisson.
+    """
+    kept: list[Session] = []
+    requests, wanted = 0, max(1, round(rate_rps * duration_s))
+    for session in sessions:
+        if requests >= wanted:
+            stretch = duration_s / max(session.at_s, 1e-9)
+            return [replace(one, at_s=one.at_s * stretch) for one in kept]
+        kept.append(session)
+        requests += len(session.turns)
+    raise ValueError("the stream of sessions has an end")
 
 
 @dataclass(frozen=True, slots=True)

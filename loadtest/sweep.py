@@ -12,7 +12,9 @@ import asyncio
 import contextlib
 import itertools
 import os
+import signal
 import statistics
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from loadtest.report import write_report
 from loadtest.result import ATTAINMENT, Alone, Result, Sweep, held
 from loadtest.run import run_closed, run_open
 from loadtest.search import next_rate
+from loadtest.session import fitted
 from loadtest.statistics import Point, summarise
 from loadtest.target import Target, find_target
 from loadtest.verdict import verdict
@@ -71,17 +74,15 @@ def measure(name: str, target: Target, alone: Alone, plan: Plan, slo: Slo) -> Re
         rate_rps = next_rate(tried, plan.first_rps, plan.max_points)
         if rate_rps is None:
             break
-        sessions = plan.workload.sessions(rate_rps, seed)
+        sessions = fitted(plan.workload.sessions(rate_rps, seed), rate_rps, plan.point_s)
         run = asyncio.run(run_open(target, sessions, plan.point_s, plan.timeout_s))
-        if not run.outcomes:
-            raise SystemExit(f"No request was due within {plan.point_s:g} s at {rate_rps:.3g} req/s: raise --point.")
         points[rate_rps] = point = summarise(run, slo, rate_rps)
         print(f"  {rate_rps:6.3g} req/s: {point.good_share:4.0%} of {point.requests} good", flush=True)
     closed = None
     if plan.closed_clients:
         count = plan.closed_clients * _CLOSED_REQUESTS_A_CLIENT
-        sessions = plan.workload.sessions(1.0, _CLOSED_SEED)
-        run = asyncio.run(run_closed(target, sessions, plan.closed_clients, count, plan.timeout_s))
+        endless = plan.workload.sessions(1.0, _CLOSED_SEED)
+        run = asyncio.run(run_closed(target, endless, plan.closed_clients, count, plan.timeout_s))
         closed = summarise(run, slo, len(run.outcomes) / run.elapsed_s)
     return Result(name, alone, tuple(points[rate] for rate in sorted(points)), closed)
 
@@ -151,6 +152,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     slo = Slo(args.ttft, args.tpot) if args.ttft is not None else None
     plan = Plan(workload, args.rate, args.points, args.point, args.timeout, args.closed)
+    # Or what was started would go on without us.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     args.out.mkdir(parents=True, exist_ok=True)
     found = sweep(args.targets or list(TOPOLOGIES), plan, slo, args.model, args.out)
     write_report(found, args.out)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from loadtest.session import Session, request_of
+from loadtest.session import Session, fitted, request_of
 from loadtest.workload import Chat, Synthetic, Workload
 
 WORKLOADS = [Synthetic(32, 8), Synthetic(32, 8, cv=3.0, shared_tokens=20), Chat(turns=3)]
@@ -29,6 +29,14 @@ def test_the_rate_counts_requests(workload: Workload) -> None:
     sessions = first(workload, 3_000, rate_rps=6.0)
     assert [s.at_s for s in sessions] == sorted(s.at_s for s in sessions)
     assert sum(len(s.turns) for s in sessions) / sessions[-1].at_s == pytest.approx(6.0, rel=0.15)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
+def test_a_short_window_has_the_rate_it_was_given(workload: Workload) -> None:
+    sessions = fitted(workload.sessions(3.0, 5), 3.0, 10.0)
+    requests = sum(len(session.turns) for session in sessions)
+    assert 30 <= requests < 30 + len(sessions[-1].turns)
+    assert 0.0 < sessions[0].at_s < sessions[-1].at_s < 10.0
 
 
 def test_shared_head_and_own_tail() -> None:
