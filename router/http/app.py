@@ -15,6 +15,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pdserve.errors import InvalidRequest, ModelNotFound, ServeError
+from router.http.console import console_routes
 from router.http.errors import HeadersTooLarge, as_serve_error, error_headers, error_payload
 from router.http.exchange import REQUEST_ID_KEY
 from router.http.generate import CHAT, COMPLETIONS, GenerateEndpoint, InFlight
@@ -27,8 +28,8 @@ _REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}")
 def make_app(service: Service) -> ASGIApp:
     """
     POST /v1/completions, /v1/chat/completions; GET /v1/models, /v1/models/{id}; GET /livez (the process runs), /readyz
-    (a worker can take requests), /workers (the fleet), /metrics (everything in the registry of `service.metrics`);
-    and the endpoints about choices, `router.http.routing`.
+    (a worker can take requests), /workers (the fleet), /metrics (everything in the registry of `service.metrics`); /
+    (the console) and /console/{name}; and the endpoints about choices, `router.http.routing`.
     """
     in_flight = InFlight(service.limits.in_flight, service.metrics)
     routes = [
@@ -37,6 +38,7 @@ def make_app(service: Service) -> ASGIApp:
         *_model_routes(service.model),
         *_operator_routes(service),
         *(routing_routes(service, service.routing) if service.routing is not None else ()),
+        *console_routes(),
     ]
     app = Starlette(
         routes=routes,
