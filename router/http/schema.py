@@ -18,6 +18,9 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_BYTES = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_MESSAGES = 1024
+MAX_METADATA_PAIRS = 16
+MAX_METADATA_KEY_CHARS = 64
+MAX_METADATA_VALUE_CHARS = 512
 _MAX_COUNT = 2**31 - 1  # of tokens: above any context, so that messages can print it
 
 
@@ -47,6 +50,19 @@ def _stop(value: Any) -> tuple[str, ...]:
         if not 1 <= len(string.encode()) <= MAX_STOP_STRING_BYTES:
             raise PydanticCustomError("stop", f"each string must have 1 to {MAX_STOP_STRING_BYTES} bytes")
     return tuple(strings)
+
+
+def _metadata(value: Any) -> dict[str, str]:
+    """By hand, because pydantic would name a key, of any length, in the error."""
+    if not isinstance(value, dict) or len(value) > MAX_METADATA_PAIRS:
+        raise PydanticCustomError("metadata", f"must be an object of at most {MAX_METADATA_PAIRS} pairs")
+    if any(len(key) > MAX_METADATA_KEY_CHARS for key in value):
+        raise PydanticCustomError("metadata", f"keys must have at most {MAX_METADATA_KEY_CHARS} characters")
+    if any(not isinstance(item, str) or len(item) > MAX_METADATA_VALUE_CHARS for item in value.values()):
+        raise PydanticCustomError(
+            "metadata", f"values must be strings of at most {MAX_METADATA_VALUE_CHARS} characters"
+        )
+    return value
 
 
 def _role(value: Any) -> Any:
@@ -93,9 +109,10 @@ class _Generating(_Strict):
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # Who the end user is: nothing here depends on it.
+    # Who the end user is, and the client's own notes: nothing here depends on them.
     user: str | None = None
     safety_identifier: str | None = None
+    metadata: Annotated[dict[str, str], PlainValidator(_metadata)] | None = None
 
 
 class CompletionRequest(_Generating):

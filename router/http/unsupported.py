@@ -45,7 +45,6 @@ CHAT: Final[Neutral] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "logprobs": (False,),
-    "metadata": ({},),
     "modalities": (["text"],),
     "moderation": (),
     "parallel_tool_calls": (True, False),

@@ -168,6 +168,12 @@ async def test_neutral_values_of_missing_parameters_are_accepted(ask: Any, body:
     await ask(body | NEUTRAL_BOTH)
 
 
+async def test_metadata_changes_nothing_up_to_its_limits(ask: Any) -> None:
+    metadata = {f"{i:064}": "x" * 512 for i in range(16)}
+    plain = await ask({"prompt": "a", "seed": 1})
+    assert (await ask({"prompt": "a", "seed": 1, "metadata": metadata})).sampling == plain.sampling
+
+
 async def test_long_prompts_take_the_other_thread(client: httpx.AsyncClient, dispatcher: Any) -> None:
     response = await client.post("/v1/completions", json={"model": "tiny", "prompt": "word " * 20_000})
     assert response.status_code == 400
