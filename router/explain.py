@@ -22,6 +22,9 @@ class Explainer:
         record = self._dispatcher.account.records.find(request_id)
         return record.describe() if record is not None else None
 
+    def recent(self, limit: int) -> list[dict[str, Any]]:
+        return [record.describe() for record in self._dispatcher.account.records.recent(limit)]
+
     def decision_header(self, request_id: str) -> str | None:
         record = self._dispatcher.account.records.find(request_id)
         return record.header() if record is not None else None

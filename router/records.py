@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -158,6 +159,10 @@ class Records:
 
     def find(self, request_id: str) -> Record | None:
         return self._by_id.get(request_id) or self._by_label.get(request_id)
+
+    def recent(self, limit: int) -> list[Record]:
+        """The last ones, newest first."""
+        return list(islice(reversed(self._by_id.values()), limit))
 
     def closed(self, record: Record) -> None:
         """It is finished: one line for the log."""

@@ -22,6 +22,9 @@ from router.http.service import Routing, Service
 from router.wishes import Wishes
 
 
+MAX_RECENT = 1024
+
+
 class DryRunEndpoint:
     """The body and headers of a completion or chat completion; answers with the decision, and runs nothing."""
 
@@ -63,6 +66,12 @@ def routing_routes(service: Service, routing: Routing) -> Sequence[BaseRoute]:
             return JSONResponse(payload, status_code=404)
         return JSONResponse(found)
 
+    async def recent(request: HttpRequest) -> Response:
+        text = request.query_params.get("limit", "50")
+        if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_RECENT):
+            raise InvalidRequest(f"'limit' must be a number from 1 to {MAX_RECENT}.", param="limit")
+        return JSONResponse({"object": "list", "data": routing.recent(int(text))})
+
     async def slo(request: HttpRequest) -> Response:
         return JSONResponse(routing.slo())
 
@@ -70,6 +79,7 @@ def routing_routes(service: Service, routing: Routing) -> Sequence[BaseRoute]:
         return JSONResponse(routing.pairs())
 
     return [
+        Route("/v1/requests", recent),
         Route("/v1/requests/{request_id}/explain", explain),
         Route("/v1/route:dryrun", DryRunEndpoint(service, routing), methods=["POST"]),
         Route("/v1/slo", slo),

@@ -49,6 +49,10 @@ class Routing(Protocol):
         """The record of a request, by the response's id or the client's own; None when it is not among the last."""
         ...
 
+    def recent(self, limit: int) -> list[dict[str, Any]]:
+        """The records of the last requests, newest first."""
+        ...
+
     def decision_header(self, request_id: str) -> str | None: ...
 
     def dry_run(self, request: Request, wishes: Wishes) -> dict[str, Any]:

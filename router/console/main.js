@@ -1,0 +1,68 @@
+// Joins the parts: asks the router once a second while the page is seen, and shows what it says.
+
+import { getJson } from "./api.js";
+import { startChat } from "./chat.js";
+import { showPath, showWorkers } from "./cluster.js";
+import { byId } from "./dom.js";
+import { showGoodput, showRecord, showRequests } from "./requests.js";
+
+const EVERY_MS = 1000;
+let model = "";
+let chosen = null; // the request whose record is shown; null: the newest that has ended
+const shown = {};
+let seen = null; // requests whose hand-over was drawn; null before the first look
+
+async function refresh() {
+  try {
+    const [topology, recent, slo] = await Promise.all([getJson("workers"), getJson("v1/requests?limit=20"), getJson("v1/slo")]);
+    model ||= (await getJson("v1/models")).data[0].id;
+    byId("state").textContent = topology.ready ? `${model} is ready` : "not ready: waiting for workers";
+    byId("state").className = topology.ready ? "" : "bad";
+    const handoffs = newHandoffs(recent.data);
+    update("workers", topology, showWorkers);
+    update("path", [topology, handoffs], () => showPath(topology, handoffs));
+    update("requests", recent.data, (records) => showRequests(records, choose));
+    update("goodput", slo, showGoodput);
+    const record = recent.data.find((each) => each.request_id === chosen) ?? recent.data.find((each) => each.end);
+    if (record) update("record", record, showRecord);
+  } catch (error) {
+    byId("state").textContent = error.message;
+    byId("state").className = "bad";
+  }
+}
+
+/** Show what has changed: what has not keeps its focus, its scrolling and its animation. */
+function update(part, value, show) {
+  const text = JSON.stringify(value);
+  if (shown[part] !== text) {
+    shown[part] = text;
+    show(value);
+  }
+}
+
+function newHandoffs(records) {
+  const handed = records.filter((record) => new Set(record.actual?.workers ?? []).size > 1);
+  const fresh = seen === null ? [] : handed.filter((record) => !seen.has(record.request_id));
+  seen = new Set(handed.map((record) => record.request_id));
+  return fresh.map((record) => record.actual.workers);
+}
+
+async function choose(requestId) {
+  chosen = requestId;
+  await refresh();
+  byId("record").scrollIntoView({ block: "nearest" });
+}
+
+startChat(
+  () => model,
+  () => {
+    chosen = null;
+    refresh();
+  },
+);
+(async () => {
+  for (;;) {
+    if (!document.hidden) await refresh();
+    await new Promise((resolve) => setTimeout(resolve, EVERY_MS));
+  }
+})();
