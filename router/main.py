@@ -23,9 +23,11 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 
 from kvstore.keys import BlockKey
+from pdserve import vllm_names
 from pdserve.discovery import Discovery, RedisDiscovery, StaticDiscovery
 from pdserve.errors import ConfigError, Overloaded
 from pdserve.models.config import load_config
+from pdserve.vllm_names import VllmNames
 from router.dispatch import RouterDispatcher
 from router.fleet import Fleet
 from router.fleet_metrics import FleetCollector
@@ -56,6 +58,7 @@ class RouterConfig:
     namespace: str
     policy: str
     drain_s: float
+    vllm_names: bool = True  # metrics under the names of vLLM too
 
     def __post_init__(self) -> None:
         if (self.redis_url is None) == (not self.workers):
@@ -95,6 +98,8 @@ class Router:
         self.fleet = Fleet(config.discovery(), router_id, limits.fleet, vocab_size=model.vocab_size)
         self.dispatcher = RouterDispatcher(self.fleet, POLICIES[config.policy], limits)
         registry.register(FleetCollector(self.fleet, self.dispatcher))
+        if config.vllm_names:
+            registry.register(VllmNames(registry, vllm_names.ROUTER, model.name))
         self.app = make_app(
             Service(
                 model=model,

@@ -31,6 +31,7 @@ LIGHT = {
     "pdserve.protocol.worker_pb2_grpc",
     "pdserve.request",
     "pdserve.timeline",
+    "pdserve.vllm_names",
 }
 # A heavy or optional package and the modules that import it: one a top-level package.
 HOMES: dict[str, set[str]] = {
