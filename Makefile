@@ -11,7 +11,7 @@ TOOLS := .tools
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-CODE := kvstore pdserve router tests
+CODE := kvstore pdserve router tests helm/tools
 
 # Of pip's talk, what takes time.
 SHOW := sed -unE 's/^ *(Downloading|Using cached|Processing) ([^ ]*\/)?([^ ]+)( \([0-9.]+ [kMG]?B\))?.*/    \3\4/p; \
@@ -62,8 +62,10 @@ proto: $(VENV)/.dev ## generate *_pb2* from the .proto files
 		$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $$source; done
 
 .PHONY: docs
-docs: $(VENV)/.serve ## write METRICS.md from the code
+docs: $(VENV)/.serve ## write METRICS.md, the dashboards and the chart's README from the code
 	@PYTHONPATH=. $(BIN)/python docs/make_metrics.py
+	@$(BIN)/python helm/tools/make_dashboards.py
+	@$(BIN)/python helm/tools/make_readme.py
 
 # helm, the validators of Kubernetes and custom resources, promtool. Where apt or npm is missing their tests skip; with CI=true they fail.
 .PHONY: helm-tools
