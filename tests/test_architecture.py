@@ -33,6 +33,7 @@ LIGHT = {
     "pdserve.request",
     "pdserve.slo",
     "pdserve.timeline",
+    "pdserve.vllm_names",
 }
 # A heavy or optional package and the modules that import it: one a top-level package.
 HOMES: dict[str, set[str]] = {

@@ -41,7 +41,9 @@ def main(
     host: Annotated[str, typer.Option(help="Address that other nodes reach us at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="gRPC port for other nodes; 0 chooses a free one.")] = 0,
     admin_port: Annotated[int, typer.Option(help="Port of health, metrics and ledger; 0 chooses a free one.")] = 0,
-    redis: Annotated[str | None, typer.Option(help="Redis URL of the index; none: no remote tier.")] = None,
+    redis: Annotated[
+        str | None, typer.Option(envvar="PDSERVE_REDIS_URL", help="Redis URL of the index; none: no remote tier.")
+    ] = None,
     namespace: Annotated[str, typer.Option(help="Separates deployments that share a Redis.")] = "default",
     node_id: Annotated[str, typer.Option(help="Unique name; default: machine and process id.")] = "",
     policy: Annotated[SavePolicy, typer.Option(help="Which blocks go to disk.")] = SavePolicy.SECOND_TOUCH,

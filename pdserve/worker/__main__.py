@@ -28,7 +28,10 @@ def main(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="gRPC port; 0 chooses a free one.")] = 0,
     admin_port: Annotated[int, typer.Option(help="Port of health, metrics and ledger; 0 chooses a free one.")] = 0,
-    redis: Annotated[str | None, typer.Option(help="Redis URL to be found through; none: routers name us.")] = None,
+    redis: Annotated[
+        str | None,
+        typer.Option(envvar="PDSERVE_REDIS_URL", help="Redis URL to be found through; none: routers name us."),
+    ] = None,
     namespace: Annotated[str, typer.Option(help="Separates deployments that share a Redis.")] = "default",
     dtype: Annotated[KvDtype, typer.Option(help="Of weights and KV.")] = "bfloat16",
     kv_bytes: Annotated[int, typer.Option(help="Memory of the KV pool.")] = 1 << 30,
@@ -39,6 +42,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Compute threads.")] = 1,
     kernels: Annotated[str, typer.Option(help="auto, native or reference.")] = "auto",
     store: Annotated[Path | None, typer.Option(help="Socket of this machine's store node (pdserve store).")] = None,
+    vllm_names: Annotated[bool, typer.Option(help="Export metrics under the names of vLLM too.")] = True,
     ready_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Run one worker until SIGTERM or Ctrl-C."""
@@ -65,6 +69,7 @@ def main(
             max_model_len=max_model_len or None,
             threads=threads,
             kernels=kernels,
+            vllm_names=vllm_names,
             store=store,
         )
         # Imported here, so that a wrong option is told at once and torch sees the environment set above.

@@ -70,6 +70,7 @@ class WorkerConfig:
     max_model_len: int | None = None  # None: what the model allows, as far as the pool holds it
     threads: int = 1
     kernels: str = "auto"
+    vllm_names: bool = True  # metrics under the names of vLLM too
     store: Path | None = None  # socket of the store node of this machine
     limits: WorkerLimits = field(default_factory=WorkerLimits)
 

@@ -21,7 +21,7 @@ class WorkerMetrics:
     def __init__(self, role: str) -> None:
         self.registry = registry = CollectorRegistry()
         Info("pdserve_build", "Version of this process.", registry=registry).info(
-            {"version": __version__, "component": "worker", "role": role}
+            {"version": __version__, "role": role}
         )
         self._step_seconds = Histogram(
             "pdserve_step_seconds", "Time of one engine step.", registry=registry, buckets=_SECONDS
@@ -44,6 +44,9 @@ class WorkerMetrics:
             "pdserve_waiting_tokens", "Prompt tokens queued and not yet computed.", registry=registry
         )
         self._blocks = Gauge("pdserve_kv_blocks", "Blocks of the KV pool by state.", ["state"], registry=registry)
+        self._kv_usage = Gauge(
+            "pdserve_kv_usage_ratio", "Share of the KV pool that is neither free nor cached, 0 to 1.", registry=registry
+        )
         self._overdue = Gauge(
             "pdserve_kv_holds_overdue", "Holds on blocks whose deadline has passed; stays at 0.", registry=registry
         )
@@ -111,4 +114,5 @@ class WorkerMetrics:
     def on_ledger(self, ledger: Ledger) -> None:
         for state in ("free", "cached", "held", "sending", "receiving", "quarantined"):
             self._blocks.labels(state).set(getattr(ledger, state))
+        self._kv_usage.set(1 - (ledger.free + ledger.cached) / ledger.total)
         self._overdue.set(len(ledger.overdue))

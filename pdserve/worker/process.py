@@ -29,6 +29,7 @@ from kvstore.pool import BlockPool
 from kvstore.store.client import StoreClient
 from kvstore.transfer.transport import Transport
 from kvstore.transfer.ucx import UcxTransport
+from pdserve import vllm_names
 from pdserve.discovery import Endpoint, Lease
 from pdserve.engine.config import EngineConfig
 from pdserve.engine.engine import Engine
@@ -42,6 +43,7 @@ from pdserve.models.weights import TORCH_DTYPES, open_weights
 from pdserve.protocol import PROTOCOL_VERSION
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.protocol.worker_pb2_grpc import add_WorkerServicer_to_server
+from pdserve.vllm_names import VllmNames
 from pdserve.worker.admin import make_admin_app
 from pdserve.worker.config import WorkerConfig, host_id
 from pdserve.worker.engine_thread import EngineThread
@@ -137,6 +139,8 @@ async def running_worker(config: WorkerConfig, built: Built, transport: Transpor
     engine = EngineThread(built.engine, loop)
     links = LinkTable(hello, transport, config.limits.link)
     memory, metrics = BlockMemory(built.engine.runner.pool), WorkerMetrics(config.role.value)
+    if config.vllm_names:
+        metrics.registry.register(VllmNames(metrics.registry, vllm_names.WORKER, config.model.name))
     store = await _attach_store(config, hello, engine, memory, metrics)
     worker = Worker(hello, engine, links, memory, metrics, config.limits, store)
     engine.start(worker)

@@ -21,7 +21,6 @@ from router.http.exchange import Exchange
 from router.http.service import Routing, Service
 from router.wishes import Wishes
 
-
 MAX_RECENT = 1024
 
 
