@@ -37,6 +37,7 @@ serve: $(VENV)/.serve ## install what is missing, then serve the default model o
 .PHONY: test
 test: lint types helm-tools ## every check: lint, types, tests (PYTEST="-k pool" adds options)
 	@$(call need,command -v c++ >/dev/null,g++,The tests of the native kernels need a C++ compiler,exit 1)
+	@$(call need,command -v chromium >/dev/null,chromium,The tests of the console need a browser,true)
 	@$(BIN)/pytest -q $(PYTEST)
 
 .PHONY: lint
