@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import islice
 
@@ -34,10 +35,20 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A block that became visible here; `parent` is the key before it in its chain, the root key for the first."""
+    """A block that became visible here: the one at `index` of its chain of keys."""
 
-    key: BlockKey
-    parent: BlockKey
+    root: BlockKey
+    chain: Seq[BlockKey]  # of the sequence's full blocks, the later ones too
+    index: int
+
+    @property
+    def key(self) -> BlockKey:
+        return self.chain[self.index]
+
+    @property
+    def parent(self) -> BlockKey:
+        """The key before it, the root key for the first."""
+        return self.chain[self.index - 1] if self.index else self.root
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +247,6 @@ class Scheduler:
             for i in range(sequence.num_committed, full):
                 ref = self._pool.commit(sequence.name, sequence.blocks[i], keys[i])
                 if ref == sequence.blocks[i]:  # else another sequence was first
-                    self._committed.append(Committed(keys[i], keys[i - 1] if i else sequence.root_key))
+                    self._committed.append(Committed(sequence.root_key, keys, i))
                 sequence.replace_block(i, ref)
             sequence.num_committed = full

@@ -87,21 +87,21 @@ class Saver:
 
     async def _save(self, batch: Sequence[Committed]) -> None:
         begun = await self._client.begin_save([(block.key, block.parent) for block in batch])
-        slots = [slot for slot in begun if slot is not None]
-        if not slots:
+        wanted = [(block, slot) for block, slot in zip(batch, begun, strict=True) if slot is not None]
+        if not wanted:
             return
         owner = f"save {next(self._numbers)}"
         saved: list[tuple[SaveSlot, int]] = []
         try:
-            refs = await self._engine.ask(lambda engine, now_s: _hold(engine, owner, slots, now_s))
-            pairs = [(slot, ref) for slot, ref in zip(slots, refs, strict=True) if ref is not None]
+            refs = await self._engine.ask(lambda engine, now_s: _hold(engine, owner, [b for b, _ in wanted], now_s))
+            pairs = [(slot, ref) for (_, slot), ref in zip(wanted, refs, strict=True) if ref is not None]
             loop = asyncio.get_running_loop()
             saved = await loop.run_in_executor(self._thread, self._copy, pairs)
         finally:
             self._engine.post(lambda engine, now_s: engine.pool.release(owner))
         await self._client.commit_save(saved)
         written = {slot.slot for slot, _ in saved}
-        await self._client.abandon_save([slot for slot in slots if slot.slot not in written])
+        await self._client.abandon_save([slot for _, slot in wanted if slot.slot not in written])
         self._metrics.save_bytes.inc(len(saved) * self._memory.block_bytes)
 
     def _copy(self, pairs: Sequence[tuple[SaveSlot, BlockRef]]) -> list[tuple[SaveSlot, int]]:
@@ -114,7 +114,17 @@ class Saver:
         return saved
 
 
-def _hold(engine: Engine, owner: str, slots: Sequence[SaveSlot], now_s: float) -> list[BlockRef | None]:
-    """On the engine's thread: the blocks that are still here, held; None for each that was evicted meanwhile."""
+def _hold(engine: Engine, owner: str, blocks: Sequence[Committed], now_s: float) -> list[BlockRef | None]:
+    """On the engine's thread: the blocks that are still here, held; None for each that was evicted meanwhile.
+
+    With each block all those before it are held: let go of together they are as recent as each other, tail first, so
+    that no child outlives its parent in the pool.
+    """
     engine.pool.open(owner, HoldKind.SAVE, now_s, now_s + _HOLD_S)
-    return [next(iter(engine.pool.acquire(owner, (slot.key,))), None) for slot in slots]
+    ends: dict[int, Committed] = {}  # the last block of each chain
+    for block in blocks:
+        if (last := ends.get(id(block.chain))) is None or last.index < block.index:
+            ends[id(block.chain)] = block
+    held = {chain: engine.pool.acquire(owner, list(last.chain[: last.index + 1])) for chain, last in ends.items()}
+    refs = [held[id(block.chain)] for block in blocks]
+    return [run[block.index] if block.index < len(run) else None for block, run in zip(blocks, refs, strict=True)]

@@ -247,3 +247,21 @@ async def test_what_was_saved_is_counted(site: Site) -> None:
     assert await node.metric("pdserve_store_save_dropped_blocks_total") == 0
     assert await node.metric("pdserve_store_save_backlog_blocks") == 0
     assert await node.metric("pdserve_store_saved_bytes_total") == 5 * GEOMETRY.block_bytes
+
+
+async def test_saving_lets_no_block_outlive_its_parent_in_the_pool(site: Site) -> None:
+    """Batches are small here, so the chain is saved part by part after its sequence has ended."""
+    node = await site.worker("a", num_blocks=20)
+    first = Ask("first", prompt_of(45))
+    output = await run(node, first)
+    known = [*first.prompt, *output[:-1]]
+    await site.saved(known)
+    await whole(node)
+    other = Ask("other", prompt_of(45, salt=1))
+    assert await run(node, other) == other.expected
+    await whole(node)
+    keys = block_keys(ROOT, known, BLOCK_SIZE)
+    visible = set(node.engine.pool.visible_keys())
+    hit = node.engine.pool.match(keys)
+    assert 0 < hit < len(keys), "some of the first prompt was evicted"
+    assert not visible & set(keys[hit:])
