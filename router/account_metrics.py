@@ -28,11 +28,11 @@ class AccountCollector(Collector):
         error = GaugeMetricFamily(
             "pdserve_prediction_error_ratio",
             "How far predictions were off, as a share of what happened, over the last requests.",
-            labels=("what", "quantile"),
+            labels=("what", "percentile"),
         )
         for what, meter in self._errors.items():
             for quantile in (0.5, 0.9):
                 share = meter.quantile(quantile)
                 if share is not None:
-                    error.add_metric((what, str(quantile)), share)
+                    error.add_metric((what, f"{quantile:.0%}".rstrip("%")), share)
         yield error

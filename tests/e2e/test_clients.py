@@ -193,4 +193,4 @@ def test_metrics_have_the_prefix_and_no_name_twice(disaggregated: Stack) -> None
     for page in pages:
         samples = [(sample.name, tuple(sorted(sample.labels.items()))) for sample in scrape(page)]
         assert len(samples) == len(set(samples)) > 0
-        assert all(name.startswith("pdserve_") for name, _ in samples)
+        assert all(name.startswith(("pdserve_", "vllm:")) for name, _ in samples)
