@@ -115,6 +115,8 @@ class StoreMachine(RuleBasedStateMachine):
     def open(self) -> None:
         async def begin() -> None:
             self.started = True
+            if self.lives:  # what was fetched of the last peer stays right, and may be on disk
+                self.saved.update((key, content(key, BLOCK_BYTES)) for key in self.peer.has)
             self.lives += 1
             self.calls = FaultyCalls()
             self.disk = DiskTier(
