@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvstore.errors import Unavailable
+from kvstore.host import host_id
 from kvstore.store.arena import Arena
 from kvstore.store.config import StoreConfig
 from kvstore.store.disk_tier import DiskTier
@@ -18,7 +19,7 @@ from kvstore.store.host_tier import HostTier
 from kvstore.store.locations import Locations, NodeRecord
 from kvstore.store.metrics import StoreMetrics
 from kvstore.store.offers import Offers
-from kvstore.store.peer_links import PeerLinks, host_id
+from kvstore.store.peer_links import PeerLinks
 from kvstore.store.remote import Remote
 from kvstore.store.sessions import SessionTable
 from kvstore.store.store import TieredStore

@@ -12,10 +12,8 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -37,13 +35,6 @@ CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
-
-
-def host_id() -> str:
-    """Equal for processes that share memory and see each other's process ids: one boot, one pid and ipc namespace."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    namespaces = [os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("pid", "ipc")]
-    return ":".join([socket.gethostname(), boot, *map(str, namespaces)])
 
 
 @dataclass(slots=True, eq=False)

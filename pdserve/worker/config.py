@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -73,13 +71,3 @@ class WorkerConfig:
     vllm_names: bool = True  # metrics under the names of vLLM too
     store: Path | None = None  # socket of the store node of this machine
     limits: WorkerLimits = field(default_factory=WorkerLimits)
-
-
-def host_id() -> str:
-    """Equal for processes that share memory and see each other's process ids: one boot, one pid and ipc namespace.
-
-    Two containers of one machine differ here unless they share both, and then talk as two machines would.
-    """
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    namespaces = [os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("pid", "ipc")]
-    return ":".join([socket.gethostname(), boot, *map(str, namespaces)])

@@ -24,6 +24,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvstore.errors import Unavailable
+from kvstore.host import host_id
 from kvstore.layout import BlockGeometry
 from kvstore.pool import BlockPool
 from kvstore.store.client import StoreClient
@@ -45,7 +46,7 @@ from pdserve.protocol import worker_pb2 as pb
 from pdserve.protocol.worker_pb2_grpc import add_WorkerServicer_to_server
 from pdserve.vllm_names import VllmNames
 from pdserve.worker.admin import make_admin_app
-from pdserve.worker.config import WorkerConfig, host_id
+from pdserve.worker.config import WorkerConfig
 from pdserve.worker.engine_thread import EngineThread
 from pdserve.worker.links import CHANNEL_OPTIONS, LinkTable
 from pdserve.worker.memory import BlockMemory

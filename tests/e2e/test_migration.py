@@ -108,7 +108,11 @@ def test_prefill_killed_with_requests_queued(stack: Stack, client: ApiClient, un
     lengths = [800] * workers + [50] * workers
     bodies = [{"prompt": passage_tokens(encode, 500 + n, length)} for n, length in enumerate(lengths)]
     expected = [undisturbed(body) for body in bodies]
-    asked = Background(client, bodies)
+    long = Background(client, bodies[:workers])
+    wait_for(
+        lambda: all(worker.blocks("held") for worker in stack.with_role("prefill")), BOUND_S, lambda: "one is not busy"
+    )
+    short = Background(client, bodies[workers:])
     queued: list[WorkerProcess] = []
 
     def look() -> bool:
@@ -117,7 +121,7 @@ def test_prefill_killed_with_requests_queued(stack: Stack, client: ApiClient, un
 
     wait_for(look, BOUND_S, lambda: "nothing is queued")
     queued[0].kill()
-    assert asked.texts() == expected
+    assert long.texts() + short.texts() == expected
 
 
 @in_both
