@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pdserve.errors import InvalidRequest
+from pdserve.slo import Slo
 from pdserve.timeline import Timeline
 
 STANDARD = "standard"
@@ -26,6 +27,11 @@ class SloClass:
     name: str
     ttft_s: float
     tpot_s: float
+
+    @property
+    def objectives(self) -> Slo:
+        """What load tests judge by too."""
+        return Slo(self.ttft_s, self.tpot_s)
 
 
 CLASSES = {
@@ -54,10 +60,10 @@ def first_miss(slo: SloClass, timeline: Timeline) -> str | None:
     ttft_s, tpot_s = timeline.ttft_s, timeline.tpot_s
     if ttft_s is None:
         return FAILED
-    if ttft_s > slo.ttft_s:
+    if not slo.objectives.meets_ttft(ttft_s):
         stages = timeline.ttft_stages()
         return max(stages, key=lambda stage: stages[stage])
-    if tpot_s is None or tpot_s <= slo.tpot_s:
+    if tpot_s is None or slo.objectives.meets_tpot(tpot_s):
         return None
     handoff = timeline.handoff_stages()
     gaps = timeline.output_tokens - 1

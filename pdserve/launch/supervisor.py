@@ -125,7 +125,7 @@ class Supervisor:
                 command = store_command(self._options, self._store_socket, self._redis_url)
                 store = Service(command, self._folder, _announced, STORE_TIMEOUT_S)
                 self._services.append(store)
-                group.create_task(self._start(store, "store", "starting", lambda values: self._store_text(values)))
+                group.create_task(self._start(store, "store", "starting", self._store_text))
         self._services.remove(prepare)
         await prepare.stop(STOP_GRACE_S)
         await self._start_serving(Path(str(prepared.result()["model"])))
