@@ -14,7 +14,7 @@ from pdserve.engine.config import EngineConfig
 from pdserve.engine.runner import Runner
 from pdserve.engine.scheduler import Plan, Scheduler
 from pdserve.engine.sequence import Sequence, Status
-from pdserve.request import FinishReason, SamplingParams
+from pdserve.request import FinishReason, SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class StepToken:
     token_id: int
     index: int  # among the output tokens of its sequence
     finish_reason: FinishReason | None
+    logprobs: TokenLogprobs | None = None  # if asked for
 
 
 class Engine:
@@ -70,10 +71,10 @@ class Engine:
         ready = [chunk.sequence for chunk in plan.chunks if chunk.last]
         self.scheduler.commit(plan)
         tokens: list[StepToken] = []
-        for sequence, token_id in zip(ready, sampled, strict=True):
-            sequence.token_ids.append(token_id)
+        for sequence, new in zip(ready, sampled, strict=True):
+            sequence.token_ids.append(new.token_id)
             reason = sequence.finish_reason(self.config.max_model_len)
-            tokens.append(StepToken(sequence, token_id, sequence.num_output_tokens - 1, reason))
+            tokens.append(StepToken(sequence, new.token_id, sequence.num_output_tokens - 1, reason, new.logprobs))
             if sequence.prefill_only:
                 self.scheduler.hand_off(sequence, now_s + self.config.handoff_s)
             elif reason is not None:

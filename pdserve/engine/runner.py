@@ -8,9 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pdserve.engine.sampler import SamplingRow, sample
+from pdserve.engine.sampler import Sampled, SamplingRow, describe, sample
 from pdserve.engine.scheduler import Chunk, Plan
+from pdserve.engine.sequence import Sequence
 from pdserve.kernels.base import Batch
+
+_DESCRIBED_ROWS = 64  # logits of a prompt at a time: a row has 4 bytes for each token of the vocabulary
 
 
 class Model(Protocol):
@@ -33,17 +36,36 @@ class Runner:
         self.pool = pool
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> list[int]:
+    def run(self, plan: Plan) -> list[Sampled]:
         """Compute the plan's chunks; returns the next token of each chunk that is its sequence's last, in order."""
         token_ids, batch = build_batch(plan.chunks)
         hidden = self._model.forward(token_ids, batch, self.pool)
+        for chunk, start in zip(plan.chunks, batch.query_start.tolist(), strict=False):
+            if chunk.sequence.tells_prompt_logprobs:
+                self._describe_prompt(chunk, hidden[start : start + chunk.num_tokens])
         last_rows = [int(end) - 1 for chunk, end in zip(plan.chunks, batch.query_start[1:], strict=True) if chunk.last]
         if not last_rows:
             return []
         if len(last_rows) < hidden.shape[0]:
             hidden = hidden[torch.tensor(last_rows)]
-        rows = [SamplingRow(c.sequence.sampling, c.sequence.num_output_tokens) for c in plan.chunks if c.last]
-        return sample(self._model.logits(hidden), rows)
+        return sample(self._model.logits(hidden), [_sampling_row(c.sequence) for c in plan.chunks if c.last])
+
+    def _describe_prompt(self, chunk: Chunk, hidden: Tensor) -> None:
+        """hidden [num_tokens, H]; the row of a token tells of the one behind it, as far as that is the prompt's."""
+        sequence, start = chunk.sequence, chunk.sequence.num_computed
+        assert sequence.sampling.prompt_logprobs is not None
+        behind = sequence.token_ids[start + 1 : min(start + 1 + chunk.num_tokens, sequence.num_prompt_tokens)]
+        del sequence.prompt_logprobs[start:]  # of a computation that was given up
+        for first in range(0, len(behind), _DESCRIBED_ROWS):
+            some = behind[first : first + _DESCRIBED_ROWS]
+            logits = self._model.logits(hidden[first : first + len(some)])
+            sequence.prompt_logprobs += describe(logits, some, sequence.sampling.prompt_logprobs)
+
+
+def _sampling_row(sequence: Sequence) -> SamplingRow:
+    if sequence.grammar is not None:
+        sequence.grammar.follow(sequence.output)
+    return SamplingRow(sequence.sampling, sequence.num_output_tokens, sequence.counts(), sequence.grammar)
 
 
 def build_batch(chunks: tuple[Chunk, ...]) -> tuple[Tensor, Batch]:

@@ -1,6 +1,7 @@
-"""The next token from logits. Counter-based: the choice depends on the logits, the parameters, the seed and the index
-of the output token, and on nothing else: not on the batch, the worker, or what was sampled before.
+"""The next token from logits. Counter-based: the choice depends on the logits, the parameters, the sequence, the
+seed and the index of the output token, and on nothing else: not on the batch, the worker, or what was drawn before.
 
+In this order, as vLLM has it: bias, tokens that may not come yet, penalties, grammar, temperature, min_p, top_k, top_p.
 A row is sampled by inverting its cumulative distribution at one uniform number u(seed, index).
 """
 
@@ -11,15 +12,25 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pdserve.request import SamplingParams
+from pdserve.engine.token_counts import TokenCounts
+from pdserve.request import SamplingParams, TokenLogprobs
 
 _COUNTER = struct.Struct("<QQ")
 # Most of the mass of a usual distribution lies in so few tokens; sorting these alone is 20 times cheaper.
 _TOP_P_FIRST_LOOK = 512
+
+
+class Mask(Protocol):
+    """Which tokens may come next; `pdserve.engine.grammar` has the real one."""
+
+    def apply(self, logits: Tensor) -> None:
+        """logits [vocab]: those of tokens that may not come become -inf."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +39,14 @@ class SamplingRow:
 
     params: SamplingParams
     index: int
+    counts: TokenCounts | None = None  # if the parameters penalise
+    mask: Mask | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    token_id: int
+    logprobs: TokenLogprobs | None = None  # if asked for
 
 
 def uniform(seed: int, index: int) -> float:
@@ -36,16 +55,68 @@ def uniform(seed: int, index: int) -> float:
     return float((int.from_bytes(digest, "little") >> 11) * 2.0**-53)
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """logits float32 [rows, vocab] -> a token id for each row. `logits` may be overwritten."""
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
+    """logits float32 [rows, vocab] -> a token for each row. `logits` may be overwritten."""
+    told = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    raw = logits[told] if told else None  # a copy: what follows changes the logits
     for i, row in enumerate(rows):
-        if row.index < row.params.min_tokens and row.params.stop_token_ids:
-            logits[i, list(row.params.stop_token_ids)] = float("-inf")
+        _adjust(logits[i], row)
     token_ids: list[int] = logits.argmax(dim=-1).tolist()
     for i, row in enumerate(rows):
         if not row.params.greedy:
             token_ids[i] = _sample_row(logits[i], row.params, uniform(row.params.seed, row.index))
-    return token_ids
+    sampled = [Sampled(token_id) for token_id in token_ids]
+    if raw is not None:
+        most = max(rows[i].params.logprobs or 0 for i in told)
+        for i, each in zip(told, describe(raw, [token_ids[i] for i in told], most), strict=True):
+            sampled[i] = Sampled(token_ids[i], _first(each, rows[i].params.logprobs or 0))
+    return sampled
+
+
+def describe(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+    """What the model thought of one token a row, and of its `num_top` likeliest. logits float32 [rows, vocab]."""
+    ids = torch.tensor(token_ids).unsqueeze(1)
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    chosen = logits.gather(1, ids)
+    ranks = (logits > chosen).sum(dim=-1) + 1
+    if num_top:
+        top, top_ids = torch.topk(logits, num_top)
+        tops, tops_ids = (top - total).tolist(), top_ids.tolist()
+    else:
+        tops = tops_ids = [()] * len(token_ids)
+    own = (chosen - total).squeeze(1).tolist()
+    return [
+        TokenLogprobs(logprob, rank, tuple(ids), tuple(values))
+        for logprob, rank, ids, values in zip(own, ranks.tolist(), tops_ids, tops, strict=True)
+    ]
+
+
+def _first(logprobs: TokenLogprobs, count: int) -> TokenLogprobs:
+    return TokenLogprobs(logprobs.logprob, logprobs.rank, logprobs.top_ids[:count], logprobs.top_logprobs[:count])
+
+
+def _adjust(logits: Tensor, row: SamplingRow) -> None:
+    """logits [vocab], in place: everything that may change which token is the likeliest."""
+    params = row.params
+    if params.logit_bias:
+        ids, biases = zip(*params.logit_bias, strict=True)
+        logits.index_add_(0, torch.tensor(ids), torch.tensor(biases, dtype=logits.dtype))
+    if row.index < params.min_tokens and params.stop_token_ids:
+        logits[list(params.stop_token_ids)] = float("-inf")
+    if row.counts is not None:
+        _penalise(logits, params, row.counts)
+    if row.mask is not None:
+        row.mask.apply(logits)
+
+
+def _penalise(logits: Tensor, params: SamplingParams, counts: TokenCounts) -> None:
+    ids = torch.from_numpy(counts.token_ids)
+    in_output = torch.from_numpy(counts.in_output)
+    values = logits[ids]
+    if params.repetition_penalty != 1.0:
+        values = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    values -= params.frequency_penalty * in_output + params.presence_penalty * (in_output > 0)
+    logits[ids] = values
 
 
 def _sample_row(logits: Tensor, params: SamplingParams, u: float) -> int:
@@ -53,6 +124,8 @@ def _sample_row(logits: Tensor, params: SamplingParams, u: float) -> int:
     # Shifting by the maximum before dividing keeps a tiny temperature from overflowing to inf - inf.
     # An infinite maximum, or a row masked everywhere, gives inf - inf: those entries are the maximum, so they are 0.
     scaled = (logits - logits.max()).nan_to_num_(nan=0.0, neginf=-math.inf) / max(params.temperature, 1e-6)
+    if params.min_p > 0:
+        scaled[scaled < math.log(params.min_p)] = -math.inf  # the likeliest stands at 0
     if 0 < params.top_k < scaled.numel():
         scaled, candidates = _largest(scaled, params.top_k)
     elif params.top_p < 1.0:

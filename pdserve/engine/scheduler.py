@@ -200,7 +200,7 @@ class Scheduler:
         """Move a waiting sequence to running, with the prefix it finds; False if there is no room for a first chunk."""
         keys = sequence.full_block_keys()
         # The last token is always computed: its logits are what the next one is sampled from.
-        usable = keys[: (len(sequence) - 1) // self._config.block_size]
+        usable = [] if sequence.tells_prompt_logprobs else keys[: (len(sequence) - 1) // self._config.block_size]
         self._pool.open(sequence.name, HoldKind.COMPUTE, now_s)
         sequence.add_blocks(self._pool.acquire(sequence.name, usable))
         if self._pool.num_available < 1 + len(self.running) and self.busy:

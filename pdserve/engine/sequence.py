@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING, Protocol
 
 from kvstore.keys import GROUP_BLOCKS, BlockKey, block_keys
 from kvstore.pool import BlockRef
-from pdserve.request import FinishReason, SamplingParams
+from pdserve.engine.token_counts import TokenCounts
+from pdserve.request import FinishReason, SamplingParams, TokenLogprobs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Status(Enum):
@@ -26,6 +32,20 @@ class Status(Enum):
     ARRIVING = "arriving"
     HANDING_OFF = "handing off"
     FINISHED = "finished"
+
+
+class Grammar(Protocol):
+    """What the output must be; a function of the output tokens. `pdserve.grammars` has the real one."""
+
+    @property
+    def ended(self) -> bool: ...
+
+    @property
+    def failed(self) -> bool: ...
+
+    def follow(self, output: Seq[int]) -> None: ...
+
+    def apply(self, logits: Tensor) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +72,9 @@ class Sequence:
     block_ids: array[int] = field(default_factory=lambda: array("i"))
     keys: list[BlockKey] = field(default_factory=list)  # of the leading full blocks of token_ids
     num_committed: int = 0  # leading blocks that were offered to the prefix cache
+    grammar: Grammar | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the computed prompt's second token on
+    _counts: TokenCounts | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -68,6 +91,24 @@ class Sequence:
     def decoding(self) -> bool:
         """Only the newest token is left to compute."""
         return self.num_uncomputed == 1 and self.num_output_tokens > 0
+
+    @property
+    def output(self) -> array[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def tells_prompt_logprobs(self) -> bool:
+        """Its prompt is computed whole, since logits of cached tokens are not there; once, before the first token."""
+        return self.sampling.prompt_logprobs is not None and not self.num_output_tokens
+
+    def counts(self) -> TokenCounts | None:
+        """Of its tokens so far, if its sampling penalises."""
+        if not self.sampling.penalises:
+            return None
+        if self._counts is None:
+            self._counts = TokenCounts(self.token_ids[: self.num_prompt_tokens])
+        self._counts.follow(self.output)
+        return self._counts
 
     def full_block_keys(self) -> list[BlockKey]:
         """Keys of all full blocks of the tokens so far; extends those already derived."""
@@ -101,6 +142,12 @@ class Sequence:
         """Whether the newest output token ended the sequence, and why."""
         if self.num_output_tokens >= self.sampling.min_tokens and self.token_ids[-1] in self.sampling.stop_token_ids:
             return FinishReason.STOP
+        if self.grammar is not None:
+            self.grammar.follow(self.output)
+            if self.grammar.failed:
+                return FinishReason.ERROR
+            if self.grammar.ended:
+                return FinishReason.STOP
         if self.num_output_tokens >= self.sampling.max_tokens or len(self.token_ids) >= max_model_len:
             return FinishReason.LENGTH
         return None

@@ -36,7 +36,7 @@ class PrefillSide:
         entry = self._parts.requests.open(session, submit, prefill_only=submit.disaggregated)
         if entry is None:
             return
-        if self._parts.store is None:
+        if self._parts.store is None or entry.sequence.tells_prompt_logprobs:
             self._queue(entry)
         else:
             self._parts.store.start(self._load_and_queue(entry, self._parts.store))

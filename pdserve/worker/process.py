@@ -36,6 +36,7 @@ from pdserve.engine.config import EngineConfig
 from pdserve.engine.engine import Engine
 from pdserve.engine.runner import Runner
 from pdserve.errors import ConfigError
+from pdserve.grammars import Grammars
 from pdserve.kernels import choose
 from pdserve.launch.folders import cache_folder
 from pdserve.models.config import load_config
@@ -143,7 +144,8 @@ async def running_worker(config: WorkerConfig, built: Built, transport: Transpor
     if config.vllm_names:
         metrics.registry.register(VllmNames(metrics.registry, vllm_names.WORKER, config.model.name))
     store = await _attach_store(config, hello, engine, memory, metrics)
-    worker = Worker(hello, engine, links, memory, metrics, config.limits, store)
+    grammars = Grammars(config.model / "tokenizer.json", hello.vocab_size, hello.eos_token_ids)
+    worker = Worker(hello, engine, grammars, links, memory, metrics, config.limits, store)
     engine.start(worker)
     healthy = _add_services(server, worker)
     admin = uvicorn.Server(uvicorn.Config(make_admin_app(worker, config.limits), log_level="warning", lifespan="off"))

@@ -18,6 +18,7 @@ from kvstore.keys import BlockKey
 from kvstore.store.tier import Tier
 from pdserve.engine.sequence import Sequence
 from pdserve.errors import InvalidRequest
+from pdserve.grammars import Grammars
 from pdserve.protocol import codec
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.worker.arrival import Arrival
@@ -68,8 +69,11 @@ def entry_name(request_id: str, attempt: int) -> str:
 class RequestTable:
     """Use on the asyncio loop only."""
 
-    def __init__(self, engine: EngineThread, *, block_size: int, vocab_size: int, max_model_len: int) -> None:
+    def __init__(
+        self, engine: EngineThread, grammars: Grammars, *, block_size: int, vocab_size: int, max_model_len: int
+    ) -> None:
         self._engine = engine
+        self._grammars = grammars
         self._block_size = block_size
         self.vocab_size = vocab_size
         self._max_model_len = max_model_len
@@ -106,6 +110,7 @@ class RequestTable:
             block_size=self._block_size,
             arrived_s=now_s,
             prefill_only=prefill_only,
+            grammar=self._grammars.start(sampling.grammar) if sampling.grammar is not None else None,
         )
         entry = Entry(submit.request_id, submit.attempt, session, sequence, now_s, now_s + submit.remaining_s)
         self._entries[name] = entry

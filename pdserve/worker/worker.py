@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.pool import Ledger
 from pdserve.engine.engine import StepToken
+from pdserve.grammars import Grammars
 from pdserve.protocol import codec
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.worker.config import WorkerLimits
@@ -45,6 +46,7 @@ class Worker:
         self,
         hello: pb.WorkerHello,
         engine: EngineThread,
+        grammars: Grammars,
         links: LinkTable,
         memory: BlockMemory,
         metrics: WorkerMetrics,
@@ -59,7 +61,11 @@ class Worker:
         self._limits = limits
         self._store = store
         self._requests = RequestTable(
-            engine, block_size=hello.block_size, vocab_size=hello.vocab_size, max_model_len=hello.max_model_len
+            engine,
+            grammars,
+            block_size=hello.block_size,
+            vocab_size=hello.vocab_size,
+            max_model_len=hello.max_model_len,
         )
         parts = Parts(self._requests, engine, links, memory, metrics, limits, store)
         self.prefill = PrefillSide(parts)
@@ -167,10 +173,12 @@ class Worker:
             index=token.index,
             token_id=token.token_id,
             finish=codec.finish_to_proto(token.finish_reason),
+            logprobs=codec.logprobs_to_proto(token.logprobs) if token.logprobs is not None else None,
         )
         if not entry.tokens_sent:
             event.cached_by_tier.update(entry.cached_by_tier())
             event.times.CopyFrom(entry.times or self._compute_times(entry))
+            event.prompt_logprobs.extend(map(codec.logprobs_to_proto, sequence.prompt_logprobs))
         entry.tokens_sent += 1
         entry.session.add_token(event)
         # A prompt that is to be handed over stays until it is pushed; one whose first token is its last is not pushed.

@@ -13,9 +13,10 @@ from kvstore.keys import KEY_BYTES
 from pdserve.errors import InvalidRequest
 from pdserve.protocol import codec
 from pdserve.protocol import worker_pb2 as pb
-from pdserve.request import MAX_SEED, FinishReason, SamplingParams
+from pdserve.request import MAX_SEED, FinishReason, Grammar, SamplingParams
 
 VOCAB = 100
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
 UINT32 = st.integers(0, 2**32 - 1)
 
 
@@ -29,6 +30,14 @@ UINT32 = st.integers(0, 2**32 - 1)
         top_k=UINT32,
         min_tokens=UINT32,
         stop_token_ids=st.lists(st.integers(0, VOCAB - 1), max_size=VOCAB - 1).map(tuple),
+        min_p=st.floats(0, 1),
+        presence_penalty=FINITE,
+        frequency_penalty=FINITE,
+        repetition_penalty=st.floats(0, exclude_min=True, allow_infinity=False),
+        logit_bias=st.lists(st.tuples(st.integers(0, VOCAB - 1), FINITE), max_size=9).map(tuple),
+        logprobs=st.none() | st.integers(0, codec.MAX_LOGPROBS),
+        prompt_logprobs=st.none() | st.integers(0, codec.MAX_LOGPROBS),
+        grammar=st.none() | st.builds(Grammar, st.sampled_from(("json_schema", "regex", "lark")), st.text(max_size=9)),
     )
 )
 def test_sampling_comes_back_equal(sampling: SamplingParams) -> None:
@@ -66,12 +75,28 @@ def test_finish_of_a_newer_peer_counts_as_an_error() -> None:
         ("stop_token_ids", [0, 2**32 - 1]),
         ("stop_token_ids", list(range(VOCAB))),
         ("stop_token_ids", [0] * 10_000),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("min_p", math.nan),
+        ("presence_penalty", math.inf),
+        ("frequency_penalty", math.nan),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.inf),
+        ("logit_bias", [pb.LogitBias(token_id=VOCAB)]),
+        ("logit_bias", [pb.LogitBias(token_id=1, bias=math.nan)]),
+        ("logit_bias", [pb.LogitBias(token_id=1)] * (codec.MAX_LOGIT_BIAS + 1)),
+        ("logprobs", codec.MAX_LOGPROBS + 1),
+        ("grammar", pb.Grammar(kind="gbnf", source="root ::= 1")),
+        ("grammar", pb.Grammar(kind="regex", source="a" * (codec.MAX_GRAMMAR_BYTES + 1))),
     ],
 )
 def test_sampling_out_of_range_is_refused_by_name(field: str, value: Any) -> None:
     good = codec.sampling_to_proto(SamplingParams(max_tokens=1, seed=0))
     codec.sampling_from_proto(good, VOCAB)
-    good.MergeFrom(pb.Sampling(**{field: value})) if field == "stop_token_ids" else setattr(good, field, value)
+    if isinstance(value, list | pb.Grammar):
+        good.MergeFrom(pb.Sampling(**{field: value}))
+    else:
+        setattr(good, field, value)
     with pytest.raises(InvalidRequest) as caught:
         codec.sampling_from_proto(good, VOCAB)
     assert caught.value.param == field

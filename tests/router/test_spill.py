@@ -51,7 +51,8 @@ async def test_spilled_request_goes_on_on_the_decode_worker_that_gets_room() -> 
     async with StubCluster(prefill, decode, limits=QUICK) as cluster:
         generation = cluster.start(GREEDY)
         await until(lambda: cluster.dispatcher.counts["spills"] == 1)
-        await until(lambda: (generation.request.request_id, 1) in prefill.aborts)  # nothing of it stays on the prefill worker
+        # Nothing of it stays on the prefill worker.
+        await until(lambda: (generation.request.request_id, 1) in prefill.aborts)
         assert decode.submits == []
         decode.make_room()
         assert await collect(generation) == (expected(generation), FinishReason.LENGTH)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kvstore.layout import BlockGeometry
 from pdserve.engine.sampler import SamplingRow, sample
+from pdserve.engine.token_counts import TokenCounts
 from pdserve.kernels.base import Batch
 from pdserve.request import SamplingParams
 
@@ -74,7 +75,10 @@ def undisturbed(
         state = _after(state, _slot(state, tokens[position], position, slot_bytes).tobytes())
         if position < len(tokens) - 1:
             continue
-        token = sample(_logits(state, vocab_size)[None], [SamplingRow(sampling, len(output))])[0]
+        counts = TokenCounts(prompt) if sampling.penalises else None
+        if counts is not None:
+            counts.follow(output)
+        token = sample(_logits(state, vocab_size)[None], [SamplingRow(sampling, len(output), counts)])[0].token_id
         tokens.append(token)
         output.append(token)
         stopped = token in sampling.stop_token_ids and len(output) >= sampling.min_tokens

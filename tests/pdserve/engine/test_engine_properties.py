@@ -55,6 +55,11 @@ def asks(draw: st.DrawFn, max_len: int) -> Ask:
         seed=draw(st.integers(0, 3)),
         temperature=draw(st.sampled_from((0.0, 1.0))),
         top_p=draw(st.sampled_from((1.0, 0.9))),
+        min_p=draw(st.sampled_from((0.0, 0.1))),
+        frequency_penalty=draw(st.sampled_from((0.0, 1.0))),
+        repetition_penalty=draw(st.sampled_from((1.0, 1.2))),
+        logprobs=draw(st.sampled_from((None, 1))),
+        prompt_logprobs=draw(st.sampled_from((None, None, 0))),
         min_tokens=draw(st.integers(0, 3)),
         stop_token_ids=draw(st.sampled_from(((), (1, 2, 3), tuple(range(12))))),
     )
@@ -128,6 +133,7 @@ def test_cached_tokens_are_the_longest_prefix_computed_before(mix: list[Ask]) ->
         keys = block_keys(sequence.root_key, sequence.token_ids, BLOCK_SIZE)
         usable = keys[: (len(sequence) - 1) // BLOCK_SIZE]
         hit = next((n for n, key in enumerate(usable) if key not in left), len(usable)) * BLOCK_SIZE
+        hit *= not sequence.tells_prompt_logprobs  # which takes nothing from the cache
         engine.scheduler.add(sequence)
         while not engine.idle:
             step(engine)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pdserve.engine.sampler import SamplingRow, sample, uniform
+from pdserve.engine.sampler import Sampled, SamplingRow, sample, uniform
+from pdserve.engine.token_counts import TokenCounts
 from pdserve.request import SamplingParams
 
 BASE = SamplingParams(max_tokens=100, seed=1)
@@ -20,7 +21,11 @@ INF = math.inf
 
 
 def choose(logits: NDArray[np.float32] | list[float], params: SamplingParams, index: int = 0) -> int:
-    return sample(torch.tensor(np.asarray(logits, np.float32))[None], [SamplingRow(params, index)])[0]
+    return sample(torch.tensor(np.asarray(logits, np.float32))[None], [SamplingRow(params, index)])[0].token_id
+
+
+def ids(sampled: list[Sampled]) -> list[int]:
+    return [each.token_id for each in sampled]
 
 
 def oracle(logits: NDArray[np.float32], params: SamplingParams) -> dict[int, float]:
@@ -30,6 +35,8 @@ def oracle(logits: NDArray[np.float32], params: SamplingParams) -> dict[int, flo
     by_value = np.argsort(-scaled, kind="stable")
     cut = params.top_p < 1 or 0 < params.top_k < len(scaled)
     order = by_value if cut else np.arange(len(scaled))
+    if params.min_p > 0:
+        order = order[np.exp(scaled[order] - scaled.max()) >= params.min_p]
     if 0 < params.top_k < len(scaled):
         order = order[: params.top_k]
     weights = np.exp(scaled[order])
@@ -84,6 +91,8 @@ def test_uniform_is_uniform_over_seeds_and_over_indices() -> None:
         replace(BASE, temperature=3.0),
         replace(BASE, top_k=5),
         replace(BASE, top_p=0.7),
+        replace(BASE, min_p=0.1),
+        replace(BASE, min_p=0.05, top_p=0.8, top_k=10, temperature=1.5),
         replace(BASE, top_k=8, top_p=0.6, temperature=1.3),
     ],
     ids=str,
@@ -93,7 +102,7 @@ def test_frequencies_are_those_of_the_oracle(params: SamplingParams) -> None:
     logits = rng.normal(0, 2, 24).astype(np.float32)
     draws = 6000
     rows = [SamplingRow(replace(params, seed=3), index) for index in range(draws)]
-    counts = np.bincount(sample(torch.tensor(logits).repeat(draws, 1), rows), minlength=24)
+    counts = np.bincount(ids(sample(torch.tensor(logits).repeat(draws, 1), rows)), minlength=24)
     expected = np.zeros(24)
     for token, probability in oracle(logits, params).items():
         expected[token] = probability * draws
@@ -187,7 +196,7 @@ def test_masked_tokens_are_never_chosen_and_an_infinite_one_always(
 @pytest.mark.parametrize("value", [-INF, INF, math.nan])
 def test_row_without_a_finite_logit_does_not_break_the_batch(params: SamplingParams, value: float) -> None:
     bad, good = torch.full((1, 6), value), torch.tensor([[0.0, 0, 9, 0, 0, 0]])
-    token, other = sample(torch.cat((bad, good)), [SamplingRow(params, 0), SamplingRow(replace(BASE, top_k=1), 0)])
+    token, other = ids(sample(torch.cat((bad, good)), [SamplingRow(params, 0), SamplingRow(replace(BASE, top_k=1), 0)]))
     assert 0 <= token < 6
     assert other == 2
 
@@ -216,7 +225,99 @@ def test_stop_tokens_cannot_come_before_min_tokens(temperature: float) -> None:
 def test_masking_one_row_leaves_the_others_alone() -> None:
     masked = replace(BASE, temperature=0.0, min_tokens=2, stop_token_ids=(1,))
     rows = [SamplingRow(masked, 0), SamplingRow(replace(masked, min_tokens=0), 0), SamplingRow(masked, 2)]
-    assert sample(torch.tensor([[0.0, 9, 1]]).repeat(3, 1), rows) == [2, 1, 1]
+    assert ids(sample(torch.tensor([[0.0, 9, 1]]).repeat(3, 1), rows)) == [2, 1, 1]
+
+
+# --- bias and penalties ----------------------------------------------------------------------------------------------
+
+
+def counts_of(prompt: list[int], output: list[int]) -> TokenCounts:
+    counts = TokenCounts(prompt)
+    counts.follow(output)
+    return counts
+
+
+def adjusted(logits: list[float], params: SamplingParams, prompt: list[int], output: list[int]) -> list[float]:
+    """In plain Python, as the parameters are documented."""
+    result = list(logits)
+    for token_id, bias in params.logit_bias:
+        result[token_id] += bias
+    for token_id in {*prompt, *output}:
+        value = result[token_id]
+        value = value / params.repetition_penalty if value > 0 else value * params.repetition_penalty
+        value -= params.frequency_penalty * output.count(token_id)
+        result[token_id] = value - params.presence_penalty * (token_id in output)
+    return result
+
+
+PENALISING = st.builds(
+    SamplingParams,
+    max_tokens=st.just(9),
+    seed=st.integers(0, 5),
+    temperature=st.sampled_from((0.0, 1.0)),
+    presence_penalty=st.sampled_from((0.0, -2.0, 1.5)),
+    frequency_penalty=st.sampled_from((0.0, 2.0, -1.0)),
+    repetition_penalty=st.sampled_from((1.0, 0.5, 1.7)),
+    logit_bias=st.lists(st.tuples(st.integers(0, 7), st.floats(-9, 9)), max_size=3, unique_by=lambda each: each[0]).map(
+        tuple
+    ),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    logits=st.lists(st.floats(-8, 8, width=32), min_size=8, max_size=8),
+    params=PENALISING,
+    prompt=st.lists(st.integers(0, 7), max_size=6),
+    output=st.lists(st.integers(0, 7), max_size=40),
+)
+def test_bias_and_penalties_are_those_of_a_plain_computation(
+    logits: list[float], params: SamplingParams, prompt: list[int], output: list[int]
+) -> None:
+    tensor = torch.tensor([logits])
+    sample(tensor, [SamplingRow(params, len(output), counts_of(prompt, output))])
+    np.testing.assert_allclose(tensor[0].numpy(), adjusted(logits, params, prompt, output), rtol=1e-4, atol=1e-4)
+
+
+@given(prompt=st.lists(st.integers(0, 9)), output=st.lists(st.integers(0, 30), max_size=90), data=st.data())
+def test_counts_that_follow_in_steps_equal_those_of_the_whole(
+    prompt: list[int], output: list[int], data: st.DataObject
+) -> None:
+    counts = TokenCounts(prompt)
+    for end in sorted(data.draw(st.lists(st.integers(0, len(output)), max_size=5))):
+        counts.follow(output[:end])
+    counts.follow(output)
+    found = dict(zip(counts.token_ids.tolist(), counts.in_output.tolist(), strict=True))
+    assert found == {token_id: output.count(token_id) for token_id in {*prompt, *output}}
+
+
+# --- logprobs --------------------------------------------------------------------------------------------------------
+
+
+def test_logprobs_are_the_models_own_whatever_the_parameters() -> None:
+    logits = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
+    params = replace(BASE, logprobs=2, logit_bias=((3, 100.0),), temperature=0.3, top_k=1)
+    [sampled] = sample(torch.tensor(logits)[None] + 5, [SamplingRow(params, 0)])
+    assert sampled.token_id == 3
+    assert sampled.logprobs is not None
+    assert (sampled.logprobs.rank, sampled.logprobs.top_ids) == (4, (0, 1))
+    np.testing.assert_allclose(
+        [sampled.logprobs.logprob, *sampled.logprobs.top_logprobs], np.log([0.1, 0.4, 0.3]), atol=1e-5
+    )
+
+
+def test_each_row_tells_as_many_logprobs_as_it_asked_for() -> None:
+    logits = torch.tensor(np.random.default_rng(1).normal(0, 2, (4, 30)).astype(np.float32))
+    asked = (None, 0, 5, 1)
+    rows = [SamplingRow(replace(BASE, logprobs=count, temperature=0.0), 0) for count in asked]
+    exact = torch.log_softmax(logits.double(), -1)
+    for i, (sampled, count) in enumerate(zip(sample(logits.clone(), rows), asked, strict=True)):
+        told = sampled.logprobs
+        assert (told is None) == (count is None)
+        if told is not None:
+            assert told.rank == 1
+            assert told.logprob == pytest.approx(float(exact[i].max()), abs=1e-5)
+            assert told.top_ids == tuple(exact[i].argsort(descending=True)[: count or 0].tolist())
 
 
 # --- the batch -------------------------------------------------------------------------------------------------------
@@ -235,10 +336,16 @@ def test_row_is_chosen_the_same_alone_and_in_any_batch(data: st.DataObject) -> N
         temperature=st.sampled_from((0.0, 0.8, 1.0)),
         top_p=st.sampled_from((0.5, 0.95, 1.0)),
         top_k=st.sampled_from((0, 1, 40)),
+        min_p=st.sampled_from((0.0, 0.2)),
+        logit_bias=st.sampled_from(((), ((3, 5.0), (4, -100.0)))),
+        logprobs=st.sampled_from((None, 0, 3)),
+        frequency_penalty=st.sampled_from((0.0, 0.7)),
+        repetition_penalty=st.sampled_from((1.0, 1.3)),
         min_tokens=st.integers(0, 3),
         stop_token_ids=st.sampled_from(((), (0, 5, 699))),
     )
-    rows = [SamplingRow(data.draw(kinds), data.draw(st.integers(0, 5))) for _ in range(count)]
+    seen = counts_of([1, 2, 3, 3], [5, 5, 6])
+    rows = [SamplingRow(data.draw(kinds), data.draw(st.integers(0, 5)), seen) for _ in range(count)]
     alone = [sample(logits[i : i + 1].clone(), [row])[0] for i, row in enumerate(rows)]
     order = data.draw(st.permutations(range(count)))
     assert sample(logits[list(order)].clone(), [rows[i] for i in order]) == [alone[i] for i in order]
