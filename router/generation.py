@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from pdserve.request import FinishReason, Request
+from pdserve.request import FinishReason, Request, TokenLogprobs
 from pdserve.timeline import Timeline
 from router.wishes import NO_WISHES, Wishes
 
@@ -17,6 +17,8 @@ class Tokens:
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one for each token, if asked for
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # with the first token, if asked for: of the second prompt token on
 
 
 class Generation(Protocol):

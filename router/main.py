@@ -33,6 +33,7 @@ from router.dispatch import RouterDispatcher
 from router.explain import Explainer
 from router.fleet import Fleet
 from router.fleet_metrics import FleetCollector
+from router.grammar_check import GrammarCheck
 from router.http.app import make_app
 from router.http.service import ServedModel, Service
 from router.limits import RouterLimits
@@ -109,6 +110,7 @@ class Router:
         registry = CollectorRegistry()
         self.fleet = Fleet(config.discovery(), router_id, limits.fleet, vocab_size=model.vocab_size)
         self._records = _records(config.decision_log)
+        self._grammars = GrammarCheck(config.model / "tokenizer.json", model.vocab_size, model.eos_token_ids)
         self.dispatcher = RouterDispatcher(self.fleet, POLICIES[config.policy], limits, self._records)
         registry.register(FleetCollector(self.fleet, self.dispatcher))
         account = self.dispatcher.account
@@ -122,6 +124,7 @@ class Router:
                 root_key=self._root_key,
                 metrics=RouterMetrics(registry),
                 topology=self._topology,
+                check_grammar=self._grammars.check,
                 routing=Explainer(self.fleet, self.dispatcher),
             )
         )
@@ -143,6 +146,7 @@ class Router:
 
     async def close(self) -> None:
         await self.fleet.close()
+        await self._grammars.close()
         self._records.close()
 
     def _root_key(self) -> BlockKey:

@@ -6,7 +6,8 @@ import asyncio
 
 from pdserve.errors import ServeError
 from pdserve.protocol import worker_pb2 as pb
-from pdserve.request import FinishReason
+from pdserve.protocol.codec import logprobs_from_proto
+from pdserve.request import FinishReason, TokenLogprobs
 from router.generation import Tokens
 
 
@@ -59,6 +60,8 @@ class OutputBuffer:
 
     def __init__(self) -> None:
         self._fresh: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []  # of the fresh tokens, if asked for
+        self._prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         self._finish: FinishReason | None = None
         self._error: ServeError | None = None
         self._told = False  # the reader has had the end
@@ -68,8 +71,12 @@ class OutputBuffer:
     def closed(self) -> bool:
         return self._finish is not None or self._error is not None
 
-    def put(self, token_id: int) -> None:
-        self._fresh.append(token_id)
+    def put(self, event: pb.TokenEvent) -> None:
+        self._fresh.append(event.token_id)
+        if event.HasField("logprobs"):
+            self._logprobs.append(logprobs_from_proto(event.logprobs))
+        if event.prompt_logprobs:
+            self._prompt_logprobs = tuple(map(logprobs_from_proto, event.prompt_logprobs))
         self._wake.set()
 
     def close(self, end: FinishReason | ServeError) -> None:
@@ -90,10 +97,12 @@ class OutputBuffer:
         if self._told:
             raise StopAsyncIteration
         if self._fresh:
-            tokens = tuple(self._fresh)
+            tokens = Tokens(tuple(self._fresh), self._finish, tuple(self._logprobs), self._prompt_logprobs)
             self._fresh.clear()
+            self._logprobs.clear()
+            self._prompt_logprobs = ()
             self._told = self._finish is not None
-            return Tokens(tokens, self._finish)
+            return tokens
         self._told = True
         if self._error is not None:
             raise self._error

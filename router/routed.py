@@ -101,7 +101,7 @@ class RoutedGeneration:
             attempt.progress_s = time.monotonic()
             if not each.no_token:
                 self.timeline.token(attempt.progress_s)
-                self._buffer.put(each.token_id)
+                self._buffer.put(each)
             finish = finish_from_proto(each.finish)
             if finish is not None:
                 self._end(finish, finished_by=worker_id)

@@ -2,27 +2,55 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from pdserve.errors import InvalidRequest, ModelNotFound
 from pdserve.request import MAX_SEED, SamplingParams
 from router.http.body import decode_body
+from router.http.conversation import Tooling, prompt_text, tooling_of
 from router.http.schema import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from router.http.service import ServedModel
+from router.http.structured import requested_grammar
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 GREEDY_TEMPERATURE = 0.0
+MAX_CHOICES = 64  # of all prompts of a request together
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    token_ids: tuple[int, ...]
+    text: str | None = None  # to be repeated before the answer
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A validated request: everything in it is within the model's limits."""
+    """A validated request: everything in it is within the model's limits.
 
-    prompt_token_ids: tuple[int, ...]
+    Attributes:
+        n: choices that are answered with, for each prompt.
+        best_of: choices that are generated for each; the `n` likeliest are kept.
+        tells_logprobs: with the answer's tokens. Log probabilities may be computed without being told.
+        tells_prompt_logprobs: in vLLM's shape, beside the choice.
+        echo_only: the answer is the prompt alone.
+        writes_special: special tokens stand in the text as they are written.
+    """
+
+    prompts: tuple[Prompt, ...]
     sampling: SamplingParams
     stop_strings: tuple[str, ...]
     stream: bool
     include_usage: bool
+    n: int = 1
+    best_of: int = 1
+    tells_logprobs: bool = False
+    tells_prompt_logprobs: bool = False
+    echo_only: bool = False
+    return_token_ids: bool = False
+    keeps_stop_string: bool = False
+    writes_special: bool = False
+    tooling: Tooling | None = None
 
 
 def completion_call(body: bytes, model: ServedModel, drawn_seed: int) -> Call:
@@ -35,15 +63,31 @@ def completion_call(body: bytes, model: ServedModel, drawn_seed: int) -> Call:
     """
     request = parse_completion(decode_body(body))
     _check_model(request.model, model)
-    if isinstance(request.prompt, str):
-        prompt = tuple(model.tokenizer.encode(request.prompt, add_special=True))
-    else:
-        _check_token_ids(request.prompt, model, "prompt")
-        prompt = request.prompt
-    if not prompt:
-        raise InvalidRequest("'prompt' has no tokens.", param="prompt")
-    left = _output_room(prompt, request.max_tokens, model, "prompt")
-    return _call(request, prompt, request.max_tokens or min(DEFAULT_COMPLETION_TOKENS, left), model, drawn_seed)
+    prompts = tuple(_completion_prompt(prompt, request, model) for prompt in request.prompt)
+    echo_only = request.max_tokens == 0
+    if echo_only and not request.echo:
+        raise InvalidRequest("'max_tokens' may be 0 only with 'echo'.", param="max_tokens")
+    max_tokens = 1 if echo_only else request.max_tokens
+    left = _output_room(prompts, max_tokens, model, "prompt")
+    call = _call(request, prompts, max_tokens or min(DEFAULT_COMPLETION_TOKENS, left), model, drawn_seed)
+    best_of = call.n if request.best_of is None else request.best_of
+    if best_of < call.n:
+        raise InvalidRequest("'best_of' must be at least 'n'.", param="best_of")
+    if best_of > call.n and call.stream:
+        raise InvalidRequest("'best_of' above 'n' cannot be streamed: the best are known at the end.", param="best_of")
+    if best_of * len(prompts) > MAX_CHOICES:
+        raise InvalidRequest(f"A request may have {MAX_CHOICES} choices, of all prompts together.", param="prompt")
+    ranked = best_of > call.n
+    sampling = replace(
+        call.sampling,
+        logprobs=request.logprobs if request.logprobs is not None or not ranked else 0,
+        prompt_logprobs=request.logprobs if request.echo else call.sampling.prompt_logprobs,
+    )
+    if request.echo and request.prompt_logprobs is not None:
+        raise InvalidRequest("With 'echo', 'logprobs' tells of the prompt too.", param="prompt_logprobs")
+    return replace(
+        call, sampling=sampling, best_of=best_of, echo_only=echo_only, tells_logprobs=request.logprobs is not None
+    )
 
 
 def chat_call(body: bytes, model: ServedModel, drawn_seed: int) -> Call:
@@ -54,13 +98,42 @@ def chat_call(body: bytes, model: ServedModel, drawn_seed: int) -> Call:
         raise InvalidRequest(f"The model '{model.name}' has no chat template; use /v1/completions.", param="model")
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise InvalidRequest("Only one of 'max_tokens' and 'max_completion_tokens' may be set.", param="max_tokens")
-    text = model.chat_template.render([message.model_dump(exclude_none=True) for message in request.messages])
-    prompt = tuple(model.tokenizer.encode(text, add_special=False))
-    if not prompt:
+    if request.top_logprobs and not request.logprobs:
+        raise InvalidRequest("'top_logprobs' is only allowed when 'logprobs' is true.", param="top_logprobs")
+    tooling = tooling_of(request, model)
+    text = prompt_text(request, model.chat_template, tooling)
+    prompts = (Prompt(tuple(model.tokenizer.encode(text, add_special=False))),)
+    if not prompts[0].token_ids:
         raise InvalidRequest("'messages' have no tokens.", param="messages")
     max_tokens = request.max_completion_tokens or request.max_tokens
-    left = _output_room(prompt, max_tokens, model, "messages")
-    return _call(request, prompt, max_tokens or left, model, drawn_seed)
+    left = _output_room(prompts, max_tokens, model, "messages")
+    call = _call(request, prompts, max_tokens or left, model, drawn_seed)
+    if tooling is not None and tooling.grammar is not None:
+        if call.sampling.grammar is not None:
+            raise InvalidRequest("A forced tool call has a format of its own.", param="tool_choice")
+        call = replace(call, sampling=replace(call.sampling, grammar=tooling.grammar))
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    return replace(
+        call,
+        sampling=replace(call.sampling, logprobs=logprobs),
+        best_of=call.n,
+        tells_logprobs=bool(request.logprobs),
+        tooling=tooling,
+    )
+
+
+def _completion_prompt(prompt: str | tuple[int, ...], request: CompletionRequest, model: ServedModel) -> Prompt:
+    if isinstance(prompt, str):
+        add_special = request.add_special_tokens is not False
+        token_ids = tuple(model.tokenizer.encode(prompt, add_special=add_special))
+        text = prompt
+    else:
+        _check_token_ids(prompt, model, "prompt")
+        token_ids = prompt
+        text = model.tokenizer.decode(prompt) if request.echo else ""
+    if not token_ids:
+        raise InvalidRequest("'prompt' has no tokens.", param="prompt")
+    return Prompt(token_ids, text if request.echo else None)
 
 
 def _check_model(name: str, model: ServedModel) -> None:
@@ -68,56 +141,80 @@ def _check_model(name: str, model: ServedModel) -> None:
         raise ModelNotFound(f"The model '{name[:64]}' does not exist.", param="model")
 
 
-def _check_token_ids(token_ids: tuple[int, ...] | list[int], model: ServedModel, param: str) -> None:
+def _check_token_ids(token_ids: Sequence[int], model: ServedModel, param: str) -> None:
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < model.vocab_size):
         raise InvalidRequest(
             f"Invalid value for '{param}': token ids must be from 0 to {model.vocab_size - 1}.", param=param
         )
 
 
-def _output_room(prompt: tuple[int, ...], max_tokens: int | None, model: ServedModel, param: str) -> int:
-    """Tokens of context that the prompt leaves; at least 1, and at least `max_tokens`."""
-    wanted = max_tokens or 1
-    if len(prompt) + wanted > model.max_model_len:
+def _output_room(prompts: Sequence[Prompt], max_tokens: int | None, model: ServedModel, param: str) -> int:
+    """Tokens of context that the longest prompt leaves; at least 1, and at least `max_tokens`."""
+    longest, wanted = max(len(prompt.token_ids) for prompt in prompts), max_tokens or 1
+    if longest + wanted > model.max_model_len:
         raise InvalidRequest(
             f"This model's maximum context length is {model.max_model_len} tokens. However, you requested "
-            f"{len(prompt) + wanted} tokens ({len(prompt)} in the {param}, {wanted} in the completion). "
+            f"{longest + wanted} tokens ({longest} in the {param}, {wanted} in the completion). "
             f"Please reduce the length of the {param} or completion.",
             param=param,
             code="context_length_exceeded",
         )
-    return model.max_model_len - len(prompt)
+    return model.max_model_len - longest
 
 
 def _call(
     request: CompletionRequest | ChatRequest,
-    prompt: tuple[int, ...],
+    prompts: tuple[Prompt, ...],
     max_tokens: int,
     model: ServedModel,
     drawn_seed: int,
 ) -> Call:
+    """What both endpoints share."""
     if (request.min_tokens or 0) > max_tokens:
         raise InvalidRequest(f"'min_tokens' must be at most 'max_tokens' ({max_tokens}).", param="min_tokens")
-    stop_token_ids = request.stop_token_ids or []
+    stop_token_ids, logit_bias = request.stop_token_ids or [], request.logit_bias or ()
     _check_token_ids(stop_token_ids, model, "stop_token_ids")
-    eos_token_ids = () if request.ignore_eos else model.eos_token_ids
+    _check_token_ids([token_id for token_id, _ in logit_bias], model, "logit_bias")
+    if request.prompt_logprobs is not None and request.stream:
+        raise InvalidRequest("'prompt_logprobs' cannot be streamed.", param="prompt_logprobs")
+    options = request.stream_options
+    return Call(
+        prompts=prompts,
+        sampling=_sampling(request, max_tokens, (*_eos(request, model), *stop_token_ids), drawn_seed),
+        stop_strings=request.stop or (),
+        stream=bool(request.stream),
+        include_usage=bool(options is not None and options.include_usage),
+        n=request.n or 1,
+        tells_prompt_logprobs=request.prompt_logprobs is not None,
+        return_token_ids=bool(request.return_token_ids),
+        keeps_stop_string=bool(request.include_stop_str_in_output),
+        writes_special=request.skip_special_tokens is False,
+    )
+
+
+def _eos(request: CompletionRequest | ChatRequest, model: ServedModel) -> tuple[int, ...]:
+    return () if request.ignore_eos else model.eos_token_ids
+
+
+def _sampling(
+    request: CompletionRequest | ChatRequest, max_tokens: int, stop_token_ids: tuple[int, ...], drawn_seed: int
+) -> SamplingParams:
     greedy = request.temperature == 0 or request.top_p == 0  # a nucleus of no mass is the likeliest token
-    sampling = SamplingParams(
+    return SamplingParams(
         max_tokens=max_tokens,
         seed=drawn_seed if request.seed is None else request.seed & MAX_SEED,
         temperature=GREEDY_TEMPERATURE if greedy else _given(request.temperature, 1.0),
         top_p=1.0 if greedy else _given(request.top_p, 1.0),
         top_k=max(request.top_k or 0, 0),
         min_tokens=request.min_tokens or 0,
-        stop_token_ids=tuple(dict.fromkeys((*eos_token_ids, *stop_token_ids))),
-    )
-    options = request.stream_options
-    return Call(
-        prompt_token_ids=prompt,
-        sampling=sampling,
-        stop_strings=request.stop or (),
-        stream=bool(request.stream),
-        include_usage=bool(options is not None and options.include_usage),
+        stop_token_ids=tuple(dict.fromkeys(stop_token_ids)),
+        min_p=request.min_p or 0.0,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        repetition_penalty=_given(request.repetition_penalty, 1.0),
+        logit_bias=request.logit_bias or (),
+        prompt_logprobs=request.prompt_logprobs,
+        grammar=requested_grammar(request),
     )
 
 

@@ -8,20 +8,19 @@ import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from pdserve.errors import DeadlineExceeded, InternalError, Overloaded, ServeError
-from pdserve.request import MAX_SEED, Request
+from pdserve.errors import DeadlineExceeded, Overloaded, ServeError
+from pdserve.request import MAX_SEED
 from pdserve.timeline import Timeline
-from router.generation import Generation
-from router.http.answer import Answer
 from router.http.call import Call, chat_call, completion_call
+from router.http.choices import Choices
+from router.http.delivery import Delivery
 from router.http.errors import ClientGone, as_serve_error
-from router.http.exchange import DONE, Exchange, sse_event
-from router.http.service import Routing, ServedModel, Service
-from router.http.shapes import ChatShape, CompletionShape, Payload, Shape, Usage
+from router.http.exchange import Exchange
+from router.http.service import ServedModel, Service
+from router.http.shapes import ChatShape, CompletionShape, Shape
 from router.metrics import RouterMetrics
 from router.wishes import Wishes
 
@@ -96,26 +95,17 @@ class GenerateEndpoint:
     async def _serve(self, exchange: Exchange) -> str:
         service, limits = self._service, self._service.limits
         timeline = Timeline(received_s=service.clock())
-        body = await exchange.body()
-        call = await self._prepare(body)
+        call = await self._prepare(await exchange.body())
+        if call.sampling.grammar is not None:
+            await service.check_grammar(call.sampling.grammar)
         timeline.tokenised_s = service.clock()
-        # Clients choose X-Request-Id and may repeat it; inside, an id must be unique.
         response_id = self._api.id_prefix + secrets.token_hex(16)
-        request = Request(
-            request_id=response_id,
-            prompt_token_ids=call.prompt_token_ids,
-            sampling=call.sampling,
-            root_key=service.root_key(),
-            deadline_s=timeline.received_s + limits.request_s,
-        )
         wishes = Wishes.from_headers(exchange.headers, label=exchange.request_id)
-        generation = service.dispatcher.start(request, timeline, wishes)
+        choices = Choices(call, service, response_id, timeline, wishes)
+        shape = self._api.shape(response_id, int(service.wall_clock()), service.model.name, call.include_usage)
+        delivery = Delivery(exchange, call, choices, shape, service.model.tokenizer, service.routing)
         logger.info("request started request_id=%s id=%s", exchange.request_id, response_id)
-        answer = Answer(call, service.model.tokenizer.token_bytes, service.clock)
-        delivery = _Delivery(
-            exchange, generation, answer, self._shape(call, response_id), call.include_usage, service.routing
-        )
-        watcher = asyncio.create_task(_abort_when_gone(exchange, generation))
+        watcher = asyncio.create_task(_stop_when_gone(exchange, choices))
         try:
             async with asyncio.timeout(limits.request_s + DEADLINE_GRACE_S):
                 await (delivery.stream() if call.stream else delivery.whole())
@@ -123,14 +113,9 @@ class GenerateEndpoint:
             raise DeadlineExceeded("The request took too long.") from error
         finally:
             watcher.cancel()
-            generation.abort()  # of no effect on one that has ended
-            service.metrics.observe_generation(
-                timeline,
-                prompt_tokens=len(call.prompt_token_ids),
-                cached_by_tier=generation.cached_by_tier,
-                gaps_s=answer.gaps_s,
-            )
-        return answer.finish_reason.value if answer.finish_reason is not None else "abort"
+            choices.stop()
+            choices.observe(service.metrics)
+        return choices.branches[0].finish_reason or "abort"
 
     async def _prepare(self, body: bytes) -> Call:
         drawn_seed = secrets.randbelow(MAX_SEED + 1)
@@ -138,87 +123,7 @@ class GenerateEndpoint:
             return self._api.call(body, self._service.model, drawn_seed)
         return await asyncio.to_thread(self._api.call, body, self._service.model, drawn_seed)
 
-    def _shape(self, call: Call, response_id: str) -> Shape:
-        created_s = int(self._service.wall_clock())
-        return self._api.shape(response_id, created_s, self._service.model.name, call.include_usage)
 
-
-async def _abort_when_gone(exchange: Exchange, generation: Generation) -> None:
+async def _stop_when_gone(exchange: Exchange, choices: Choices) -> None:
     await exchange.disconnected()
-    generation.abort()
-
-
-@dataclass(frozen=True, slots=True)
-class _Delivery:
-    """The loop from tokens to bytes. A write that waits for a slow client lets tokens gather in the generation, and
-    they leave in one chunk; nothing is buffered here."""
-
-    exchange: Exchange
-    generation: Generation
-    answer: Answer
-    shape: Shape
-    include_usage: bool
-    routing: Routing | None
-
-    def _name_decision(self) -> None:
-        """On the response's headers, once tokens are there: then it is made."""
-        if self.routing is None or self.exchange.extra_headers:
-            return
-        header = self.routing.decision_header(self.generation.request.request_id)
-        if header is not None:
-            self.exchange.extra_headers.append((b"x-pdserve-decision", header.encode("latin-1", "replace")))
-
-    async def whole(self) -> None:
-        pieces: list[str] = []
-        async for tokens in self.generation:
-            pieces.append(self.answer.push(tokens))
-            if self.answer.finish_reason is not None:
-                self._name_decision()
-                payload = self.shape.whole("".join(pieces), self.answer.finish_reason, self._usage())
-                await self.exchange.respond(200, payload | self._timeline_extension())
-                return
-        raise InternalError("The generation ended without a reason.")
-
-    async def stream(self) -> None:
-        """Nothing is sent before the first tokens are there, so an earlier failure still gets its own status."""
-        opening = b"".join(map(sse_event, self.shape.opening()))
-        async for tokens in self.generation:
-            text = self.answer.push(tokens)
-            data = opening + sse_event(self.shape.delta(text)) if text else opening
-            self._name_decision()
-            opening = b""
-            if self.answer.finish_reason is not None:
-                await self.exchange.write(data + self._ending(), last=True)
-                return
-            if data:
-                await self.exchange.write(data)
-        raise InternalError("The generation ended without a reason.")
-
-    def _ending(self) -> bytes:
-        assert self.answer.finish_reason is not None
-        data = sse_event(self.shape.end(self.answer.finish_reason))
-        if self.include_usage:
-            data += sse_event(self.shape.usage(self._usage()) | self._timeline_extension())
-        return data + DONE
-
-    def _usage(self) -> Usage:
-        return Usage(
-            prompt_tokens=len(self.generation.request.prompt_token_ids),
-            completion_tokens=self.answer.output_tokens,
-            cached_tokens=sum(self.generation.cached_by_tier.values()),
-        )
-
-    def _timeline_extension(self) -> Payload:
-        """Where the time went, for who asks with the header `x-pdserve-timeline: 1`."""
-        if self.exchange.headers.get(b"x-pdserve-timeline") != b"1":
-            return {}
-        timeline = self.generation.timeline
-        extension: dict[str, Any] = {
-            "request_id": self.exchange.request_id,
-            "ttft_s": timeline.ttft_s,
-            "tpot_s": timeline.tpot_s,
-            "stages": timeline.ttft_stages(),
-            "handoff": timeline.handoff_stages(),
-            "cached_tokens": dict(self.generation.cached_by_tier),
-        }
-        return {"x_pdserve": extension}
+    choices.stop()

@@ -48,7 +48,7 @@ class DryRunEndpoint:
         call = make(body, service.model, secrets.randbelow(MAX_SEED + 1))
         request = Request(
             request_id=exchange.request_id,
-            prompt_token_ids=call.prompt_token_ids,
+            prompt_token_ids=call.prompts[0].token_ids,
             sampling=call.sampling,
             root_key=service.root_key(),
             deadline_s=service.clock() + service.limits.request_s,

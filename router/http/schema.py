@@ -1,4 +1,4 @@
-"""Request bodies of the two generating endpoints: types and ranges that hold whatever the model is.
+"""Request bodies of the generating endpoints: types and ranges that hold whatever the model is.
 
 Strict: no coercion from strings or from floats to integers, and a name that the API does not have is refused, as OpenAI
 does. null means absent everywhere.
@@ -8,83 +8,32 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pdserve.errors import InvalidRequest
 from router.http import unsupported
+from router.http.fields import (
+    MAX_COUNT,
+    MAX_STOP_TOKEN_IDS,
+    Content,
+    Fraction,
+    GrammarText,
+    GuidedChoices,
+    JsonSchema,
+    LogitBias,
+    Metadata,
+    Penalty,
+    Prompts,
+    Stop,
+    Tokens,
+    TopLogprobs,
+    before_role,
+)
 
-MAX_STOP_STRINGS = 16
-MAX_STOP_STRING_BYTES = 256
-MAX_STOP_TOKEN_IDS = 64
 MAX_MESSAGES = 1024
-MAX_METADATA_PAIRS = 16
-MAX_METADATA_KEY_CHARS = 64
-MAX_METADATA_VALUE_CHARS = 512
-_MAX_COUNT = 2**31 - 1  # of tokens: above any context, so that messages can print it
-
-
-def _prompt(value: Any) -> str | tuple[int, ...]:
-    """A string or token ids; or an array with one of these, which is how some clients send every prompt."""
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
-        value = value[0]
-    if value in ("", []):
-        raise PydanticCustomError("prompt", "must not be empty")
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        if all(type(item) is int for item in value):
-            return tuple(value)
-        if all(isinstance(item, str | list) for item in value):
-            raise PydanticCustomError("prompt", "batches of prompts are not supported yet; send one request a prompt")
-    raise PydanticCustomError("prompt", "must be a string or an array of token ids")
-
-
-def _stop(value: Any) -> tuple[str, ...]:
-    strings = value if isinstance(value, list) else [value]
-    if len(strings) > MAX_STOP_STRINGS:
-        raise PydanticCustomError("stop", f"must be at most {MAX_STOP_STRINGS} strings")
-    for string in strings:
-        if not isinstance(string, str):
-            raise PydanticCustomError("stop", "must be a string or an array of strings")
-        if not 1 <= len(string.encode()) <= MAX_STOP_STRING_BYTES:
-            raise PydanticCustomError("stop", f"each string must have 1 to {MAX_STOP_STRING_BYTES} bytes")
-    return tuple(strings)
-
-
-def _metadata(value: Any) -> dict[str, str]:
-    """By hand, because pydantic would name a key, of any length, in the error."""
-    if not isinstance(value, dict) or len(value) > MAX_METADATA_PAIRS:
-        raise PydanticCustomError("metadata", f"must be an object of at most {MAX_METADATA_PAIRS} pairs")
-    if any(len(key) > MAX_METADATA_KEY_CHARS for key in value):
-        raise PydanticCustomError("metadata", f"keys must have at most {MAX_METADATA_KEY_CHARS} characters")
-    if any(not isinstance(item, str) or len(item) > MAX_METADATA_VALUE_CHARS for item in value.values()):
-        raise PydanticCustomError(
-            "metadata", f"values must be strings of at most {MAX_METADATA_VALUE_CHARS} characters"
-        )
-    return value
-
-
-def _role(value: Any) -> Any:
-    if value in ("tool", "function"):
-        raise PydanticCustomError("role", "the roles 'tool' and 'function' are not supported yet")
-    return "system" if value == "developer" else value  # the newer name of the same thing
-
-
-def _content(value: Any) -> str:
-    """A string, or text parts, which join as lines."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise PydanticCustomError("content", "must be a string or an array of text parts")
-    for part in value:
-        if not isinstance(part, dict) or "type" not in part:
-            raise PydanticCustomError("content", "each part must be an object with a 'type'")
-        if part["type"] != "text":
-            raise PydanticCustomError("content", "parts other than 'text' are not supported yet")
-        if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
-            raise PydanticCustomError("content", "a text part must have 'type' and a string 'text', nothing else")
-    return "\n".join(part["text"] for part in value)
+MAX_TOOLS = 128
+MAX_N = 8
+_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 
 
 class _Strict(BaseModel):
@@ -96,42 +45,127 @@ class StreamOptions(_Strict):
     include_obfuscation: Literal[False] | None = None
 
 
+class NamedSchema(_Strict):
+    name: Annotated[str, Field(pattern=_NAME)]
+    json_schema: Annotated[JsonSchema, Field(alias="schema")]
+    description: str | None = None
+    strict: bool | None = None  # what is generated follows the schema in either case
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+
+class StructuredOutputs(_Strict):
+    """vLLM's extension: one of these."""
+
+    json_schema: Annotated[JsonSchema | None, Field(alias="json")] = None
+    regex: GrammarText | None = None
+    choice: GuidedChoices | None = None
+    grammar: GrammarText | None = None  # Lark as llguidance reads it, or GBNF
+
+
 class _Generating(_Strict):
     model: str
-    max_tokens: Annotated[int, Field(ge=1, le=_MAX_COUNT)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=_MAX_COUNT)] | None = None
+    max_tokens: Tokens | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=_MAX_COUNT)] | None = None
+    top_p: Fraction | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_COUNT)] | None = None
+    min_p: Fraction | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
+    logit_bias: LogitBias | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: Annotated[tuple[str, ...], PlainValidator(_stop)] | None = None
+    stop: Stop | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: TopLogprobs | None = None
+    return_token_ids: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonSchema | None = None
+    guided_regex: GrammarText | None = None
+    guided_choice: GuidedChoices | None = None
+    guided_grammar: GrammarText | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Who the end user is, and the client's own notes: nothing here depends on them.
     user: str | None = None
     safety_identifier: str | None = None
-    metadata: Annotated[dict[str, str], PlainValidator(_metadata)] | None = None
+    metadata: Metadata | None = None
 
 
 class CompletionRequest(_Generating):
     """Body of /v1/completions."""
 
-    prompt: Annotated[str | tuple[int, ...], PlainValidator(_prompt)]
+    prompt: Prompts
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = None  # 0 only with `echo`
+    best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    echo: bool | None = None
+    logprobs: TopLogprobs | None = None
+    add_special_tokens: bool | None = None
+
+
+class FunctionCall(_Strict):
+    name: Annotated[str, Field(pattern=_NAME)]
+    arguments: str
+
+
+class ToolCall(_Strict):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
 
 
 class Message(_Strict):
-    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_role)]
-    content: Annotated[str, PlainValidator(_content)]
+    role: Annotated[Literal["system", "user", "assistant", "tool"], before_role]
+    content: Content = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class Function(_Strict):
+    name: Annotated[str, Field(pattern=_NAME)]
+    description: str | None = None
+    parameters: JsonSchema | None = None
+    strict: bool | None = None
+
+
+class Tool(_Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(_Strict):
+    name: str
+
+
+class ToolChoice(_Strict):
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ChatRequest(_Generating):
     """Body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=_MAX_COUNT)] | None = None
+    max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: TopLogprobs | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
 
 
 def parse_completion(body: dict[str, Any]) -> CompletionRequest:
@@ -150,23 +184,49 @@ def parse_chat(body: dict[str, Any]) -> ChatRequest:
             else message
             for index, message in enumerate(messages)
         ]
-    return _parse(ChatRequest, body)
+    request = _parse(ChatRequest, body)
+    for index, message in enumerate(request.messages):
+        _check_message(message, f"messages[{index}]")
+    return request
 
 
-_Body = TypeVar("_Body", bound=_Generating)
+def _check_message(message: Message, where: str) -> None:
+    """Raises InvalidRequest for fields that do not go together."""
+    calls = message.role == "assistant" and message.tool_calls
+    if "content" not in message.model_fields_set and not calls:
+        param = f"{where}.content"
+        raise InvalidRequest(f"'{param}' is required.", param=param, code="missing_required_parameter")
+    if message.content is None and not calls:
+        raise _invalid_value(f"{where}.content", "must be a string or an array of text parts")
+    if message.tool_calls and message.role != "assistant":
+        raise _invalid_value(f"{where}.tool_calls", "only messages of the role 'assistant' have calls")
+    if (message.role == "tool") != (message.tool_call_id is not None):
+        raise _invalid_value(f"{where}.tool_call_id", "messages of the role 'tool' have it, and no others")
+
+
+_Body = TypeVar("_Body", bound=_Strict)
 
 
 def _parse(kind: type[_Body], body: dict[str, Any]) -> _Body:
     try:
         request = kind.model_validate(body)
     except ValidationError as error:
-        raise _invalid(error) from error
-    if request.stream_options is not None and not request.stream:
+        raise invalid(error) from error
+    if isinstance(request, _Generating) and request.stream_options is not None and not request.stream:
         raise InvalidRequest("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
     return request
 
 
-def _invalid(error: ValidationError) -> InvalidRequest:
+def parse_other(kind: type[_Body], body: dict[str, Any]) -> _Body:
+    """A body of an endpoint that generates nothing. Raises InvalidRequest, naming the field."""
+    return _parse(kind, body)
+
+
+def _invalid_value(param: str, must: str) -> InvalidRequest:
+    return InvalidRequest(f"Invalid value for '{param}': {must}.", param=param)
+
+
+def invalid(error: ValidationError) -> InvalidRequest:
     """The first fault, as one sentence. pydantic's messages say what was expected and never what was sent."""
     fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
     param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in fault["loc"]).lstrip(".")
@@ -179,7 +239,7 @@ def _invalid(error: ValidationError) -> InvalidRequest:
                 f"Unrecognized request argument supplied: {shown}", param=shown, code="unknown_parameter"
             )
         case "model_type":
-            return InvalidRequest(f"Invalid value for '{param}': must be an object.", param=param)
+            return _invalid_value(param, "must be an object")
         case _:
             message = fault["msg"]
-            return InvalidRequest(f"Invalid value for '{param}': {message[0].lower()}{message[1:]}.", param=param)
+            return _invalid_value(param, message[0].lower() + message[1:])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kvstore.keys import BlockKey
-from pdserve.request import Request
+from pdserve.request import Grammar, Request
 from router.generation import Dispatcher
 from router.metrics import RouterMetrics
 from router.text.chat_template import ChatTemplate
@@ -70,6 +70,7 @@ class Service:
     Attributes:
         root_key: the root of the prompt's block keys; raises `Overloaded` while nothing is known of any worker.
         topology: the fleet, JSON-ready; its "ready" is what /readyz asks.
+        check_grammar: raises `InvalidRequest` for one that cannot be used.
         routing: answers about choices; None leaves their endpoints out.
         clock: monotonic, in seconds; the clock of timelines and deadlines, so the dispatcher's too.
         wall_clock: Unix time in seconds, for `created` only.
@@ -80,6 +81,7 @@ class Service:
     root_key: Callable[[], BlockKey]
     metrics: RouterMetrics
     topology: Callable[[], dict[str, Any]]
+    check_grammar: Callable[[Grammar], Awaitable[None]]
     routing: Routing | None = None
     limits: HttpLimits = HttpLimits()
     clock: Callable[[], float] = time.monotonic

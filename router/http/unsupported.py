@@ -1,4 +1,4 @@
-"""Parameters of the OpenAI API (and common extensions of it) that are not there yet.
+"""Parameters of the OpenAI API (and common extensions of it) that are not there.
 
 Each is accepted at the values that mean the same as leaving it out, and refused by name otherwise: never ignored. A
 parameter that gets built moves from here into `router.http.schema`.
@@ -14,51 +14,29 @@ from pdserve.errors import InvalidRequest
 Neutral = dict[str, tuple[object, ...]]
 
 _COMMON: Neutral = {
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "n": (1,),
-    "presence_penalty": (0,),
     # extensions of other servers
-    "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
-    "min_p": (0,),
     "priority": (0,),
-    "repetition_penalty": (1,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "use_beam_search": (False,),
 }
 COMPLETION: Final[Neutral] = {
     **_COMMON,
-    "add_special_tokens": (True,),
-    "best_of": (1,),
-    "echo": (False,),
-    "logprobs": (False,),
-    "suffix": ("",),
+    "suffix": ("",),  # needs a model that was trained to fill in the middle
 }
 CHAT: Final[Neutral] = {
     **_COMMON,
-    "add_generation_prompt": (True,),
     "audio": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "prompt_cache_key": (),
     "prompt_cache_options": (),
     "prompt_cache_retention": (),
-    "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -68,7 +46,6 @@ MESSAGE: Final[Neutral] = {
     "audio": (),
     "function_call": (),
     "refusal": (),
-    "tool_calls": ([],),
 }
 
 
@@ -83,7 +60,7 @@ def drop_neutral(fields: dict[str, Any], table: Neutral, prefix: str = "") -> di
             continue
         if not any(_same(value, neutral) for neutral in table[name]):
             raise InvalidRequest(
-                f"'{prefix}{name}' is not supported yet at this value; leave it out.",
+                f"'{prefix}{name}' is not supported at this value; leave it out.",
                 param=prefix + name,
                 code="unsupported_parameter",
             )

@@ -6,20 +6,28 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pdserve.errors import ConfigError, InvalidRequest
 
 MAX_OUTPUT_CHARS = 8 * 2**20  # twice the largest request body
+_GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token"})
 # What a template can hit on odd messages besides its own `raise_exception`.
 _RENDER_ERRORS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 
 
 class ChatTemplate:
-    """A compiled template of the model folder. Clients send no templates, so the source is the operator's."""
+    """A compiled template of the model folder. Clients send no templates, so the source is the operator's.
+
+    Attributes:
+        takes_tools: it writes `tools` into the prompt.
+        variables: what a client may set beside the messages, such as `enable_thinking`.
+    """
 
     def __init__(
         self,
@@ -46,8 +54,12 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: now().strftime(form)
         try:
             self._template = environment.from_string(source)
+            names = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"The chat template cannot be compiled: line {error.lineno}: {error.message}.") from error
+        self.source = source
+        self.takes_tools = "tools" in names
+        self.variables = frozenset(names - _GIVEN - special_tokens.keys() - environment.globals.keys())
         self._special_tokens = dict(special_tokens)
         self._max_output_chars = max_output_chars
 
@@ -62,17 +74,35 @@ class ChatTemplate:
         source = _read_jinja(folder / "chat_template.jinja") or _default_template(config.get("chat_template"))
         return None if source is None else cls(source, _special_tokens(config))
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt text, ending where the assistant's answer begins.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        """The prompt text.
+
+        Args:
+            tools: as the API has them.
+            add_generation_prompt: end where the assistant's answer begins.
+            variables: of the template's own.
 
         Raises:
-            InvalidRequest: the template refuses these messages, or its output is too long.
+            InvalidRequest: the template refuses these messages, has no such variable, or its output is too long.
         """
-        context = {**self._special_tokens, "messages": messages, "tools": None, "documents": None}
+        unknown = sorted(variables.keys() - self.variables)
+        if unknown:
+            known = f"it has {', '.join(sorted(self.variables))}" if self.variables else "it has none"
+            raise InvalidRequest(
+                f"The chat template has no variable '{unknown[0][:64]}'; {known}.", param="chat_template_kwargs"
+            )
+        context = {**variables, **self._special_tokens, "messages": messages, "tools": tools, "documents": None}
         pieces: list[str] = []
         length = 0
         try:
-            for piece in self._template.generate(context, add_generation_prompt=True):
+            for piece in self._template.generate(context, add_generation_prompt=add_generation_prompt):
                 length += len(piece)
                 if length > self._max_output_chars:
                     raise InvalidRequest("The messages are too long.", param="messages")

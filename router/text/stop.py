@@ -16,11 +16,12 @@ class StopMatcher:
     is the length of the longest suffix of the text that starts a stop string, which is exactly what must be held.
     """
 
-    __slots__ = ("_depth", "_fail", "_found", "_held", "_next", "_state", "matched")
+    __slots__ = ("_depth", "_fail", "_found", "_held", "_keep", "_next", "_state", "matched")
 
-    def __init__(self, stop_strings: Iterable[str]) -> None:
-        """`stop_strings`: none of them empty. Building costs their total length."""
+    def __init__(self, stop_strings: Iterable[str], *, keep: bool = False) -> None:
+        """`stop_strings`: none of them empty; building costs their total length. `keep`: the match is passed too."""
         self.matched = False
+        self._keep = keep
         self._held = ""
         self._state = 0
         self._next: list[dict[str, int]] = [{}]  # state -> character -> state
@@ -42,7 +43,8 @@ class StopMatcher:
             state = goto[state].get(char, 0)
             if found[state]:
                 self.matched = True
-                return (self._held + text[: position + 1])[: -found[state]]
+                upto = self._held + text[: position + 1]
+                return upto if self._keep else upto[: -found[state]]
         self._state = state
         text = self._held + text
         certain = len(text) - self._depth[state]

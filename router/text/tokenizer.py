@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ class Tokenizer:
     Attributes:
         token_bytes: what each token id adds to the text, as UTF-8 bytes that may end inside a character; empty for
             special tokens, which are no part of an answer's text. Index is the token id, length is `vocab_size`.
+        special_tokens: text of those that `token_bytes` leaves empty.
         vocab_size: largest token id + 1. A model may have more rows than that.
     """
 
@@ -34,7 +36,9 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self.token_bytes = _token_bytes(backend)
+        added = backend.get_added_tokens_decoder().items()
+        self.special_tokens = {token_id: token.content for token_id, token in added if token.special}
+        self.token_bytes = _token_bytes(backend, self.special_tokens.keys())
         self.vocab_size = len(self.token_bytes)
 
     @classmethod
@@ -59,15 +63,35 @@ class Tokenizer:
         # The batch form lets other threads run meanwhile and skips offsets; the single form does neither.
         return self._backend.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
 
+    @cached_property
+    def literals(self) -> tuple[bytes, ...]:
+        """`token_bytes` with special tokens written out."""
+        return tuple(
+            self.special_tokens[token_id].encode() if token_id in self.special_tokens else token
+            for token_id, token in enumerate(self.token_bytes)
+        )
+
+    @lru_cache(maxsize=4)  # noqa: B019 - a process has one tokeniser
+    def token_bytes_with(self, special: frozenset[str]) -> tuple[bytes, ...]:
+        """`token_bytes`, with these special tokens written out."""
+        table = list(self.token_bytes)
+        for token_id, content in self.special_tokens.items():
+            if content in special:
+                table[token_id] = content.encode()
+        return tuple(table)
+
+    def literal(self, token_id: int) -> bytes:
+        """Empty for an id that is none."""
+        return self.literals[token_id] if token_id < self.vocab_size else b""
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of `token_ids` without special tokens; unknown ids are skipped."""
         return self._backend.decode(list(token_ids), skip_special_tokens=True)
 
 
-def _token_bytes(backend: tokenizers.Tokenizer) -> tuple[bytes, ...]:
+def _token_bytes(backend: tokenizers.Tokenizer, special: Set[int]) -> tuple[bytes, ...]:
     piece_bytes = _piece_decoder(json.loads(backend.to_str())["decoder"])
     vocab = backend.get_vocab(with_added_tokens=True)
-    special = {token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special}
     table = [b""] * (max(vocab.values(), default=-1) + 1)
     for piece, token_id in vocab.items():
         if token_id not in special:

@@ -61,8 +61,8 @@ def test_an_end_without_a_token_waits_for_its_turn() -> None:
 
 async def test_tokens_that_gathered_come_together_and_with_the_end() -> None:
     buffer = OutputBuffer()
-    buffer.put(1)
-    buffer.put(2)
+    buffer.put(pb.TokenEvent(token_id=1))
+    buffer.put(pb.TokenEvent(token_id=2))
     buffer.close(FinishReason.LENGTH)
     buffer.close(FinishReason.ABORT)
     assert await buffer.next() == Tokens((1, 2), FinishReason.LENGTH)
@@ -74,7 +74,7 @@ async def test_an_error_comes_after_the_tokens_before_it() -> None:
     buffer = OutputBuffer()
     waiting = asyncio.create_task(buffer.next())
     await asyncio.sleep(0)
-    buffer.put(1)
+    buffer.put(pb.TokenEvent(token_id=1))
     buffer.close(WorkerFailed("gone"))
     assert await waiting == Tokens((1,), None)
     with pytest.raises(WorkerFailed):

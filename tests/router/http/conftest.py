@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Message
 from tokenizers import decoders, models, pre_tokenizers
 
 from kvstore.keys import BlockKey, root_key
-from pdserve.errors import Overloaded
-from pdserve.request import FinishReason, Request
+from pdserve.errors import InvalidRequest, Overloaded
+from pdserve.request import FinishReason, Grammar, Request
 from pdserve.timeline import Timeline
 from router.generation import Tokens
 from router.http.app import make_app
@@ -166,6 +166,12 @@ def fleet() -> FakeFleet:
     return FakeFleet()
 
 
+async def check_grammar(grammar: Grammar) -> None:
+    """As if each compiled but one that has a fault on its face."""
+    if "fault" in grammar.source:
+        raise InvalidRequest("The grammar cannot be used.", param="response_format")
+
+
 @pytest.fixture
 def service(model: ServedModel, dispatcher: FakeDispatcher, fleet: FakeFleet) -> Service:
     return Service(
@@ -174,6 +180,7 @@ def service(model: ServedModel, dispatcher: FakeDispatcher, fleet: FakeFleet) ->
         root_key=fleet,
         metrics=RouterMetrics(CollectorRegistry()),
         topology=fleet.topology,
+        check_grammar=check_grammar,
         wall_clock=lambda: 1_700_000_001.5,
     )
 

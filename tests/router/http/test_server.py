@@ -113,8 +113,8 @@ def test_openai_models_and_errors(client: openai.OpenAI) -> None:
     assert [card.id for card in client.models.list()] == ["tiny"]
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.chat.completions.create(model="other", messages=USER)
-    with pytest.raises(openai.BadRequestError, match="not supported yet") as caught:
-        client.chat.completions.create(model="tiny", messages=USER, n=2)
+    with pytest.raises(openai.BadRequestError, match="less than or equal to 8") as caught:
+        client.chat.completions.create(model="tiny", messages=USER, n=9)
     assert caught.value.param == "n"
 
 

@@ -1,0 +1,123 @@
+"""Messages and tools to the prompt of a chat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pdserve.errors import InvalidRequest
+from pdserve.request import Grammar
+from router.http.schema import ChatRequest, Message, Tool, ToolChoice
+from router.http.service import ServedModel
+from router.text.chat_template import ChatTemplate
+from router.text.tool_calls import ToolFormat, find_format, forced_calls
+
+
+@dataclass(frozen=True, slots=True)
+class Tooling:
+    """How the answer may call tools. `grammar` if it must."""
+
+    format: ToolFormat
+    tools: tuple[Mapping[str, Any], ...]  # as the template takes them
+    grammar: Grammar | None
+
+
+def tooling_of(request: ChatRequest, model: ServedModel) -> Tooling | None:
+    """None when the answer calls none. Raises InvalidRequest."""
+    choice = request.tool_choice or "auto"
+    if not request.tools:
+        if choice not in ("none", "auto"):
+            raise InvalidRequest("'tool_choice' is only allowed when 'tools' are given.", param="tool_choice")
+        return None
+    if choice == "none":
+        return None
+    assert model.chat_template is not None
+    tool_format = find_format(model.chat_template.source) if model.chat_template.takes_tools else None
+    if tool_format is None:
+        raise InvalidRequest(
+            f"The model '{model.name}' was not taught to call tools: its chat template has no format for them.",
+            param="tools",
+            code="unsupported_parameter",
+        )
+    tools = tuple(map(_tool_payload, request.tools))
+    forced = _forced(choice, tools)
+    several = bool(request.parallel_tool_calls)
+    grammar = forced_calls(tool_format, forced, model.tokenizer, several=several) if forced else None
+    return Tooling(tool_format, tools, grammar)
+
+
+def _forced(choice: str | ToolChoice, tools: tuple[Mapping[str, Any], ...]) -> list[Mapping[str, Any]]:
+    """The functions of which one has to be called. Raises InvalidRequest."""
+    if choice == "auto":
+        return []
+    functions = [tool["function"] for tool in tools]
+    if isinstance(choice, ToolChoice):
+        functions = [function for function in functions if function["name"] == choice.function.name]
+        if not functions:
+            raise InvalidRequest("'tool_choice' names none of the 'tools'.", param="tool_choice")
+    return functions
+
+
+def prompt_text(request: ChatRequest, template: ChatTemplate, tooling: Tooling | None) -> str:
+    """Raises InvalidRequest."""
+    messages = [_message_payload(message, index) for index, message in enumerate(request.messages)]
+    variables = dict(request.chat_template_kwargs or {})
+    if request.reasoning_effort is not None:
+        if "reasoning_effort" not in template.variables:
+            raise InvalidRequest(
+                "'reasoning_effort' is not supported: the model's chat template does not know it.",
+                param="reasoning_effort",
+                code="unsupported_parameter",
+            )
+        variables["reasoning_effort"] = request.reasoning_effort
+    if request.continue_final_message and request.add_generation_prompt:
+        raise InvalidRequest(
+            "'continue_final_message' and 'add_generation_prompt' exclude each other.", param="continue_final_message"
+        )
+    begins_answer = request.add_generation_prompt is not False and not request.continue_final_message
+    tools = tooling.tools if tooling is not None else None
+    text = template.render(messages, tools=tools, add_generation_prompt=begins_answer, variables=variables)
+    return _cut_behind(text, messages[-1]) if request.continue_final_message else text
+
+
+def _cut_behind(text: str, final: Mapping[str, Any]) -> str:
+    """Up to the end of the last message's content, which the answer continues. Raises InvalidRequest."""
+    content = final["content"] if final["role"] == "assistant" else ""
+    for wanted in (content, content.strip()):
+        if wanted and wanted in text:
+            return text[: text.rindex(wanted) + len(wanted)]
+    raise InvalidRequest(
+        "'continue_final_message' needs a last message of the assistant, which the chat template writes out.",
+        param="continue_final_message",
+    )
+
+
+def _message_payload(message: Message, index: int) -> dict[str, Any]:
+    """As templates expect messages: arguments of calls are objects there, not JSON in a string."""
+    payload = message.model_dump(exclude_none=True)
+    payload.setdefault("content", "")
+    if not payload.get("tool_calls"):
+        payload.pop("tool_calls", None)
+    for call in payload.get("tool_calls", ()):
+        try:
+            arguments = json.loads(call["function"]["arguments"] or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise InvalidRequest(
+                f"The arguments of a call in 'messages[{index}]' are no JSON object.",
+                param=f"messages[{index}].tool_calls",
+            )
+        call["function"]["arguments"] = arguments
+    return payload
+
+
+def _tool_payload(tool: Tool) -> Mapping[str, Any]:
+    function = tool.function.model_dump(exclude_none=True, exclude={"parameters", "strict"})
+    parameters = tool.function.parameters
+    return {
+        "type": "function",
+        "function": {**function, **({"parameters": json.loads(parameters)} if parameters is not None else {})},
+    }

@@ -1,0 +1,173 @@
+"""How models write tool calls, and how their text is read back. The chat template tells which way a model has.
+
+hermes    <tool_call>{"name": "f", "arguments": {...}}</tool_call>     Qwen, Hermes, SmolLM
+mistral   [TOOL_CALLS][{"name": "f", "arguments": {...}}]               Mistral
+llama3    {"name": "f", "parameters": {...}}, as the whole answer       Llama 3.1 to 3.3
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pdserve.request import Grammar
+from router.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    """`begin` is written before a call; "" if a call is the whole answer, which may then start with `mark`.
+    `end` is written after it; "" if the answer ends there."""
+
+    name: str
+    begin: str
+    end: str
+    arguments: str  # the key that they have
+    opening: str = ""  # between `begin` and the JSON
+    closing: str = ""
+    mark: str = ""
+
+
+HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>", "arguments", "\n", "\n")
+MISTRAL = ToolFormat("mistral", "[TOOL_CALLS]", "", "arguments", "[", "]")
+LLAMA3 = ToolFormat("llama3", "", "", "parameters", mark="<|python_tag|>")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallText:
+    name: str
+    arguments: str  # JSON
+
+
+def find_format(template: str) -> ToolFormat | None:
+    """The format that the source of a chat template writes calls in; None for one that this does not know."""
+    for tool_format, sign in ((HERMES, HERMES.begin), (MISTRAL, MISTRAL.begin), (LLAMA3, "parameters")):
+        if sign in template:
+            return tool_format
+    return None
+
+
+def forced_calls(
+    tool_format: ToolFormat, functions: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, several: bool
+) -> Grammar:
+    """The grammar of an answer that calls one of `functions`, or `several`, and says nothing else.
+
+    Args:
+        functions: each with a `name`, and its `parameters` as a JSON schema if it has any.
+    """
+    begin, end = (_terminal(text, tokenizer) for text in (tool_format.begin, tool_format.end))
+    opening, closing = json.dumps(tool_format.opening), json.dumps(tool_format.closing)
+    one = " | ".join(f"function_{i}" for i in range(len(functions)))
+    more = f' (", " ({one}))*' if tool_format is MISTRAL and several else ""
+    lines = [
+        f"start: call{'+' if several and tool_format is HERMES else ''}",
+        f"call: {begin} {opening} ({one}){more} {closing} {end}",
+    ]
+    for i, function in enumerate(functions):
+        head = json.dumps(f'{{"name": {json.dumps(function["name"])}, "{tool_format.arguments}": ')
+        schema = {"x-guidance": {"whitespace_flexible": False}} | (function.get("parameters") or {"type": "object"})
+        lines += [f'function_{i}: {head} arguments_{i} "}}"', f"arguments_{i}: %json {json.dumps(schema)}"]
+    return Grammar("lark", "\n".join(lines))
+
+
+def _terminal(text: str, tokenizer: Tokenizer) -> str:
+    """A special token is no text to the grammar."""
+    special = next((token_id for token_id, content in tokenizer.special_tokens.items() if content == text), None)
+    return json.dumps(text) if special is None else f"<[{special}]>"
+
+
+class ToolCallParser:
+    """Splits an answer, as it comes, into the text around calls and the calls. What is no call after all stays text."""
+
+    def __init__(self, tool_format: ToolFormat) -> None:
+        self._format = tool_format
+        self._held = ""  # text that may begin a call, or the call so far
+        self._inside = False
+        self._began = False  # something of the answer was passed on
+
+    def push(self, text: str) -> tuple[str, list[ToolCallText]]:
+        self._held += text
+        content = ""
+        calls: list[ToolCallText] = []
+        while True:
+            if not self._inside:
+                passed = self._before_call()
+                content += passed
+                self._began = self._began or bool(passed)
+                if not self._inside:
+                    return content, calls
+            if not self._format.end or self._format.end not in self._held:
+                return content, calls
+            body, _, self._held = self._held.partition(self._format.end)
+            self._inside = False
+            found = parse_calls(body)
+            if found is None:
+                content += self._format.begin + body + self._format.end
+            else:
+                calls += found
+                self._held = self._held.lstrip("\n")
+
+    def flush(self) -> tuple[str, list[ToolCallText]]:
+        """The rest, at the end of the answer."""
+        held, self._held = self._held, ""
+        if not self._inside:
+            return held, []
+        body = held.removeprefix(self._format.mark) if not self._format.begin else held
+        found = parse_calls(body)
+        return (self._format.begin + held, []) if found is None else ("", found)
+
+    def _before_call(self) -> str:
+        """Text that is certainly none of a call's; takes off the beginning of one and enters it."""
+        begin, held = self._format.begin, self._held
+        if not begin:
+            start = held.lstrip()
+            if self._began or not start:
+                if self._began:
+                    self._held = ""
+                    return held
+                return ""
+            self._inside = start.startswith("{") or start.startswith(self._format.mark)
+            if self._inside or self._format.mark.startswith(start):
+                return ""
+            self._held = ""
+            return held
+        text, found, rest = held.partition(begin)
+        if found:
+            self._inside, self._held = True, rest
+            return text.rstrip("\n") if text.strip() else ""
+        kept = next((n for n in range(min(len(begin) - 1, len(held)), 0, -1) if held.endswith(begin[:n])), 0)
+        certain = len(held) - kept
+        if not held[:certain].strip() and not self._began:
+            return ""  # blank so far: if a call follows, there is no content
+        self._held = held[certain:]
+        return held[:certain]
+
+
+def parse_calls(text: str) -> list[ToolCallText] | None:
+    """The calls in JSON objects, one after the other or in an array; None if that is not what the text is."""
+    decoder = json.JSONDecoder()
+    calls: list[ToolCallText] = []
+    rest = text.strip()
+    while rest:
+        try:
+            value, end = decoder.raw_decode(rest)
+        except (ValueError, RecursionError):
+            return None
+        for item in value if isinstance(value, list) else [value]:
+            call = _call_of(item)
+            if call is None:
+                return None
+            calls.append(call)
+        rest = rest[end:].lstrip(" \n\t;,")
+    return calls or None
+
+
+def _call_of(item: Any) -> ToolCallText | None:
+    if not isinstance(item, dict) or not isinstance(item.get("name"), str):
+        return None
+    arguments = item.get("arguments", item.get("parameters", {}))
+    if isinstance(arguments, str):
+        return ToolCallText(item["name"], arguments)
+    return ToolCallText(item["name"], json.dumps(arguments, ensure_ascii=False))
