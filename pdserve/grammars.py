@@ -1,8 +1,7 @@
-"""Structured output: which tokens may come next, so that the text is what a grammar says. Over llguidance.
+"""Structured output: grammars compiled for a model's tokens, by llguidance.
 
-A grammar is compiled beside the prefill, on a thread of its own, within limits on its size and on the work of every
-step; `router.grammar_check` compiles it first in a process that can be killed, and refuses what is too much. The state
-is a function of the output tokens alone: whoever continues a request rebuilds it from them.
+On a worker that happens beside the prefill, on a thread of its own, within limits on size and on the work of each step;
+`router.grammar_check` does it first in a process that can be killed, and refuses what is too much.
 """
 
 from __future__ import annotations
@@ -15,9 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from torch import Tensor
 
 from pdserve.errors import InvalidRequest
 from pdserve.request import Grammar
@@ -26,7 +23,6 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 _CACHED = 64  # compiled grammars kept; a copy of one costs microseconds
-_COMPILE_S = 10.0  # a step waits this long at most for a grammar that is not compiled yet
 # JSON without free whitespace: a small model could go on with blanks for ever.
 _JSON: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -43,9 +39,9 @@ class Grammars:
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
         self._thread = ThreadPoolExecutor(1, "grammar")
 
-    def start(self, grammar: Grammar) -> TokenGrammar:
-        """Returns at once."""
-        return TokenGrammar(self._thread.submit(self.compile, grammar))
+    def submit(self, grammar: Grammar) -> Future[LLMatcher]:
+        """`compile` on the thread for it; returns at once."""
+        return self._thread.submit(self.compile, grammar)
 
     def compile(self, grammar: Grammar) -> LLMatcher:
         """Raises InvalidRequest: the grammar has an error, or is too large."""
@@ -62,45 +58,6 @@ class Grammars:
         if len(self._compiled) > _CACHED:
             self._compiled.popitem(last=False)
         return matcher.deep_copy()
-
-
-class TokenGrammar:
-    """The state of one output; use from one thread."""
-
-    def __init__(self, compiled: Future[LLMatcher]) -> None:
-        self._compiled = compiled
-        self._num_followed = 0
-        self.failed = False  # it could not be compiled, or met a token that it does not allow
-
-    def follow(self, output: Sequence[int]) -> None:
-        """`output`: all output tokens so far."""
-        matcher = self._matcher()
-        if matcher is not None:
-            for token_id in output[self._num_followed :]:
-                self.failed = self.failed or not matcher.consume_token(token_id)
-        self._num_followed = len(output)
-
-    def apply(self, logits: Tensor) -> None:
-        """logits [vocab], in place: those of tokens that may not come become -inf."""
-        matcher = self._matcher()
-        if matcher is not None:
-            allowed = torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8)
-            logits.masked_fill_(allowed == 0, float("-inf"))
-
-    @property
-    def ended(self) -> bool:
-        """The text is complete, and nothing may follow."""
-        matcher = self._matcher()
-        return matcher is not None and matcher.is_stopped()
-
-    def _matcher(self) -> LLMatcher | None:
-        if self.failed:
-            return None
-        try:
-            return self._compiled.result(_COMPILE_S)
-        except (InvalidRequest, TimeoutError):
-            self.failed = True
-            return None
 
 
 def _source(grammar: Grammar) -> str:

@@ -35,7 +35,7 @@ class Status(Enum):
 
 
 class Grammar(Protocol):
-    """What the output must be; a function of the output tokens. `pdserve.grammars` has the real one."""
+    """What the output must be; a function of the output tokens. `pdserve.engine.grammar` has the real one."""
 
     @property
     def ended(self) -> bool: ...

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from kvstore.keys import BlockKey
 from kvstore.store.tier import Tier
+from pdserve.engine.grammar import TokenGrammar
 from pdserve.engine.sequence import Sequence
 from pdserve.errors import InvalidRequest
 from pdserve.grammars import Grammars
@@ -110,7 +111,7 @@ class RequestTable:
             block_size=self._block_size,
             arrived_s=now_s,
             prefill_only=prefill_only,
-            grammar=self._grammars.start(sampling.grammar) if sampling.grammar is not None else None,
+            grammar=TokenGrammar(self._grammars.submit(sampling.grammar)) if sampling.grammar is not None else None,
         )
         entry = Entry(submit.request_id, submit.attempt, session, sequence, now_s, now_s + submit.remaining_s)
         self._entries[name] = entry
