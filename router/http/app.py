@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -14,28 +15,41 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pdserve import __version__
 from pdserve.errors import InvalidRequest, ModelNotFound, ServeError
+from pdserve.protocol.codec import MAX_GRAMMAR_BYTES, MAX_LOGIT_BIAS, MAX_LOGPROBS
+from router.http.call import MAX_CHOICES
 from router.http.console import console_routes
+from router.http.conversation import has_tools
 from router.http.errors import HeadersTooLarge, as_serve_error, error_headers, error_payload
 from router.http.exchange import REQUEST_ID_KEY
-from router.http.generate import CHAT, COMPLETIONS, GenerateEndpoint, InFlight
+from router.http.fields import MAX_PROMPTS, MAX_STOP_STRINGS
+from router.http.generate import CHAT, COMPLETIONS, RESPONSES, GenerateEndpoint, InFlight
+from router.http.openapi import openapi_document
 from router.http.routing import routing_routes
+from router.http.schema import MAX_MESSAGES, MAX_N
 from router.http.service import HttpLimits, ServedModel, Service
+from router.http.tokens import DetokenizeEndpoint, TokenizeEndpoint
 
 _REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}")
 
 
 def make_app(service: Service) -> ASGIApp:
     """
-    POST /v1/completions, /v1/chat/completions; GET /v1/models, /v1/models/{id}; GET /livez (the process runs), /readyz
-    (a worker can take requests), /workers (the fleet), /metrics (everything in the registry of `service.metrics`); /
-    (the console) and /console/{name}; and the endpoints about choices, `router.http.routing`.
+    POST /v1/completions, /v1/chat/completions, /v1/responses, /tokenize, /detokenize; GET /v1/models, /v1/models/{id},
+    /openapi.json and /docs (its page), /version; GET /livez and /ping (the process runs), /readyz and /health (a worker
+    can take requests), /workers (the fleet), /metrics (all in the registry of `service.metrics`); / (the console)
+    and /console/{name}; and the endpoints about choices, `router.http.routing`.
     """
     in_flight = InFlight(service.limits.in_flight, service.metrics)
     routes = [
         Route("/v1/completions", GenerateEndpoint(COMPLETIONS, service, in_flight), methods=["POST"]),
         Route("/v1/chat/completions", GenerateEndpoint(CHAT, service, in_flight), methods=["POST"]),
+        Route("/v1/responses", GenerateEndpoint(RESPONSES, service, in_flight), methods=["POST"]),
+        Route("/tokenize", TokenizeEndpoint(service), methods=["POST"]),
+        Route("/detokenize", DetokenizeEndpoint(service), methods=["POST"]),
         *_model_routes(service.model),
+        Route("/openapi.json", _openapi(service.model)),
         *_operator_routes(service),
         *(routing_routes(service, service.routing) if service.routing is not None else ()),
         *console_routes(),
@@ -78,7 +92,32 @@ class RequestIds:
 
 
 def _model_routes(model: ServedModel) -> list[Route]:
-    card = {"id": model.name, "object": "model", "created": model.created_s, "owned_by": "pdserve"}
+    card = {
+        "id": model.name,
+        "object": "model",
+        "created": model.created_s,
+        "owned_by": "pdserve",
+        # As vLLM has it; and what a client can ask for.
+        "max_model_len": model.max_model_len,
+        "capabilities": {
+            "completions": True,
+            "chat": model.chat_template is not None,
+            "tools": model.chat_template is not None and has_tools(model.chat_template),
+            "structured_outputs": True,
+            "logprobs": True,
+        },
+        "limits": {
+            "context_tokens": model.max_model_len,
+            "n": MAX_N,
+            "prompts": MAX_PROMPTS,
+            "choices": MAX_CHOICES,
+            "logprobs": MAX_LOGPROBS,
+            "stop_strings": MAX_STOP_STRINGS,
+            "logit_bias": MAX_LOGIT_BIAS,
+            "messages": MAX_MESSAGES,
+            "grammar_bytes": MAX_GRAMMAR_BYTES,
+        },
+    }
 
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [card]})
@@ -102,6 +141,9 @@ def _operator_routes(service: Service) -> list[Route]:
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": "not ready", **topology}, status_code=503, headers={"retry-after": "1"})
 
+    async def version(request: Request) -> Response:
+        return JSONResponse({"version": __version__})
+
     async def workers(request: Request) -> Response:
         return JSONResponse(service.topology())
 
@@ -110,10 +152,22 @@ def _operator_routes(service: Service) -> list[Route]:
 
     return [
         Route("/livez", livez),
+        Route("/ping", livez),
         Route("/readyz", readyz),
+        Route("/health", readyz),
+        Route("/version", version),
         Route("/workers", workers),
         Route("/metrics", metrics),
     ]
+
+
+def _openapi(model: ServedModel) -> Callable[[Request], Awaitable[Response]]:
+    document = openapi_document(model)
+
+    async def openapi(request: Request) -> Response:
+        return JSONResponse(document)
+
+    return openapi
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

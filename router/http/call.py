@@ -62,7 +62,7 @@ def completion_call(body: bytes, model: ServedModel, drawn_seed: int) -> Call:
         InvalidRequest, ModelNotFound: naming the field.
     """
     request = parse_completion(decode_body(body))
-    _check_model(request.model, model)
+    check_model(request.model, model)
     prompts = tuple(_completion_prompt(prompt, request, model) for prompt in request.prompt)
     echo_only = request.max_tokens == 0
     if echo_only and not request.echo:
@@ -93,7 +93,7 @@ def completion_call(body: bytes, model: ServedModel, drawn_seed: int) -> Call:
 def chat_call(body: bytes, model: ServedModel, drawn_seed: int) -> Call:
     """As `completion_call`; `max_tokens` defaults to what the prompt leaves of the context."""
     request = parse_chat(decode_body(body))
-    _check_model(request.model, model)
+    check_model(request.model, model)
     if model.chat_template is None:
         raise InvalidRequest(f"The model '{model.name}' has no chat template; use /v1/completions.", param="model")
     if request.max_tokens is not None and request.max_completion_tokens is not None:
@@ -128,7 +128,7 @@ def _completion_prompt(prompt: str | tuple[int, ...], request: CompletionRequest
         token_ids = tuple(model.tokenizer.encode(prompt, add_special=add_special))
         text = prompt
     else:
-        _check_token_ids(prompt, model, "prompt")
+        check_token_ids(prompt, model, "prompt")
         token_ids = prompt
         text = model.tokenizer.decode(prompt) if request.echo else ""
     if not token_ids:
@@ -136,12 +136,14 @@ def _completion_prompt(prompt: str | tuple[int, ...], request: CompletionRequest
     return Prompt(token_ids, text if request.echo else None)
 
 
-def _check_model(name: str, model: ServedModel) -> None:
+def check_model(name: str, model: ServedModel) -> None:
+    """Raises ModelNotFound."""
     if name != model.name:
         raise ModelNotFound(f"The model '{name[:64]}' does not exist.", param="model")
 
 
-def _check_token_ids(token_ids: Sequence[int], model: ServedModel, param: str) -> None:
+def check_token_ids(token_ids: Sequence[int], model: ServedModel, param: str) -> None:
+    """Raises InvalidRequest."""
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < model.vocab_size):
         raise InvalidRequest(
             f"Invalid value for '{param}': token ids must be from 0 to {model.vocab_size - 1}.", param=param
@@ -173,8 +175,8 @@ def _call(
     if (request.min_tokens or 0) > max_tokens:
         raise InvalidRequest(f"'min_tokens' must be at most 'max_tokens' ({max_tokens}).", param="min_tokens")
     stop_token_ids, logit_bias = request.stop_token_ids or [], request.logit_bias or ()
-    _check_token_ids(stop_token_ids, model, "stop_token_ids")
-    _check_token_ids([token_id for token_id, _ in logit_bias], model, "logit_bias")
+    check_token_ids(stop_token_ids, model, "stop_token_ids")
+    check_token_ids([token_id for token_id, _ in logit_bias], model, "logit_bias")
     if request.prompt_logprobs is not None and request.stream:
         raise InvalidRequest("'prompt_logprobs' cannot be streamed.", param="prompt_logprobs")
     options = request.stream_options

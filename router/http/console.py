@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 FOLDER = Path(__file__).parent.parent / "console"
-INDEX = "index.html"
+INDEX, REFERENCE = "index.html", "reference.html"
 _POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -41,11 +41,12 @@ def load_assets(folder: Path) -> Mapping[str, Asset]:
 
 
 def console_routes() -> list[Route]:
-    """GET / (the page) and /console/{name} (what it is made of)."""
+    """GET / (the console), /docs (the API's page) and /console/{name} (what they are made of)."""
     assets = load_assets(FOLDER)
 
     async def console(request: Request) -> Response:
-        asset = assets.get(request.path_params.get("name", INDEX))
+        page = REFERENCE if request.url.path == "/docs" else INDEX
+        asset = assets.get(request.path_params.get("name", page))
         if asset is None:
             raise HTTPException(404)
         headers = {
@@ -60,4 +61,4 @@ def console_routes() -> list[Route]:
             return Response(status_code=304, headers=headers)
         return Response(asset.body, media_type=asset.media_type, headers=headers)
 
-    return [Route("/", console), Route("/console/{name:path}", console)]
+    return [Route("/", console), Route("/docs", console), Route("/console/{name:path}", console)]

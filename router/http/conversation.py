@@ -24,6 +24,11 @@ class Tooling:
     grammar: Grammar | None
 
 
+def has_tools(template: ChatTemplate) -> bool:
+    """The model was taught to call tools, in a format that is known here."""
+    return template.takes_tools and find_format(template.source) is not None
+
+
 def tooling_of(request: ChatRequest, model: ServedModel) -> Tooling | None:
     """None when the answer calls none. Raises InvalidRequest."""
     choice = request.tool_choice or "auto"

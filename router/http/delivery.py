@@ -8,10 +8,10 @@ from typing import Any
 from router.http.answer import Piece
 from router.http.call import Call
 from router.http.choices import Branch, Choices
-from router.http.exchange import DONE, Exchange, sse_event
+from router.http.exchange import Exchange
 from router.http.logprobs import LogprobsWriter, prompt_logprobs_payload
 from router.http.service import Routing
-from router.http.shapes import ChatShape, Choice, Payload, Shape, Usage, tool_call
+from router.http.shapes import Choice, Payload, Shape, Usage, tool_call
 from router.text.tokenizer import Tokenizer
 
 
@@ -59,8 +59,8 @@ class Delivery:
         top: Payload = {}
         for index, (choice, about_prompt) in enumerate(zip(chosen, about_prompts, strict=True)):
             choice.index = index
-            if isinstance(self._shape, ChatShape):
-                top = about_prompt  # vLLM has it beside the choices of a chat, which has one prompt
+            if self._shape.prompt_on_top:
+                top = about_prompt
             else:
                 choice.extra = choice.extra | about_prompt
         payload = self._shape.whole(chosen, self._usage())
@@ -72,11 +72,11 @@ class Delivery:
 
     async def _stream_one(self, index: int, branch: Branch) -> None:
         writer = self._writers[index]
-        data = b"".join(map(sse_event, self._shape.opening(index)))
+        data = self._encode(self._shape.opening(index))
         async for piece in branch:
             data += self._events(index, branch, writer, piece)
             if branch.finish_reason is not None:
-                data += sse_event(self._shape.end(index, branch.finish_reason))
+                data += self._encode(self._shape.end(index, branch.finish_reason))
                 self._open -= 1
             last = not self._open
             if last:
@@ -96,17 +96,19 @@ class Delivery:
         if first and self._call.return_token_ids:
             extra["prompt_token_ids"] = list(branch.prompt.token_ids)
         if text or extra.get("token_ids") or (extra.get("logprobs") is not None and piece.visible):
-            events += sse_event(self._shape.delta(index, text, extra))
-        if piece.tool_calls and isinstance(self._shape, ChatShape):
+            events += self._encode(self._shape.delta(index, text, extra))
+        if piece.tool_calls:
             begun = branch.num_calls - len(piece.tool_calls)
             calls = [tool_call(call, begun + i) for i, call in enumerate(piece.tool_calls)]
-            events += sse_event(self._shape.tool_delta(index, calls))
+            events += self._encode(self._shape.tool_delta(index, calls))
         return events
 
+    def _encode(self, chunks: list[Payload]) -> bytes:
+        return b"".join(map(self._shape.event, chunks))
+
     def _closing(self) -> bytes:
-        if not self._call.include_usage:
-            return DONE
-        return sse_event(self._shape.usage(self._usage()) | self._timeline_extension()) + DONE
+        chunks = self._shape.closing(self._usage(), self._timeline_extension())
+        return self._encode(chunks) + self._shape.terminator
 
     def _about_prompt(self, branch: Branch) -> Payload:
         about: Payload = {}

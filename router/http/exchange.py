@@ -13,7 +13,6 @@ from pdserve.errors import PayloadTooLarge, ServeError
 from router.http.errors import ClientGone, ReceiptTimeout, error_headers, error_payload, stream_error_payload
 from router.http.service import HttpLimits
 
-DONE = b"data: [DONE]\n\n"
 REQUEST_ID_KEY = "pdserve.request_id"  # in the ASGI scope
 
 _encode = msgspec.json.encode

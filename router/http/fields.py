@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, PlainValidator
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from pdserve.protocol.codec import MAX_GRAMMAR_BYTES, MAX_LOGIT_BIAS, MAX_LOGPROBS
@@ -139,14 +140,46 @@ def _content(value: Any) -> str | None:
     return "\n".join(part["text"] for part in value)
 
 
-Prompts = Annotated[tuple[Prompt, ...], PlainValidator(_prompts)]
-Stop = Annotated[tuple[str, ...], PlainValidator(_stop)]
-Metadata = Annotated[dict[str, str], PlainValidator(_metadata)]
-LogitBias = Annotated[tuple[tuple[int, float], ...], PlainValidator(_logit_bias)]
-JsonSchema = Annotated[str, PlainValidator(_schema)]
-GrammarText = Annotated[str, PlainValidator(_grammar)]
-GuidedChoices = Annotated[tuple[str, ...], PlainValidator(_choices)]
-Content = Annotated[str | None, PlainValidator(_content)]
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+_TEXT = {"type": "string", "minLength": 1}
+
+
+def _documented(validator: Callable[[Any], Any], schema: dict[str, Any]) -> tuple[PlainValidator, WithJsonSchema]:
+    return PlainValidator(validator), WithJsonSchema(schema)
+
+
+_PROMPTS = {"anyOf": [_TEXT, _TOKEN_IDS, {"type": "array", "items": {"anyOf": [_TEXT, _TOKEN_IDS]}, "minItems": 1}]}
+_STOP_STRING = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_STRING_BYTES}
+_STOP = {"anyOf": [_STOP_STRING, {"type": "array", "items": _STOP_STRING, "maxItems": MAX_STOP_STRINGS}]}
+_METADATA = {
+    "type": "object",
+    "additionalProperties": {"type": "string", "maxLength": MAX_METADATA_VALUE_CHARS},
+    "maxProperties": MAX_METADATA_PAIRS,
+}
+_LOGIT_BIAS = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+    "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
+    "maxProperties": MAX_LOGIT_BIAS,
+}
+_GRAMMAR_TEXT = {"type": "string", "minLength": 1, "maxLength": MAX_GRAMMAR_BYTES}
+_CHOICES = {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": MAX_CHOICES_GUIDED}
+_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}, {"type": "null"}]}
+
+Prompts = Annotated[tuple[Prompt, ...], *_documented(_prompts, _PROMPTS)]
+Stop = Annotated[tuple[str, ...], *_documented(_stop, _STOP)]
+Metadata = Annotated[dict[str, str], *_documented(_metadata, _METADATA)]
+LogitBias = Annotated[tuple[tuple[int, float], ...], *_documented(_logit_bias, _LOGIT_BIAS)]
+JsonSchema = Annotated[str, *_documented(_schema, {"type": "object"})]
+GrammarText = Annotated[str, *_documented(_grammar, _GRAMMAR_TEXT)]
+GuidedChoices = Annotated[tuple[str, ...], *_documented(_choices, _CHOICES)]
+Content = Annotated[str | None, *_documented(_content, _CONTENT)]
 before_role = BeforeValidator(_role)
 Tokens = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]

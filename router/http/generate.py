@@ -19,6 +19,7 @@ from router.http.choices import Choices
 from router.http.delivery import Delivery
 from router.http.errors import ClientGone, as_serve_error
 from router.http.exchange import Exchange
+from router.http.responses import ResponsesShape, responses_call
 from router.http.service import ServedModel, Service
 from router.http.shapes import ChatShape, CompletionShape, Shape
 from router.metrics import RouterMetrics
@@ -63,6 +64,7 @@ class Api:
 
 CHAT = Api("chat_completions", "chatcmpl-", chat_call, ChatShape)
 COMPLETIONS = Api("completions", "cmpl-", completion_call, CompletionShape)
+RESPONSES = Api("responses", "resp_", responses_call, ResponsesShape)
 
 
 class GenerateEndpoint:
@@ -102,7 +104,7 @@ class GenerateEndpoint:
         response_id = self._api.id_prefix + secrets.token_hex(16)
         wishes = Wishes.from_headers(exchange.headers, label=exchange.request_id)
         choices = Choices(call, service, response_id, timeline, wishes)
-        shape = self._api.shape(response_id, int(service.wall_clock()), service.model.name, call.include_usage)
+        shape = self._api.shape(response_id, int(service.wall_clock()), service.model.name, call)
         delivery = Delivery(exchange, call, choices, shape, service.model.tokenizer, service.routing)
         logger.info("request started request_id=%s id=%s", exchange.request_id, response_id)
         watcher = asyncio.create_task(_stop_when_gone(exchange, choices))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -10,40 +9,29 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import Receive, Scope, Send
 
 from pdserve.errors import InvalidRequest
 from pdserve.request import MAX_SEED, Request
 from router.http.body import decode_body
 from router.http.call import chat_call, completion_call
-from router.http.errors import ClientGone, as_serve_error
 from router.http.exchange import Exchange
+from router.http.json_endpoint import JsonEndpoint
 from router.http.service import Routing, Service
 from router.wishes import Wishes
 
 MAX_RECENT = 1024
 
 
-class DryRunEndpoint:
+class DryRunEndpoint(JsonEndpoint):
     """The body and headers of a completion or chat completion; answers with the decision, and runs nothing."""
 
     def __init__(self, service: Service, routing: Routing) -> None:
+        super().__init__(service.limits)
         self._service = service
         self._routing = routing
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send, self._service.limits)
-        with contextlib.suppress(ClientGone):
-            try:
-                await exchange.respond(200, await self._decide(exchange))
-            except ClientGone:
-                raise
-            except Exception as error:
-                await exchange.fail(as_serve_error(error, exchange.request_id))
-
-    async def _decide(self, exchange: Exchange) -> dict[str, Any]:
+    async def answer(self, body: bytes, exchange: Exchange) -> dict[str, Any]:
         service = self._service
-        body = await exchange.body()
         make = chat_call if "messages" in decode_body(body) else completion_call
         call = make(body, service.model, secrets.randbelow(MAX_SEED + 1))
         request = Request(

@@ -6,6 +6,7 @@ does. null means absent everywhere.
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -36,28 +37,28 @@ MAX_N = 8
 _NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
-class NamedSchema(_Strict):
+class NamedSchema(Strict):
     name: Annotated[str, Field(pattern=_NAME)]
     json_schema: Annotated[JsonSchema, Field(alias="schema")]
     description: str | None = None
     strict: bool | None = None  # what is generated follows the schema in either case
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
 
 
-class StructuredOutputs(_Strict):
+class StructuredOutputs(Strict):
     """vLLM's extension: one of these."""
 
     json_schema: Annotated[JsonSchema | None, Field(alias="json")] = None
@@ -66,7 +67,7 @@ class StructuredOutputs(_Strict):
     grammar: GrammarText | None = None  # Lark as llguidance reads it, or GBNF
 
 
-class _Generating(_Strict):
+class Generating(Strict):
     model: str
     max_tokens: Tokens | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = None
@@ -101,7 +102,7 @@ class _Generating(_Strict):
     metadata: Metadata | None = None
 
 
-class CompletionRequest(_Generating):
+class CompletionRequest(Generating):
     """Body of /v1/completions."""
 
     prompt: Prompts
@@ -112,18 +113,18 @@ class CompletionRequest(_Generating):
     add_special_tokens: bool | None = None
 
 
-class FunctionCall(_Strict):
+class FunctionCall(Strict):
     name: Annotated[str, Field(pattern=_NAME)]
     arguments: str
 
 
-class ToolCall(_Strict):
+class ToolCall(Strict):
     id: str
     type: Literal["function"]
     function: FunctionCall
 
 
-class Message(_Strict):
+class Message(Strict):
     role: Annotated[Literal["system", "user", "assistant", "tool"], before_role]
     content: Content = None
     name: str | None = None
@@ -131,28 +132,28 @@ class Message(_Strict):
     tool_call_id: str | None = None
 
 
-class Function(_Strict):
+class Function(Strict):
     name: Annotated[str, Field(pattern=_NAME)]
     description: str | None = None
     parameters: JsonSchema | None = None
     strict: bool | None = None
 
 
-class Tool(_Strict):
+class Tool(Strict):
     type: Literal["function"]
     function: Function
 
 
-class FunctionName(_Strict):
+class FunctionName(Strict):
     name: str
 
 
-class ToolChoice(_Strict):
+class ToolChoice(Strict):
     type: Literal["function"]
     function: FunctionName
 
 
-class ChatRequest(_Generating):
+class ChatRequest(Generating):
     """Body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -170,21 +171,24 @@ class ChatRequest(_Generating):
 
 def parse_completion(body: dict[str, Any]) -> CompletionRequest:
     """Raises InvalidRequest, naming the field."""
-    return _parse(CompletionRequest, unsupported.drop_neutral(body, unsupported.COMPLETION))
+    request = parse(CompletionRequest, body, unsupported.COMPLETION)
+    _check_stream_options(request)
+    return request
 
 
 def parse_chat(body: dict[str, Any]) -> ChatRequest:
     """Raises InvalidRequest, naming the field."""
-    body = unsupported.drop_neutral(body, unsupported.CHAT)
     messages = body.get("messages")
     if isinstance(messages, list) and len(messages) <= MAX_MESSAGES:
-        body["messages"] = [
+        kept = [
             unsupported.drop_neutral(message, unsupported.MESSAGE, f"messages[{index}].")
             if isinstance(message, dict)
             else message
             for index, message in enumerate(messages)
         ]
-    request = _parse(ChatRequest, body)
+        body = body | {"messages": kept}
+    request = parse(ChatRequest, body, unsupported.CHAT)
+    _check_stream_options(request)
     for index, message in enumerate(request.messages):
         _check_message(message, f"messages[{index}]")
     return request
@@ -204,29 +208,27 @@ def _check_message(message: Message, where: str) -> None:
         raise _invalid_value(f"{where}.tool_call_id", "messages of the role 'tool' have it, and no others")
 
 
-_Body = TypeVar("_Body", bound=_Strict)
+_Body = TypeVar("_Body", bound=Strict)
 
 
-def _parse(kind: type[_Body], body: dict[str, Any]) -> _Body:
+def parse(kind: type[_Body], body: dict[str, Any], neutral: unsupported.Neutral = MappingProxyType({})) -> _Body:
+    """`neutral`: parameters that are not there, with the values at which they may be. Raises InvalidRequest."""
     try:
-        request = kind.model_validate(body)
+        return kind.model_validate(unsupported.drop_neutral(body, neutral))
     except ValidationError as error:
-        raise invalid(error) from error
-    if isinstance(request, _Generating) and request.stream_options is not None and not request.stream:
+        raise _invalid(error) from error
+
+
+def _check_stream_options(request: Generating) -> None:
+    if request.stream_options is not None and not request.stream:
         raise InvalidRequest("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
-    return request
-
-
-def parse_other(kind: type[_Body], body: dict[str, Any]) -> _Body:
-    """A body of an endpoint that generates nothing. Raises InvalidRequest, naming the field."""
-    return _parse(kind, body)
 
 
 def _invalid_value(param: str, must: str) -> InvalidRequest:
     return InvalidRequest(f"Invalid value for '{param}': {must}.", param=param)
 
 
-def invalid(error: ValidationError) -> InvalidRequest:
+def _invalid(error: ValidationError) -> InvalidRequest:
     """The first fault, as one sentence. pydantic's messages say what was expected and never what was sent."""
     fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
     param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in fault["loc"]).lstrip(".")

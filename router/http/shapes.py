@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from router.http.call import Call
+from router.http.exchange import sse_event
 from router.http.logprobs import ChatLogprobs, CompletionLogprobs, LogprobsWriter
 from router.text.tool_calls import ToolCallText
 
@@ -43,16 +45,18 @@ class Choice:
     extra: Payload = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
 class Shape(ABC):
-    """One response. `null_usage`: every chunk carries `"usage": null`, as it does when a usage chunk will follow."""
+    """One response. A chunk is an event of its stream."""
 
     logprobs_writer: ClassVar[type[LogprobsWriter]]
+    terminator: ClassVar[bytes] = b"data: [DONE]\n\n"
+    prompt_on_top: ClassVar[bool] = False  # what is told of the prompt stands beside the choices, not in them
 
-    id: str
-    created_s: int
-    model: str
-    null_usage: bool
+    def __init__(self, response_id: str, created_s: int, model: str, call: Call) -> None:
+        self.id = response_id
+        self.created_s = created_s
+        self.model = model
+        self.call = call
 
     @abstractmethod
     def whole(self, choices: Sequence[Choice], usage: Usage) -> Payload:
@@ -63,49 +67,60 @@ class Shape(ABC):
         """Chunks of a choice before its first text."""
 
     @abstractmethod
-    def delta(self, index: int, text: str, extra: Payload) -> Payload:
-        """A chunk of text."""
+    def delta(self, index: int, text: str, extra: Payload) -> list[Payload]:
+        """Chunks of text."""
+
+    def tool_delta(self, index: int, calls: Sequence[Payload]) -> list[Payload]:
+        """Chunks of calls, each of which is whole and comes from `tool_call`."""
+        raise NotImplementedError("only chats have tools")
 
     @abstractmethod
-    def end(self, index: int, finish_reason: str) -> Payload:
-        """The chunk that says why a choice ends; it has no text."""
+    def end(self, index: int, finish_reason: str) -> list[Payload]:
+        """The chunks that say why a choice ends; they have no text."""
 
     @abstractmethod
-    def usage(self, usage: Usage) -> Payload:
-        """The last chunk when the client asked for usage: no choices."""
+    def closing(self, usage: Usage, extension: Payload) -> list[Payload]:
+        """The last chunks. `extension`: fields beside the API's."""
+
+    @staticmethod
+    def event(chunk: Payload) -> bytes:
+        return sse_event(chunk)
 
 
 class ChatShape(Shape):
-    __slots__ = ()
     logprobs_writer = ChatLogprobs
+    prompt_on_top = True
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> Payload:
-        return {**self._head("chat.completion"), "choices": [_chat_choice(each) for each in choices]} | {
-            "usage": usage.payload()
+        return {
+            **self._head("chat.completion"),
+            "choices": [_chat_choice(each) for each in choices],
+            "usage": usage.payload(),
         }
 
     def opening(self, index: int) -> list[Payload]:
         return [self._chunk(index, {"role": "assistant", "content": "", "refusal": None}, None, {})]
 
-    def delta(self, index: int, text: str, extra: Payload) -> Payload:
-        return self._chunk(index, {"content": text}, None, extra)
+    def delta(self, index: int, text: str, extra: Payload) -> list[Payload]:
+        return [self._chunk(index, {"content": text}, None, extra)]
 
-    def tool_delta(self, index: int, calls: Sequence[Payload]) -> Payload:
-        """`calls`: from `tool_call`, each whole."""
-        return self._chunk(index, {"tool_calls": list(calls)}, None, {})
+    def tool_delta(self, index: int, calls: Sequence[Payload]) -> list[Payload]:
+        return [self._chunk(index, {"tool_calls": list(calls)}, None, {})]
 
-    def end(self, index: int, finish_reason: str) -> Payload:
-        return self._chunk(index, {}, finish_reason, {})
+    def end(self, index: int, finish_reason: str) -> list[Payload]:
+        return [self._chunk(index, {}, finish_reason, {})]
 
-    def usage(self, usage: Usage) -> Payload:
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage.payload()}
+    def closing(self, usage: Usage, extension: Payload) -> list[Payload]:
+        if not self.call.include_usage:
+            return []
+        return [{**self._head("chat.completion.chunk"), "choices": [], "usage": usage.payload()} | extension]
 
     def _chunk(self, index: int, delta: Payload, finish_reason: str | None, extra: Payload) -> Payload:
         payload = self._head("chat.completion.chunk")
         payload["choices"] = [
             {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason} | extra
         ]
-        if self.null_usage:
+        if self.call.include_usage:  # a chunk with it follows
             payload["usage"] = None
         return payload
 
@@ -135,7 +150,6 @@ def tool_call(call: ToolCallText, position: int) -> Payload:
 
 
 class CompletionShape(Shape):
-    __slots__ = ()
     logprobs_writer = CompletionLogprobs
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> Payload:
@@ -148,19 +162,21 @@ class CompletionShape(Shape):
     def opening(self, index: int) -> list[Payload]:
         return []
 
-    def delta(self, index: int, text: str, extra: Payload) -> Payload:
-        return self._chunk(index, text, None, extra)
+    def delta(self, index: int, text: str, extra: Payload) -> list[Payload]:
+        return [self._chunk(index, text, None, extra)]
 
-    def end(self, index: int, finish_reason: str) -> Payload:
-        return self._chunk(index, "", finish_reason, {})
+    def end(self, index: int, finish_reason: str) -> list[Payload]:
+        return [self._chunk(index, "", finish_reason, {})]
 
-    def usage(self, usage: Usage) -> Payload:
-        return {**self._head(), "choices": [], "usage": usage.payload()}
+    def closing(self, usage: Usage, extension: Payload) -> list[Payload]:
+        if not self.call.include_usage:
+            return []
+        return [{**self._head(), "choices": [], "usage": usage.payload()} | extension]
 
     def _chunk(self, index: int, text: str, finish_reason: str | None, extra: Payload) -> Payload:
         payload = self._head()
         payload["choices"] = [self._choice(index, text, finish_reason, extra)]
-        if self.null_usage:
+        if self.call.include_usage:  # a chunk with it follows
             payload["usage"] = None
         return payload
 

@@ -6,12 +6,13 @@ parameter that gets built moves from here into `router.http.schema`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from pdserve.errors import InvalidRequest
 
 # parameter -> the values that equal its absence; null always does
-Neutral = dict[str, tuple[object, ...]]
+Neutral = Mapping[str, tuple[object, ...]]
 
 _COMMON: Neutral = {
     # extensions of other servers

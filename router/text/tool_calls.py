@@ -79,70 +79,68 @@ def _terminal(text: str, tokenizer: Tokenizer) -> str:
 
 
 class ToolCallParser:
-    """Splits an answer, as it comes, into the text around calls and the calls. What is no call after all stays text."""
+    """Splits an answer, as it comes, into the text around calls and the calls. What is no call after all stays text.
+
+    Line breaks before a call belong to it, so they are held back too.
+    """
 
     def __init__(self, tool_format: ToolFormat) -> None:
         self._format = tool_format
         self._held = ""  # text that may begin a call, or the call so far
         self._inside = False
-        self._began = False  # something of the answer was passed on
+        self._passed = False  # something of the answer was passed on
+        self._called = False
 
     def push(self, text: str) -> tuple[str, list[ToolCallText]]:
         self._held += text
-        content = ""
-        calls: list[ToolCallText] = []
+        content, calls = "", list[ToolCallText]()
         while True:
             if not self._inside:
-                passed = self._before_call()
-                content += passed
-                self._began = self._began or bool(passed)
-                if not self._inside:
-                    return content, calls
-            if not self._format.end or self._format.end not in self._held:
+                content += self._enter() if self._format.begin else self._enter_whole()
+            self._passed = self._passed or bool(content)
+            end = self._format.end
+            if not self._inside or not end or end not in self._held:
                 return content, calls
-            body, _, self._held = self._held.partition(self._format.end)
+            body, _, self._held = self._held.partition(end)
             self._inside = False
             found = parse_calls(body)
             if found is None:
-                content += self._format.begin + body + self._format.end
+                content += self._format.begin + body + end
             else:
                 calls += found
-                self._held = self._held.lstrip("\n")
+                self._called = True
 
     def flush(self) -> tuple[str, list[ToolCallText]]:
         """The rest, at the end of the answer."""
         held, self._held = self._held, ""
         if not self._inside:
-            return held, []
-        body = held.removeprefix(self._format.mark) if not self._format.begin else held
-        found = parse_calls(body)
+            return ("" if self._called and not held.strip() else held), []
+        found = parse_calls(held.removeprefix(self._format.mark) if self._format.mark else held)
         return (self._format.begin + held, []) if found is None else ("", found)
 
-    def _before_call(self) -> str:
+    def _enter(self) -> str:
         """Text that is certainly none of a call's; takes off the beginning of one and enters it."""
-        begin, held = self._format.begin, self._held
-        if not begin:
-            start = held.lstrip()
-            if self._began or not start:
-                if self._began:
-                    self._held = ""
-                    return held
-                return ""
-            self._inside = start.startswith("{") or start.startswith(self._format.mark)
-            if self._inside or self._format.mark.startswith(start):
-                return ""
-            self._held = ""
-            return held
-        text, found, rest = held.partition(begin)
+        begin = self._format.begin
+        text, found, rest = self._held.partition(begin)
         if found:
             self._inside, self._held = True, rest
-            return text.rstrip("\n") if text.strip() else ""
-        kept = next((n for n in range(min(len(begin) - 1, len(held)), 0, -1) if held.endswith(begin[:n])), 0)
-        certain = len(held) - kept
-        if not held[:certain].strip() and not self._began:
-            return ""  # blank so far: if a call follows, there is no content
-        self._held = held[certain:]
-        return held[:certain]
+            return text.rstrip("\n")
+        kept = next((n for n in range(min(len(begin) - 1, len(text)), 0, -1) if text.endswith(begin[:n])), 0)
+        certain = len(text[: len(text) - kept].rstrip("\n"))
+        self._held = text[certain:]
+        return text[:certain]
+
+    def _enter_whole(self) -> str:
+        """The same where a call is the whole answer: its first characters tell."""
+        start = self._held.lstrip()
+        mark = self._format.mark
+        if not self._passed:
+            self._inside = start.startswith(("{", mark))
+            if self._inside or mark.startswith(start):  # or it may become one
+                self._held = start if self._inside else self._held
+                return ""
+        text, self._held = self._held, ""
+        return text
 
 
 def parse_calls(text: str) -> list[ToolCallText] | None:

@@ -115,8 +115,15 @@ async def test_answer_without_text(client: httpx.AsyncClient, dispatcher: Any, p
 
 
 async def test_models(client: httpx.AsyncClient) -> None:
-    card = {"id": "tiny", "object": "model", "created": 1_700_000_000, "owned_by": "pdserve"}
-    assert (await client.get("/v1/models")).json() == {"object": "list", "data": [card]}
+    [card] = (await client.get("/v1/models")).json()["data"]
+    assert {key: card[key] for key in ("id", "object", "created", "owned_by")} == {
+        "id": "tiny",
+        "object": "model",
+        "created": 1_700_000_000,
+        "owned_by": "pdserve",
+    }
+    assert card["max_model_len"] == card["limits"]["context_tokens"] == 100
+    assert (card["capabilities"]["chat"], card["capabilities"]["tools"]) == (True, False)
     assert (await client.get("/v1/models/tiny")).json() == card
     missing = await client.get("/v1/models/org/other")
     assert missing.status_code == 404
