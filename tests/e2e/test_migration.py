@@ -185,14 +185,44 @@ def test_decode_killed_while_streaming(stack: Stack, client: ApiClient, undistur
     assert stack.events("migrations") > 0
 
 
+NUMBERS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "minItems": 20, "maxItems": 20}
+MOVED: dict[str, dict[str, Any]] = {
+    "sampled": {},
+    "penalised": {"frequency_penalty": 0.8, "presence_penalty": 0.4, "repetition_penalty": 1.2, "min_p": 0.02},
+    "structured": {"guided_json": NUMBERS, "max_tokens": 120},
+    "told": {"logprobs": 3, "echo": True},
+}
+
+
 @in_wide
-def test_decode_killed_under_seeded_sampling(stack: Stack, client: ApiClient, undisturbed: Ask, encode: Encode) -> None:
-    body = {"prompt": passage_tokens(encode, 555, 60), "max_tokens": 60, "temperature": 0.9, "seed": 11}
+@pytest.mark.parametrize("parameters", MOVED.values(), ids=MOVED)
+def test_decode_killed_under_seeded_sampling(
+    stack: Stack, client: ApiClient, undisturbed: Ask, encode: Encode, parameters: dict[str, Any]
+) -> None:
+    """What depends on the tokens before goes on with them: penalties, and the state of a grammar."""
+    prompt = passage_tokens(encode, 555, 60)
+    body = {"prompt": prompt, "max_tokens": 60, "temperature": 0.9, "seed": 11, **parameters}
     expected = undisturbed(body)
+    if "guided_json" in parameters:
+        assert len(json.loads(expected)) == 20
     with client.stream(body) as stream:
         stream.read(10)
         stack.holder(stream.request_id, "decode").kill()
         assert stream.finish().text == expected
+
+
+@in_wide
+def test_stop_string_across_the_death_of_decode(
+    stack: Stack, client: ApiClient, undisturbed: Ask, encode: Encode
+) -> None:
+    """Its first half came from the worker that died."""
+    body = {"prompt": passage_tokens(encode, 556, 60), "max_tokens": 60, "temperature": 0.9, "seed": 12}
+    whole = undisturbed(body)
+    stop = whole[20:120]  # longer than what is read before the death
+    with client.stream(body | {"stop": [stop]}) as stream:
+        stream.read(2)
+        stack.holder(stream.request_id, "decode").kill()
+        assert stream.finish().text == whole[:20]
 
 
 @in_wide

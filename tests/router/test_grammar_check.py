@@ -1,0 +1,61 @@
+"""Grammars are compiled in a process that is killed when one takes too long; the next one gets a new process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from pdserve.errors import InvalidRequest, Overloaded
+from pdserve.request import Grammar
+from router import grammar_check
+from router.grammar_check import GrammarCheck
+
+
+@pytest.fixture
+async def check(default_model: Path) -> AsyncIterator[GrammarCheck]:
+    check = GrammarCheck(default_model / "tokenizer.json", 49152, [2])
+    yield check
+    await check.close()
+
+
+async def test_good_and_bad(check: GrammarCheck) -> None:
+    await check.check(Grammar("regex", "[a-z]+"))
+    await check.check(Grammar("json_schema", '{"type": "object"}'))
+    for _ in range(2):  # remembered the second time
+        with pytest.raises(InvalidRequest, match="unclosed group"):
+            await check.check(Grammar("regex", "(((("))
+
+
+async def test_process_that_takes_too_long_is_killed_and_replaced(
+    check: GrammarCheck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await check.check(Grammar("regex", "a"))
+    first = check._process
+    assert first is not None
+    monkeypatch.setattr(grammar_check, "COMPILE_S", 0.0)
+    with pytest.raises(InvalidRequest, match="takes longer"):
+        await check.check(Grammar("regex", "b"))
+    assert first.returncode is not None
+    monkeypatch.undo()
+    await check.check(Grammar("regex", "c"))
+    assert check._process is not first
+
+
+async def test_process_that_dies_is_replaced(check: GrammarCheck) -> None:
+    await check.check(Grammar("regex", "a"))
+    assert check._process is not None
+    check._process.kill()
+    await check._process.wait()
+    with pytest.raises(Exception, match="could not be checked"):
+        await check.check(Grammar("regex", "b"))
+    await check.check(Grammar("regex", "b"))
+
+
+async def test_those_who_wait_are_bounded(check: GrammarCheck, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_check, "MAX_WAITING", 2)
+    found = await asyncio.gather(*(check.check(Grammar("regex", f"a{n}")) for n in range(5)), return_exceptions=True)
+    assert [type(each) for each in found].count(Overloaded) == 3
+    assert found.count(None) == 2
