@@ -17,12 +17,15 @@ class EngineConfig:
     max_sequences: int = 64  # running, and arriving ones
     max_waiting: int = 1024  # sequences queued; one more is refused
     max_model_len: int = 8192  # tokens, prompt and output together
+    speculate_tokens: int = 0  # of a draft that a decode step checks; 0 drafts nothing
     handoff_s: float = 30.0  # a computed prompt waits this long at most for its blocks to be pushed
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_batched_tokens", "max_sequences", "max_waiting", "max_model_len"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.speculate_tokens <= 32:
+            raise ConfigError(f"speculate_tokens must lie from 0 to 32, got {self.speculate_tokens}")
         if self.max_batched_tokens < self.max_sequences:
             raise ConfigError(
                 f"max_batched_tokens ({self.max_batched_tokens}) must be at least max_sequences "

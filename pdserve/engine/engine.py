@@ -12,6 +12,7 @@ from kvstore.keys import root_key
 from kvstore.pool import BlockPool, BlockRef
 from pdserve.engine.config import EngineConfig
 from pdserve.engine.runner import Runner
+from pdserve.engine.sampler import Sampled
 from pdserve.engine.scheduler import Plan, Scheduler
 from pdserve.engine.sequence import Sequence, Status
 from pdserve.request import FinishReason, SamplingParams, TokenLogprobs
@@ -36,6 +37,7 @@ class Engine:
         self.pool = pool
         self.scheduler = Scheduler(config, pool)
         self.runner = runner
+        self.num_drafted = self.num_accepted = 0  # tokens since start
 
     @property
     def idle(self) -> bool:
@@ -68,18 +70,36 @@ class Engine:
         """Run the plan. A sequence that ended has left and given its blocks back; one that is `prefill_only`, ended or
         not, is HANDING_OFF, with all its blocks, until the caller has seen to the push and calls `finish`."""
         sampled = self.runner.run(plan)
-        ready = [chunk.sequence for chunk in plan.chunks if chunk.last]
+        ready = [chunk for chunk in plan.chunks if chunk.last]
         self.scheduler.commit(plan)
         tokens: list[StepToken] = []
-        for sequence, new in zip(ready, sampled, strict=True):
-            sequence.token_ids.append(new.token_id)
-            reason = sequence.finish_reason(self.config.max_model_len)
-            tokens.append(StepToken(sequence, new.token_id, sequence.num_output_tokens - 1, reason, new.logprobs))
+        for chunk, new in zip(ready, sampled, strict=True):
+            sequence = chunk.sequence
+            reason = self._append(sequence, new, tokens)
+            if chunk.draft:
+                self.num_drafted += len(chunk.draft)
+                self.num_accepted += len(new) - 1
+                assert sequence.lookup is not None
+                sequence.lookup.learn(len(chunk.draft), len(new) - 1)
             if sequence.prefill_only:
                 self.scheduler.hand_off(sequence, now_s + self.config.handoff_s)
             elif reason is not None:
                 self.scheduler.finish(sequence)
         return tokens
+
+    def _append(self, sequence: Sequence, sampled: list[Sampled], into: list[StepToken]) -> FinishReason | None:
+        """Tokens of one step, to the first that ends the sequence; those before the newest were a draft's."""
+        reason, appended = None, 0
+        for new in sampled:
+            sequence.token_ids.append(new.token_id)
+            appended += 1
+            reason = sequence.finish_reason(self.config.max_model_len)
+            into.append(StepToken(sequence, new.token_id, sequence.num_output_tokens - 1, reason, new.logprobs))
+            if reason is not None:
+                break
+        if appended > 1:
+            self.scheduler.accept(sequence, appended - 1)
+        return reason
 
     def finish(self, sequence: Sequence) -> list[BlockRef]:
         """Take a sequence out and give its blocks back, whatever it was doing. Idempotent.

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pdserve.engine.sampler import Sampled, SamplingRow, describe, sample
 from pdserve.engine.scheduler import Chunk, Plan
-from pdserve.engine.sequence import Sequence
 from pdserve.kernels.base import Batch
 
 _DESCRIBED_ROWS = 64  # logits of a prompt at a time: a row has 4 bytes for each token of the vocabulary
@@ -36,19 +35,25 @@ class Runner:
         self.pool = pool
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> list[Sampled]:
-        """Compute the plan's chunks; returns the next token of each chunk that is its sequence's last, in order."""
+    def run(self, plan: Plan) -> list[list[Sampled]]:
+        """Compute the plan's chunks; returns the next token of each chunk that is its sequence's last, in order: one
+        more for each token of its draft that turned out right."""
         token_ids, batch = build_batch(plan.chunks)
         hidden = self._model.forward(token_ids, batch, self.pool)
         for chunk, start in zip(plan.chunks, batch.query_start.tolist(), strict=False):
             if chunk.sequence.tells_prompt_logprobs:
                 self._describe_prompt(chunk, hidden[start : start + chunk.num_tokens])
-        last_rows = [int(end) - 1 for chunk, end in zip(plan.chunks, batch.query_start[1:], strict=True) if chunk.last]
+        ready = [
+            (chunk, end) for chunk, end in zip(plan.chunks, batch.query_start[1:].tolist(), strict=True) if chunk.last
+        ]
+        last_rows = [row for chunk, end in ready for row in range(end - 1 - len(chunk.draft), end)]
         if not last_rows:
             return []
         if len(last_rows) < hidden.shape[0]:
             hidden = hidden[torch.tensor(last_rows)]
-        return sample(self._model.logits(hidden), [_sampling_row(c.sequence) for c in plan.chunks if c.last])
+        rows = [row for chunk, _ in ready for row in _sampling_rows(chunk)]
+        sampled = iter(sample(self._model.logits(hidden), rows))
+        return [_verified(chunk.draft, [next(sampled) for _ in range(len(chunk.draft) + 1)]) for chunk, _ in ready]
 
     def _describe_prompt(self, chunk: Chunk, hidden: Tensor) -> None:
         """hidden [num_tokens, H]; the row of a token tells of the one behind it, as far as that is the prompt's."""
@@ -62,15 +67,30 @@ class Runner:
             sequence.prompt_logprobs += describe(logits, some, sequence.sampling.prompt_logprobs)
 
 
-def _sampling_row(sequence: Sequence) -> SamplingRow:
+def _sampling_rows(chunk: Chunk) -> list[SamplingRow]:
+    """One, and one for each token of the draft, as if that were right."""
+    sequence = chunk.sequence
     if sequence.grammar is not None:
         sequence.grammar.follow(sequence.output)
-    return SamplingRow(sequence.sampling, sequence.num_output_tokens, sequence.counts(), sequence.grammar)
+    counts = sequence.counts()
+    return [
+        SamplingRow(sequence.sampling, sequence.num_output_tokens + i, counts, sequence.grammar)
+        for i in range(len(chunk.draft) + 1)
+    ]
+
+
+def _verified(draft: tuple[int, ...], sampled: list[Sampled]) -> list[Sampled]:
+    """Up to the first token that is not the draft's: what comes behind was computed from a wrong one. Sampling depends
+    on position and logits alone, so this is what a step for each token would have given."""
+    right = 0
+    while right < len(draft) and sampled[right].token_id == draft[right]:
+        right += 1
+    return sampled[: right + 1]
 
 
 def build_batch(chunks: tuple[Chunk, ...]) -> tuple[Tensor, Batch]:
     """Tokens of all chunks end to end, int64 [T], and where each of them stands."""
-    num_tokens = sum(chunk.num_tokens for chunk in chunks)
+    num_tokens = sum(chunk.num_rows for chunk in chunks)
     token_ids = np.empty(num_tokens, np.int64)
     positions = np.empty(num_tokens, np.int32)
     query_start = np.zeros(len(chunks) + 1, np.int32)
@@ -78,10 +98,11 @@ def build_batch(chunks: tuple[Chunk, ...]) -> tuple[Tensor, Batch]:
     block_tables = np.zeros((len(chunks), max(len(chunk.sequence.block_ids) for chunk in chunks)), np.int32)
     row = 0
     for i, chunk in enumerate(chunks):
-        start, end = chunk.sequence.num_computed, chunk.sequence.num_computed + chunk.num_tokens
-        token_ids[row : row + chunk.num_tokens] = chunk.sequence.token_ids[start:end]
-        positions[row : row + chunk.num_tokens] = np.arange(start, end, dtype=np.int32)
-        row += chunk.num_tokens
+        start, end = chunk.sequence.num_computed, chunk.sequence.num_computed + chunk.num_rows
+        token_ids[row : row + chunk.num_tokens] = chunk.sequence.token_ids[start : start + chunk.num_tokens]
+        token_ids[row + chunk.num_tokens : row + chunk.num_rows] = chunk.draft
+        positions[row : row + chunk.num_rows] = np.arange(start, end, dtype=np.int32)
+        row += chunk.num_rows
         query_start[i + 1] = row
         context_len[i] = end
         block_tables[i, : len(chunk.sequence.block_ids)] = chunk.sequence.block_ids
@@ -90,6 +111,6 @@ def build_batch(chunks: tuple[Chunk, ...]) -> tuple[Tensor, Batch]:
         query_start=torch.from_numpy(query_start),
         context_len=torch.from_numpy(context_len),
         block_tables=torch.from_numpy(block_tables),
-        max_query_len=max(chunk.num_tokens for chunk in chunks),
+        max_query_len=max(chunk.num_rows for chunk in chunks),
     )
     return torch.from_numpy(token_ids), batch

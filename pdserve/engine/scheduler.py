@@ -22,10 +22,15 @@ from pdserve.engine.sequence import Sequence, Status
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Compute `num_tokens` tokens of the sequence, from `sequence.num_computed` on."""
+    """Compute `num_tokens` tokens of the sequence, from `sequence.num_computed` on, and behind them a `draft`."""
 
     sequence: Sequence
     num_tokens: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_tokens + len(self.draft)
 
     @property
     def last(self) -> bool:
@@ -153,8 +158,9 @@ class Scheduler:
         # A preemption hits younger ones only, so never one that has its chunk already.
         for sequence in list(self.running):
             if sequence.decoding and sequence.status is Status.RUNNING and self._grow(sequence, 1):
-                chunks.append(Chunk(sequence, 1))
-                budget -= 1
+                draft = self._draft(sequence, budget - len(self.running))
+                chunks.append(Chunk(sequence, 1, draft))
+                budget -= 1 + len(draft)
         for sequence in list(self.running):
             if budget > 0 and sequence.status is Status.RUNNING and not sequence.decoding:
                 budget -= self._add_chunk(chunks, sequence, budget)
@@ -176,6 +182,11 @@ class Scheduler:
         for chunk in plan.chunks:
             chunk.sequence.num_computed += chunk.num_tokens
             self._commit_full_blocks(chunk.sequence)
+
+    def accept(self, sequence: Sequence, num_tokens: int) -> None:
+        """Tokens of a draft turned out right, and are the sequence's now: their KV is there."""
+        sequence.num_computed += num_tokens
+        self._commit_full_blocks(sequence)
 
     def drain_committed(self) -> tuple[Committed, ...]:
         """Blocks of sequences that became full since the last drain, parents first."""
@@ -228,6 +239,16 @@ class Scheduler:
         if needed > 0:
             sequence.add_blocks(self._pool.allocate(sequence.name, needed))
         return True
+
+    def _draft(self, sequence: Sequence, budget: int) -> tuple[int, ...]:
+        """Within the step's budget, the context, and blocks that are free: nobody is preempted for it."""
+        if not self._config.speculate_tokens or budget <= 0:
+            return ()
+        spare = self._pool.num_available - len(self.running)
+        room = (len(sequence.blocks) + max(spare, 0)) * self._config.block_size - len(sequence)
+        draft = sequence.draft(self._config.speculate_tokens)
+        draft = draft[: max(0, min(budget, room, self._config.max_model_len - len(sequence) - 1))]
+        return tuple(draft) if draft and self._grow(sequence, 1 + len(draft)) else ()
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from kvstore.keys import GROUP_BLOCKS, BlockKey, block_keys
 from kvstore.pool import BlockRef
+from pdserve.engine.prompt_lookup import PromptLookup
 from pdserve.engine.token_counts import TokenCounts
 from pdserve.request import FinishReason, SamplingParams, TokenLogprobs
 
@@ -75,6 +76,7 @@ class Sequence:
     grammar: Grammar | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the computed prompt's second token on
     _counts: TokenCounts | None = None
+    lookup: PromptLookup | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -109,6 +111,15 @@ class Sequence:
             self._counts = TokenCounts(self.token_ids[: self.num_prompt_tokens])
         self._counts.follow(self.output)
         return self._counts
+
+    def draft(self, max_tokens: int) -> list[int]:
+        """Tokens that may come next. None for a sequence whose sampling depends on the token before."""
+        if self.sampling.penalises or self.grammar is not None:
+            return []
+        if self.lookup is None:
+            self.lookup = PromptLookup(max_tokens)
+        room = self.sampling.max_tokens - self.num_output_tokens - 1
+        return self.lookup.draft(self.token_ids)[: max(0, room)]
 
     def full_block_keys(self) -> list[BlockKey]:
         """Keys of all full blocks of the tokens so far; extends those already derived."""

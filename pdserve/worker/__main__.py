@@ -37,6 +37,9 @@ def main(
     kv_bytes: Annotated[int, typer.Option(help="Memory of the KV pool.")] = 1 << 30,
     block_size: Annotated[int, typer.Option(help="Tokens a KV block.")] = 16,
     max_batched_tokens: Annotated[int, typer.Option(help="Tokens computed in one step.")] = 512,
+    speculate_tokens: Annotated[
+        int, typer.Option(help="Tokens of a draft by prompt look-up that a decode step checks; 0 drafts nothing.")
+    ] = 0,
     max_sequences: Annotated[int, typer.Option(help="Sequences running at once.")] = 64,
     max_model_len: Annotated[int, typer.Option(help="Tokens a request may have; 0: what model and pool allow.")] = 0,
     threads: Annotated[int, typer.Option(help="Compute threads.")] = 1,
@@ -65,6 +68,7 @@ def main(
             kv_bytes=kv_bytes,
             block_size=block_size,
             max_batched_tokens=max_batched_tokens,
+            speculate_tokens=speculate_tokens,
             max_sequences=max_sequences,
             max_model_len=max_model_len or None,
             threads=threads,

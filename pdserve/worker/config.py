@@ -64,6 +64,7 @@ class WorkerConfig:
     kv_bytes: int = 1 << 30
     block_size: int = 16
     max_batched_tokens: int = 512
+    speculate_tokens: int = 0
     max_sequences: int = 64
     max_model_len: int | None = None  # None: what the model allows, as far as the pool holds it
     threads: int = 1

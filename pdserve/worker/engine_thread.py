@@ -46,6 +46,8 @@ class Load:
     context_tokens: int  # read by a decode step
     available_blocks: int
     preempted: int  # since start
+    drafted: int = 0  # tokens, since start
+    accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +240,8 @@ class EngineThread:
             context_tokens=sum(s.num_computed for s in scheduler.running if s.decoding),
             available_blocks=self._engine.pool.num_available,
             preempted=scheduler.num_preempted,
+            drafted=self._engine.num_drafted,
+            accepted=self._engine.num_accepted,
         )
 
     def _call(self, function: Callable[..., None], *args: object) -> None:

@@ -35,6 +35,13 @@ class WorkerMetrics:
         self._tokens = Counter("pdserve_computed_tokens_total", "Tokens whose KV was computed.", registry=registry)
         self._output_tokens = Counter("pdserve_sampled_tokens_total", "Output tokens sampled.", registry=registry)
         self._failed_steps = Counter("pdserve_failed_steps_total", "Steps that raised an error.", registry=registry)
+        self._drafted = Counter(
+            "pdserve_drafted_tokens_total", "Tokens of drafts that decode steps checked.", registry=registry
+        )
+        self._accepted = Counter(
+            "pdserve_accepted_draft_tokens_total", "Tokens of drafts that were right.", registry=registry
+        )
+        self._drafts_before = (0, 0)
         self._preempted = Counter(
             "pdserve_preempted_sequences_total", "Sequences that lost their blocks and start over.", registry=registry
         )
@@ -107,6 +114,9 @@ class WorkerMetrics:
             self._failed_steps.inc()
         self._preempted.inc(report.load.preempted - self._preempted_before)
         self._preempted_before = report.load.preempted
+        self._drafted.inc(report.load.drafted - self._drafts_before[0])
+        self._accepted.inc(report.load.accepted - self._drafts_before[1])
+        self._drafts_before = (report.load.drafted, report.load.accepted)
         self._sequences.labels("waiting").set(report.load.waiting_sequences)
         self._sequences.labels("running").set(report.load.running_sequences)
         self._waiting_tokens.set(report.load.waiting_tokens)

@@ -96,6 +96,7 @@ def build_engine(config: WorkerConfig, progress: Progress) -> Built:
         max_batched_tokens=config.max_batched_tokens,
         max_sequences=config.max_sequences,
         max_model_len=max_model_len,
+        speculate_tokens=config.speculate_tokens,
         handoff_s=config.limits.handoff_s,
     )
     decoder = Decoder(model, weights, kernels, max_model_len)

@@ -21,7 +21,9 @@ GEOMETRY = BlockGeometry(BLOCK_SIZE, num_layers=2, num_kv_heads=2, head_dim=2, d
 ROOT = root_key(GEOMETRY.fingerprint("oracle"))
 
 
-def tiny_engine(num_blocks: int = 16, *, tokens: int = 16, sequences: int = 8, max_model_len: int = 0) -> Engine:
+def tiny_engine(
+    num_blocks: int = 16, *, tokens: int = 16, sequences: int = 8, max_model_len: int = 0, speculate: int = 0
+) -> Engine:
     """`tokens` and `sequences` bound a step; a request may fill the pool unless `max_model_len` says less."""
     config = EngineConfig(
         num_blocks=num_blocks,
@@ -29,6 +31,7 @@ def tiny_engine(num_blocks: int = 16, *, tokens: int = 16, sequences: int = 8, m
         max_batched_tokens=tokens,
         max_sequences=sequences,
         max_model_len=max_model_len or num_blocks * BLOCK_SIZE,
+        speculate_tokens=speculate,
     )
     return Engine(config, BlockPool(num_blocks, BLOCK_SIZE), Runner(OracleModel(), empty_pool(GEOMETRY, num_blocks)))
 

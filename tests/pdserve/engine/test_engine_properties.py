@@ -6,6 +6,7 @@ The oracle model (tests/support) makes a wrong block visible as a wrong token; i
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from kvstore.errors import NoRoom, StaleBlock
 from kvstore.keys import block_keys, root_key
 from kvstore.pool import BlockRef
 from pdserve.engine.engine import Engine
+from pdserve.engine.prompt_lookup import PromptLookup
 from pdserve.engine.sequence import Sequence, Status
 from pdserve.request import SamplingParams
 from tests.support.tiny_engine import (
@@ -77,6 +79,20 @@ def to_sequence(ask: Ask, name: str, engine: Engine, *, prefill_only: bool = Fal
     )
 
 
+def foresee(sequence: Sequence, engine: Engine, wrong_every: int) -> None:
+    """Drafts that are right, but for each `wrong_every`th token: look-up would find too little in random tokens."""
+    future = [*sequence.token_ids[: sequence.num_prompt_tokens], *expected_of(sequence, engine)]
+
+    class Foresight(PromptLookup):
+        def draft(self, tokens: Tokens[int]) -> list[int]:
+            right = future[len(tokens) : len(tokens) + 4]
+            return [
+                (token + 1) % 50 if (len(tokens) + i) % wrong_every == 0 else token for i, token in enumerate(right)
+            ]
+
+    sequence.lookup = Foresight(4)
+
+
 def work_of(mix: list[Ask]) -> int:
     """Tokens to compute if nothing is preempted."""
     return sum(len(ask.prompt) + ask.sampling.max_tokens for ask in mix)
@@ -100,9 +116,12 @@ def test_every_stream_is_undisturbed_and_every_block_comes_back(data: st.DataObj
     num_blocks = data.draw(st.integers(2, 20), "blocks")
     sequences_limit = data.draw(st.integers(1, 6), "sequences")
     budget = sequences_limit + data.draw(st.integers(0, 24), "budget beyond one token each")
-    engine = tiny_engine(num_blocks, tokens=budget, sequences=sequences_limit)
+    speculate = data.draw(st.sampled_from((0, 0, 1, 4)), "tokens of a draft")
+    engine = tiny_engine(num_blocks, tokens=budget, sequences=sequences_limit, speculate=speculate)
     mix = data.draw(st.lists(asks(engine.config.max_model_len - 2), min_size=1, max_size=8), "mix")
     sequences = [to_sequence(ask, f"s{i}", engine) for i, ask in enumerate(mix)]
+    for sequence in sequences if speculate else ():
+        foresee(sequence, engine, wrong_every=data.draw(st.integers(1, 5), "a wrong token in so many"))
     aborted: set[Sequence] = set()
     for now in range(100 + 4 * work_of(mix)):
         for ask, sequence in zip(mix, sequences, strict=True):
