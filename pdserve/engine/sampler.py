@@ -64,7 +64,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
     token_ids: list[int] = logits.argmax(dim=-1).tolist()
     for i, row in enumerate(rows):
         if not row.params.greedy:
-            token_ids[i] = _sample_row(logits[i], row.params, uniform(row.params.seed, row.index))
+            token_ids[i] = _sample_row(logits[i], token_ids[i], row.params, uniform(row.params.seed, row.index))
     sampled = [Sampled(token_id) for token_id in token_ids]
     if raw is not None:
         most = max(rows[i].params.logprobs or 0 for i in told)
@@ -119,21 +119,23 @@ def _penalise(logits: Tensor, params: SamplingParams, counts: TokenCounts) -> No
     logits[ids] = values
 
 
-def _sample_row(logits: Tensor, params: SamplingParams, u: float) -> int:
+def _sample_row(logits: Tensor, likeliest: int, params: SamplingParams, u: float) -> int:
     """logits [vocab]; top_k is applied before top_p, as OpenAI-compatible servers do."""
+    peak = logits[likeliest]
+    if not math.isfinite(peak):
+        # An infinite maximum, or a row masked everywhere, gives inf - inf: these are the maximum, so they are 0.
+        logits = (logits - peak).nan_to_num_(nan=0.0, neginf=-math.inf)
+        peak = logits.new_zeros(())
+    candidates = None
+    if 0 < params.top_k < logits.numel():
+        logits, candidates = _largest(logits, params.top_k)
     # Shifting by the maximum before dividing keeps a tiny temperature from overflowing to inf - inf.
-    # An infinite maximum, or a row masked everywhere, gives inf - inf: those entries are the maximum, so they are 0.
-    scaled = (logits - logits.max()).nan_to_num_(nan=0.0, neginf=-math.inf) / max(params.temperature, 1e-6)
+    scaled = (logits - peak) / max(params.temperature, 1e-6)
     if params.min_p > 0:
         scaled[scaled < math.log(params.min_p)] = -math.inf  # the likeliest stands at 0
-    if 0 < params.top_k < scaled.numel():
-        scaled, candidates = _largest(scaled, params.top_k)
-    elif params.top_p < 1.0:
+    if candidates is None and params.top_p < 1.0:
         scaled, candidates = _nucleus_candidates(scaled, params.top_p)
-    else:
-        candidates = None
-    weights = torch.exp(scaled.double())
-    cumulative = weights.cumsum(0)
+    cumulative = torch.exp(scaled).cumsum(0, dtype=torch.float64)
     if params.top_p < 1.0:
         # Keep the smallest set that reaches top_p: a token stays if what stands before it has not reached it yet.
         kept = int(torch.searchsorted(cumulative, params.top_p * cumulative[-1]).item()) + 1
@@ -145,22 +147,24 @@ def _sample_row(logits: Tensor, params: SamplingParams, u: float) -> int:
 
 def _largest(scaled: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest, in falling order, equal ones in order of token id, as in a stable sort of all."""
-    values, ids = torch.topk(scaled, count)
-    # topk breaks ties at will: take those above the smallest kept value, then the first ids that equal it.
-    floor = values[-1]
-    above = ids[values > floor].sort().values
-    equal = (scaled == floor).nonzero(as_tuple=True)[0][: count - above.numel()]
-    chosen = torch.cat((above, equal))
-    order = scaled[chosen].sort(descending=True, stable=True).indices
-    return scaled[chosen][order], chosen[order]
+    # One more tells whether the border runs between equal values, of which topk takes any.
+    values, ids = torch.topk(scaled, min(count + 1, scaled.numel()))
+    if len(values) > count and values[count] == values[count - 1]:
+        floor = values[count - 1]
+        above = ids[values > floor]
+        equal = (scaled == floor).nonzero(as_tuple=True)[0][: count - above.numel()]
+        ids = torch.cat((above, equal))
+    ids = ids[:count].sort().values
+    values, order = scaled[ids].sort(descending=True, stable=True)
+    return values, ids[order]
 
 
 def _nucleus_candidates(scaled: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """Enough of the largest to cover top_p of the mass; the mass of the rest is appended, to keep proportions true."""
-    total = torch.exp(scaled.double()).sum()
+    total = torch.exp(scaled).sum(dtype=torch.float64)
     count = min(_TOP_P_FIRST_LOOK, scaled.numel())
     values, ids = _largest(scaled, count)
-    mass = torch.exp(values.double()).sum()
+    mass = torch.exp(values).sum(dtype=torch.float64)
     if count == scaled.numel() or mass < top_p * total:
         return _largest(scaled, scaled.numel())
     rest = (total - mass).clamp_min(torch.finfo(torch.float64).tiny)

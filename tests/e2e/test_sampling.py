@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.conftest import MakeStack
 from tests.support.api_client import Answer
 from tests.support.passages import passage
 from tests.support.stack import Stack
@@ -63,3 +64,19 @@ def test_almost_no_choice_is_greedy(disaggregated: Stack) -> None:
     one_candidate = disaggregated.client.complete(prompt, temperature=2.0, top_k=1, seed=5)
     no_mass = disaggregated.client.complete(prompt, temperature=1.0, top_p=0.0, seed=6)
     assert greedy.text == one_candidate.text == no_mass.text
+
+
+def test_drafts_change_no_token(make_stack: MakeStack, mixed: Stack) -> None:
+    """Prompt look-up on a text that repeats itself: the same answers, in fewer steps than tokens."""
+    story = "The red fox ran over the hill. The red fox ran over the hill. The red fox ran"
+    bodies: list[dict[str, Any]] = [
+        {"prompt": story, "max_tokens": 40, **parameters} for parameters in ({"temperature": 0}, *PARAMETERS)
+    ]
+    for seed, body in enumerate(bodies):
+        body["seed"] = seed
+    with make_stack("--speculate-tokens", "6", mixed=1) as stack:
+        assert texts(ask_all(stack, bodies, 4)) == texts(ask_all(mixed, bodies, 4))
+        worker = stack.workers["mixed-0"]
+        drafted = worker.metric("pdserve_drafted_tokens_total")
+        accepted = worker.metric("pdserve_accepted_draft_tokens_total")
+        assert 20 <= accepted <= drafted
