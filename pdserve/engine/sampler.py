@@ -58,7 +58,7 @@ def uniform(seed: int, index: int) -> float:
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
     """logits float32 [rows, vocab] -> a token for each row. `logits` may be overwritten."""
     told = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-    raw = logits[told] if told else None  # a copy: what follows changes the logits
+    raw = logits.index_select(0, torch.tensor(told)) if told else None  # a copy: what follows changes the logits
     for i, row in enumerate(rows):
         _adjust(logits[i], row)
     token_ids: list[int] = logits.argmax(dim=-1).tolist()
