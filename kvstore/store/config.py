@@ -49,3 +49,8 @@ class StoreConfig:
     policy: SavePolicy = SavePolicy.SECOND_TOUCH
     tenant_bytes: int = 0
     limits: StoreLimits = field(default_factory=StoreLimits)
+
+
+def operator_socket(socket_path: Path) -> Path:
+    """Where a node whose workers use `socket_path` answers operators, by gRPC."""
+    return socket_path.with_name(socket_path.name + ".ops")

@@ -17,17 +17,16 @@ import uvicorn
 
 from kvstore.errors import Unavailable
 from kvstore.store.admin import make_admin_app
-from kvstore.store.config import StoreConfig
+from kvstore.store.config import StoreConfig, operator_socket
 from kvstore.store.geometry import Geometry
 from kvstore.store.opened import NodeState
 from kvstore.store.operator_service import OperatorService
 from kvstore.store.peer_service import PeerService
-from kvstore.store.service import StoreService
 from kvstore.store.store_pb2_grpc import (
     add_StoreOperatorServicer_to_server,
     add_StorePeerServicer_to_server,
-    add_StoreServicer_to_server,
 )
+from kvstore.store.worker_server import WorkerServer
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +54,12 @@ async def running_node(config: StoreConfig, geometry: Geometry | None = None) ->
     """
     state = NodeState(config)
     admin_socket = _listen(config.host, config.admin_port)
-    local = _server()
-    _bind_socket(local, config.socket_path)
-    add_StoreServicer_to_server(StoreService(state), local)
-    add_StoreOperatorServicer_to_server(OperatorService(state), local)
+    workers = WorkerServer(state, config.socket_path)
+    operators = _server()
+    operators_path = operator_socket(config.socket_path)
+    operators_path.unlink(missing_ok=True)  # the workers' socket is ours, and this one belongs to it
+    operators.add_insecure_port(f"unix:{operators_path}")
+    add_StoreOperatorServicer_to_server(OperatorService(state), operators)
     remote = _server()
     try:
         port = remote.add_insecure_port(f"{config.host}:{config.port}")
@@ -72,8 +73,9 @@ async def running_node(config: StoreConfig, geometry: Geometry | None = None) ->
         if geometry is not None:
             await state.open(geometry)
         await remote.start()
-        await local.start()
-        os.chmod(config.socket_path, 0o600)
+        await operators.start()
+        os.chmod(operators_path, 0o600)
+        await workers.start()
         yield NodeInfo(
             config.node_id,
             state.incarnation,
@@ -83,12 +85,14 @@ async def running_node(config: StoreConfig, geometry: Geometry | None = None) ->
         )
     finally:
         state.ending.set()
-        await asyncio.gather(local.stop(_STOP_S), remote.stop(_STOP_S))
+        workers.close()
+        await asyncio.gather(operators.stop(_STOP_S), remote.stop(_STOP_S))
         await state.close()
         admin.should_exit = True
         await asyncio.wait([admin_task], timeout=_STOP_S)
-        with contextlib.suppress(OSError):
-            config.socket_path.unlink()
+        for path in (config.socket_path, operators_path):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 async def run(config: StoreConfig, geometry: Geometry | None, ready: Callable[[NodeInfo], None]) -> None:
@@ -112,26 +116,6 @@ def _server() -> grpc.aio.Server:
             ("grpc.so_reuseport", 0),
         ]
     )
-
-
-def _bind_socket(server: grpc.aio.Server, path: Path) -> None:
-    """Raises Unavailable if somebody listens there already, or nobody may."""
-    with contextlib.closing(socket.socket(socket.AF_UNIX)) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)  # left by a node that was killed
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise Unavailable(f"{path} cannot be listened on: {error.strerror or error}") from error
-        else:
-            raise Unavailable(f"another store node listens on {path}")
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        server.add_insecure_port(f"unix:{path}")
-    except (OSError, RuntimeError) as error:
-        raise Unavailable(f"{path} cannot be listened on: {error}") from error
 
 
 def _listen(host: str, port: int) -> socket.socket:

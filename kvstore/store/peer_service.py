@@ -10,8 +10,8 @@ import grpc.aio
 
 from kvstore.errors import TransferError
 from kvstore.store import store_pb2 as pb
+from kvstore.store.edge import Context, keys_of
 from kvstore.store.opened import NodeState, PeerSide
-from kvstore.store.service import Context, keys_of
 from kvstore.store.store_pb2_grpc import StorePeerServicer
 from kvstore.store.wire import join_keys
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvstore.keys import BlockKey
@@ -44,6 +44,17 @@ class RemoteTier(Protocol):
     def announce(self, tier: Tier, keys: Sequence[BlockKey]) -> None:
         """This node has these from now on."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """A load under way: `blocks`, of the leading run of `keys`, are leased; `brought` says which came from where."""
+
+    lease_id: int
+    keys: Sequence[BlockKey]
+    until_s: float
+    blocks: list[HostBlock]
+    brought: dict[BlockKey, Tier] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,52 +104,82 @@ class TieredStore:
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
+    def lookup_here(self, keys: Sequence[BlockKey]) -> bytes:
+        """The tier of each block of the longest leading run held by this node."""
+        host, disk = self.host, self.disk
+        count = host.match(keys)
+        tiers = bytearray(bytes([Tier.HOST]) * count)
+        if disk is not None:
+            for key in keys[count:]:
+                if host.get(key) is not None:
+                    tiers.append(Tier.HOST)
+                elif key in disk:
+                    tiers.append(Tier.DISK)
+                else:
+                    break
+        return bytes(tiers)
+
     async def lookup(self, keys: Sequence[BlockKey]) -> bytes:
         """The tier of each block of the longest leading run held anywhere."""
-        tiers = bytearray()
-        for key in keys:
-            if self.host.get(key) is not None:
-                tiers.append(Tier.HOST)
-            elif self.disk is not None and key in self.disk:
-                tiers.append(Tier.DISK)
-            else:
-                break
-        rest = keys[len(tiers) :]
-        if rest and self.remote is not None:
-            tiers += bytes([Tier.REMOTE]) * await self.remote.locate(rest)
-        return bytes(tiers)
+        tiers = self.lookup_here(keys)
+        if len(tiers) < len(keys) and self.remote is not None:
+            tiers += bytes([Tier.REMOTE]) * await self.remote.locate(keys[len(tiers) :])
+        return tiers
 
     async def load(self, owner: str, keys: Sequence[BlockKey], deadline_s: float, *, from_peers: bool = True) -> Loaded:
         """Lease the leading run of `keys` in the host tier; takes `deadline_s` seconds at most."""
+        loading = self.begin_load(owner, keys, deadline_s)
+        if self.has_more(loading):
+            await self.bring_rest(loading, from_peers=from_peers)
+        return self.end_load(loading)
+
+    def begin_load(self, owner: str, keys: Sequence[BlockKey], deadline_s: float) -> Loading:
+        """Lease what is in the host tier now; `end_load` is due."""
         now_s = time.monotonic()
         until_s = now_s + min(max(deadline_s, 0.0), self.limits.max_load_s)
         lease_id = self.host.open_lease(owner, now_s, until_s + self.limits.lease_s)
-        blocks = self.host.lease(lease_id, keys)
-        brought: dict[BlockKey, Tier] = {}
+        return Loading(lease_id, keys, until_s, self.host.lease(lease_id, keys))
+
+    def has_more(self, loading: Loading) -> bool:
+        """Whether another tier may have what comes next."""
+        count = len(loading.blocks)
+        if count == len(loading.keys):
+            return False
+        first = loading.keys[count]
+        on_disk = self.disk is not None and (first in self._arriving or first in self.disk)
+        return on_disk or self.remote is not None
+
+    async def bring_rest(self, loading: Loading, *, from_peers: bool = True) -> None:
+        """Lease what other tiers give, until the deadline. A caller that is cancelled has nothing leased."""
+        keys, blocks = loading.keys, loading.blocks
         try:
-            while len(blocks) < len(keys) and time.monotonic() < until_s:
+            while len(blocks) < len(keys) and time.monotonic() < loading.until_s:
                 rest = keys[len(blocks) :]
                 missing = {key for key in rest if self.host.get(key) is None}
                 parent = keys[len(blocks) - 1] if blocks else None
-                tier = await self._bring(rest, parent, until_s, from_peers=from_peers)
-                run = self.host.lease(lease_id, rest)
+                tier = await self._bring(rest, parent, loading.until_s, from_peers=from_peers)
+                run = self.host.lease(loading.lease_id, rest)
                 if not run:
-                    break
-                brought.update((block.key, tier) for block in run if block.key in missing)
+                    return
+                loading.brought.update((block.key, tier) for block in run if block.key in missing)
                 blocks += run
         except TimeoutError:
             pass  # what is there by now
         except asyncio.CancelledError:
-            self.host.release(lease_id)
+            self.host.release(loading.lease_id)
             raise
-        self._note_load(blocks, len(keys), brought)
+
+    def end_load(self, loading: Loading) -> Loaded:
+        """What came of it."""
+        blocks, brought = loading.blocks, loading.brought
+        self._note_load(blocks, len(loading.keys), brought)
         if not blocks:
-            self.host.release(lease_id)
+            self.host.release(loading.lease_id)
             return Loaded(0, [], b"")
         tiers = bytes([Tier.HOST]) * len(blocks)
         if brought:
             tiers = bytes(brought.get(block.key, Tier.HOST) for block in blocks)
-        return Loaded(lease_id, blocks, tiers)
+        return Loaded(loading.lease_id, blocks, tiers)
 
     def release(self, lease_id: int) -> None:
         self.host.release(lease_id)

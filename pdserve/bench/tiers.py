@@ -29,7 +29,8 @@ import grpc.aio
 
 from kvstore.keys import block_keys, root_key
 from kvstore.store import store_pb2 as pb
-from kvstore.store.store_pb2_grpc import StoreOperatorStub, StoreStub
+from kvstore.store.config import operator_socket
+from kvstore.store.store_pb2_grpc import StoreOperatorStub
 from kvstore.store.tier import Tier
 from pdserve.launch.announce import Progress, await_ready
 from pdserve.launch.child import Child, Command
@@ -97,16 +98,18 @@ class Deployment:
 
     async def saved(self, keys: list[Any], tier: Tier) -> None:
         """Node a has these blocks in this tier."""
-        async with grpc.aio.insecure_channel(f"unix:{self._socket('a')}") as channel:
-            request = pb.LookupRequest(keys=b"".join(keys))
+        async with _operator_channel(self._socket("a")) as channel:
             until_s = time.monotonic() + _SAVED_S
-            while (await StoreStub(channel).Lookup(request)).tiers != bytes([tier]) * len(keys):
+            while True:
+                listed = await StoreOperatorStub(channel).List(pb.ListRequest())
+                if set(keys) <= {block.key for block in listed.blocks if block.tier == tier}:
+                    return
                 if time.monotonic() > until_s:
                     raise SystemExit(f"the store did not take the prompt into its {tier.label} tier")
                 await asyncio.sleep(0.02)
 
     async def evict_host(self, node: str) -> None:
-        async with grpc.aio.insecure_channel(f"unix:{self._socket(node)}") as channel:
+        async with _operator_channel(self._socket(node)) as channel:
             await StoreOperatorStub(channel).Evict(pb.EvictRequest(all=True, tier=Tier.HOST))
 
     def _socket(self, node: str) -> str:
@@ -130,6 +133,10 @@ class Deployment:
             if [worker["state"] for worker in topology["workers"]] == ["ready"] * len(_WORKERS):
                 return {}
             await asyncio.sleep(0.1)
+
+
+def _operator_channel(socket_path: str) -> grpc.aio.Channel:
+    return grpc.aio.insecure_channel(f"unix:{operator_socket(Path(socket_path))}")
 
 
 async def _announced(child: Child, progress: Progress) -> dict[str, Any]:
@@ -174,7 +181,7 @@ async def _main(num_tokens: int, rounds: int) -> dict[str, Any]:
     model = ensure_default_model(cache_folder(), lambda text, share: None)
     with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as folder:
         async with Deployment(model, Path(folder)) as deployment:
-            async with grpc.aio.insecure_channel(f"unix:{Path(folder) / 'a.sock'}") as channel:
+            async with _operator_channel(str(Path(folder) / "a.sock")) as channel:
                 stat = await StoreOperatorStub(channel).Stat(pb.StatRequest())
             return await measure(deployment, num_tokens, rounds, stat.fingerprint)
 

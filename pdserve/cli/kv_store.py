@@ -108,10 +108,11 @@ def _call(socket: Path, ask: Callable[[StoreOperatorStub, Any], Any]) -> Any:
     import grpc
 
     from kvstore.store import store_pb2
+    from kvstore.store.config import operator_socket
     from kvstore.store.store_pb2_grpc import StoreOperatorStub
 
     options = (("grpc.max_receive_message_length", _MAX_REPLY_BYTES),)
-    with grpc.insecure_channel(f"unix:{socket.absolute()}", options=options) as channel:
+    with grpc.insecure_channel(f"unix:{operator_socket(socket.absolute())}", options=options) as channel:
         try:
             return ask(StoreOperatorStub(channel), store_pb2)
         except grpc.RpcError as error:

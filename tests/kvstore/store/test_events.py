@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvstore.keys import BlockKey
 from kvstore.store import store_pb2 as pb
+from kvstore.store.config import operator_socket
 from kvstore.store.events import MAX_SUBSCRIBERS, MAX_WAITING, EventKind, EventLog
 from kvstore.store.store_pb2_grpc import StoreOperatorStub, StorePeerStub
 from kvstore.store.tier import Tier
@@ -89,7 +90,7 @@ async def test_watching_a_node(tmp_path: Path) -> None:
         assert await save(client, early) == 3
         async with (
             grpc.aio.insecure_channel(node.address) as channel,
-            grpc.aio.insecure_channel(f"unix:{node.socket}") as operator,
+            grpc.aio.insecure_channel(f"unix:{operator_socket(Path(node.socket))}") as operator,
             asyncio.timeout(DEADLINE_S),
         ):
             events = StorePeerStub(channel).Watch(pb.WatchRequest())
