@@ -22,7 +22,7 @@ from kvstore.transfer.transport import Buffer
 SHM_FOLDER = Path("/dev/shm")
 _PREFIX = "pdserve-"
 _HUGE_PAGE_BYTES = 2 << 20
-_MADV_POPULATE_WRITE = 23  # mman.h; the mmap module does not name it
+_MADV_POPULATE_READ = 22  # mman.h; the mmap module does not name it
 _POPULATE_BYTES = 8 << 20
 _KEEP_FREE = 0.05  # of the file system, for everybody else
 
@@ -48,10 +48,11 @@ class ArenaMap:
         """Map all pages now: one by one, as they are first touched, they would cost more than the copies.
 
         The memory is there already, so this takes page tables only; it holds the interpreter a millisecond at a time.
+        As if to read: the kernel then maps sixteen pages at once, writable ones as this is shared memory.
         """
         for start in range(0, len(self._memory), _POPULATE_BYTES):
             try:
-                self._memory.madvise(_MADV_POPULATE_WRITE, start, min(_POPULATE_BYTES, len(self._memory) - start))
+                self._memory.madvise(_MADV_POPULATE_READ, start, min(_POPULATE_BYTES, len(self._memory) - start))
             except OSError:
                 return  # before Linux 5.14: they are mapped when they are touched
 

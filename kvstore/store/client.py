@@ -22,6 +22,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +56,7 @@ CALL_TIMEOUT_S = 0.4  # of a call that waits for nothing but the node
 ATTACH_TIMEOUT_S = 30.0  # the first worker waits while the node takes its memory
 _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 _TIERS = {tier.value: tier for tier in Tier}
+_leased = partial(tuple.__new__, LeasedBlock)
 
 
 class _Attachment:
@@ -147,11 +149,11 @@ class StoreClient:
         reply = None if payload is None else _checked(connection, LoadReply.decode, payload)
         if reply is None or not reply.lease_id:
             return Lease.empty()
-        # There may be 2,000 blocks: constructors of named tuples and enums would be most of the call.
+        # There may be 2,000 blocks: a line of Python for each would be most of the call.
         data = map(attachment.slots.__getitem__, reply.slots)
         fields = zip(keys, data, reply.checksums, map(_TIERS.__getitem__, reply.tiers))  # noqa: B905
         try:
-            blocks = tuple(map(LeasedBlock._make, fields))
+            blocks = tuple(map(_leased, fields))
         except LookupError:
             connection.close("it names a slot or a tier that there is not")
             return Lease.empty()

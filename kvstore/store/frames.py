@@ -71,9 +71,7 @@ class FrameReader:
         frames: list[Frame] = []
         start, end = 0, len(data)
         while end - start >= HEAD_BYTES:
-            num_bytes, kind, zeros, call = _HEAD.unpack_from(data, start)
-            if num_bytes > MAX_PAYLOAD_BYTES or zeros != _ZEROS:
-                raise BadFrame("what came is no frame of this protocol")
+            num_bytes, kind, call = _head(data, start)
             after = start + HEAD_BYTES + num_bytes
             if after > end:
                 break
@@ -85,6 +83,12 @@ class FrameReader:
 
     def _wanted(self) -> int:
         """Bytes of the unfinished frame, as far as is known: to join a large one at each read would be quadratic."""
-        if len(self._rest) < HEAD_BYTES:
-            return HEAD_BYTES
-        return HEAD_BYTES + min(int(_HEAD.unpack_from(self._rest)[0]), MAX_PAYLOAD_BYTES + 1)
+        return HEAD_BYTES if len(self._rest) < HEAD_BYTES else HEAD_BYTES + _head(self._rest, 0)[0]
+
+
+def _head(data: bytes | bytearray, start: int) -> tuple[int, int, int]:
+    """Bytes of the payload, kind and call. Raises BadFrame."""
+    num_bytes, kind, zeros, call = _HEAD.unpack_from(data, start)
+    if num_bytes > MAX_PAYLOAD_BYTES or zeros != _ZEROS:
+        raise BadFrame("what came is no frame of this protocol")
+    return num_bytes, kind, call

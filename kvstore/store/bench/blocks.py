@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import statistics
 import time
 from collections.abc import Sequence
@@ -22,8 +23,14 @@ def chain(name: str, length: int) -> list[BlockKey]:
 
 
 def make_blocks(num_blocks: int, block_bytes: int) -> Blocks:
-    """All pages touched."""
-    blocks = np.empty((num_blocks, block_bytes), np.uint8)
+    """All pages touched, and like a worker's pool: whole pages, huge ones where the system has them.
+
+    Memory of malloc begins 16 bytes behind a page: copies between it and the arena, whose slots are whole pages, run at
+    half the speed.
+    """
+    memory = mmap.mmap(-1, num_blocks * block_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    blocks = np.frombuffer(memory, np.uint8).reshape(num_blocks, block_bytes)
     blocks[:] = np.arange(block_bytes, dtype=np.uint32).astype(np.uint8)
     return blocks
 

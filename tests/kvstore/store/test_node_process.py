@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import sys
-import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,9 +16,8 @@ from kvstore.keys import BlockKey
 from kvstore.store.client import StoreClient
 from kvstore.store.tier import Tier
 from tests.kvstore.store.blocks import BLOCK_BYTES, FINGERPRINT, attach, chain, content, entries, read, save
+from tests.kvstore.store.ledgers import DEADLINE_S, ledger, until
 from tests.kvstore.store.node_process import ROOT, NodeProcess, start_node
-
-DEADLINE_S = 20.0
 
 
 @pytest.fixture
@@ -37,22 +33,6 @@ async def client(node: NodeProcess) -> AsyncIterator[StoreClient]:
     attached = await attach(node.socket)
     yield attached
     await attached.close()
-
-
-async def ledger(node: NodeProcess) -> dict[str, Any]:
-    def get() -> Any:
-        with urllib.request.urlopen(f"http://{node.admin_address}/ledger", timeout=DEADLINE_S) as reply:
-            return json.load(reply)
-
-    found: dict[str, Any] = await asyncio.to_thread(get)
-    assert found["sums"]
-    return found
-
-
-async def until(node: NodeProcess, state: str, count: int) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while (await ledger(node))["by_state"][state] != count:
-            await asyncio.sleep(0.02)
 
 
 async def until_attached(client: StoreClient) -> None:
