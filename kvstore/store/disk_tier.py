@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,6 +92,7 @@ class _Segment:
     fd: int
     num_records: int  # written or being written; of an earlier life's file: all that it could have
     headers: bytearray = field(default_factory=bytearray)  # of the file being written
+    removed: bool = False
 
     def __del__(self) -> None:
         os.close(self.fd)
@@ -140,6 +140,7 @@ class DiskTier:
         self._removed: list[BlockKey] = []
         self._readers = ThreadPoolExecutor(2, "disk-read")
         self._writer = ThreadPoolExecutor(1, "disk-write")
+        self._upkeep = ThreadPoolExecutor(1, "disk-upkeep")  # seals and erases, in their order
         self._lock_fd = _claim(folder)
         try:
             self._scan()
@@ -276,9 +277,9 @@ class DiskTier:
         """Seal what was written; waits for the threads. Idempotent."""
         self._readers.shutdown()
         self._writer.shutdown()
+        self._upkeep.shutdown()
         if self._current is not None:
-            with contextlib.suppress(OSError):
-                _seal(self._current)
+            _seal(self._current)
             self._current = None
         self._segments.clear()
         if self._lock_fd >= 0:
@@ -352,7 +353,7 @@ class DiskTier:
             if segment.headers:
                 segment.headers[record * HEADER_BYTES : (record + 1) * HEADER_BYTES] = bytes(HEADER_BYTES)
         if places:
-            self._writer.submit(partial(_erase, places))
+            self._upkeep.submit(_erase, places)
         return gone
 
     async def _segment_with_room(self) -> _Segment:
@@ -362,8 +363,7 @@ class DiskTier:
             return current
         loop = asyncio.get_running_loop()
         if current is not None:
-            self._current = None
-            await loop.run_in_executor(self._writer, _seal, current)
+            self._upkeep.submit(_seal, current)  # the disk takes what was written while we write on
         seat = self._make_room()
         self._last_id += 1
         info = SegmentInfo(self._last_id, self._generation, self.block_bytes, self._fingerprint)
@@ -384,7 +384,9 @@ class DiskTier:
             gone = self._index.clear_seat(seat)
             self.evictions += len(gone)
             self._removed += gone
-            _remove(self._segments.pop(seat).path)
+            segment = self._segments.pop(seat)
+            segment.removed = True
+            _remove(segment.path)
             free.add(seat)
         return min(free)
 
@@ -450,15 +452,19 @@ def _create(folder: Path, info: SegmentInfo, seat: int) -> _Segment:
 
 
 def _seal(segment: _Segment) -> None:
-    """Nothing more is appended: make it last, and write the side index. Raises OSError."""
-    os.fdatasync(segment.fd)
+    """Nothing more is appended: make it last, and write the side index. Without that the segment itself is read."""
     path = segment.path.with_suffix(".idx")
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(encode_index(segment.info, bytes(segment.headers)))
-    segment.headers.clear()
+    try:
+        os.fdatasync(segment.fd)
+        path.unlink(missing_ok=True)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(encode_index(segment.info, bytes(segment.headers)))
+        segment.headers.clear()
+        if segment.removed:  # meanwhile, for room: its index must not stay behind
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("a segment of the disk tier could not be sealed: %s", error)
 
 
 def _erase(places: Sequence[tuple[_Segment, int]]) -> None:

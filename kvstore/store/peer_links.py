@@ -12,6 +12,8 @@ import asyncio
 import contextlib
 import logging
 import os
+import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -28,6 +30,7 @@ from kvstore.transfer.transport import Buffer, Completion, Link, Transport
 log = logging.getLogger(__name__)
 
 MAX_LINKS = 256
+_TOLD_AT_ONCE = 16  # each may cost a checksum; other calls have their turn in between
 CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 2000),
     ("grpc.keepalive_timeout_ms", 2000),
@@ -39,7 +42,7 @@ CHANNEL_OPTIONS = (
 
 @dataclass(slots=True, eq=False)
 class PeerLink:
-    """One link as this node sees it. Use on the asyncio loop only."""
+    """One link as this node sees it. Use on the asyncio loop only, `hand_over` excepted."""
 
     node_id: str
     link: Link
@@ -47,6 +50,9 @@ class PeerLink:
     closing: asyncio.Future[None] | None = None  # set once the link is being closed; done when that is proven
     pidfd: int | None = None
     _waiting: dict[int, Callable[[Completion], None]] = field(default_factory=dict)
+    _ended: deque[Completion] = field(default_factory=deque)  # not told yet
+    _awake: bool = False  # the loop will look at `_ended`
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # of the two above
 
     def send(self, tag: int, data: Buffer, done: Callable[[Completion], None]) -> None:
         """Raises TransferError. `done` is called on the loop, exactly once, after this returned."""
@@ -64,10 +70,24 @@ class PeerLink:
         if operation in self._waiting:
             self.link.cancel(operation)
 
-    def complete(self, completion: Completion) -> None:
-        done = self._waiting.pop(completion.operation, None)
-        if done is not None:
-            done(completion)
+    def hand_over(self, completion: Completion, loop: asyncio.AbstractEventLoop) -> None:
+        """On the transport's thread. The loop is woken for the first of a run only: waking costs more than looking."""
+        with self._lock:
+            self._ended.append(completion)
+            wake, self._awake = not self._awake, True
+        if wake:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+                loop.call_soon_threadsafe(self._tell, loop)
+
+    def _tell(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self._lock:
+            run = [self._ended.popleft() for _ in range(min(len(self._ended), _TOLD_AT_ONCE))]
+            self._awake = bool(run)
+        if run:
+            loop.call_soon(self._tell, loop)
+        for completion in run:
+            if (done := self._waiting.pop(completion.operation, None)) is not None:
+                done(completion)
 
     def _check(self) -> None:
         if self.closing is not None:
@@ -192,8 +212,7 @@ class PeerLinks:
 
     async def _open(self, node_id: str, *, same_host: bool) -> PeerLink:
         def on_transport_thread(completion: Completion) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
-                self._loop.call_soon_threadsafe(link.complete, completion)
+            link.hand_over(completion, self._loop)
 
         opened = await self._loop.run_in_executor(
             None, lambda: self._transport.open(on_transport_thread, same_host=same_host)

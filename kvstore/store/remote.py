@@ -36,7 +36,7 @@ from kvstore.transfer.tags import MAX_TICKET_ID
 log = logging.getLogger(__name__)
 
 _OWNER = "fetch"
-_TICKET_BYTES = 64 << 20  # of one fetch: what is late or wrong costs no more than this
+_TICKET_BYTES = 128 << 20  # of one fetch: what is late or wrong costs no more than this
 _MAX_BREAKERS = 1024
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,25 @@ async def test_blocks_survive_a_restart_with_and_without_side_indexes(disk: Disk
     assert await readable(tier, keys) == [True] * 10
     assert tier.parent(keys[3]) == keys[2]
     assert tier.tenant(keys[3]) == "tenant"
+
+
+async def test_writing_goes_on_while_a_full_segment_is_made_last(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first segment goes for room, a block of the third is dropped, before the disk has taken any of them."""
+    taken = threading.Event()
+    monkeypatch.setattr(os, "fdatasync", lambda fd: taken.wait(20.0))
+    tier = disk.open(segments=3)
+    try:
+        for seed in range(4):
+            assert await tier.write(writes(chain(seed, RECORDS))) == RECORDS
+        assert await readable(tier, chain(3, RECORDS)) == [True] * RECORDS
+        assert tier.drop(chain(2, RECORDS)[3:]) == 1
+    finally:
+        taken.set()
+    tier = disk.open(segments=3)
+    names = {path.stem for path in disk.folder.glob("*.kv")}
+    assert {path.stem for path in disk.folder.glob("*.idx")} < names, "no index of a segment that went"
+    held = [[key in tier for key in chain(seed, RECORDS)] for seed in range(4)]
+    assert held == [[False] * 4, [True] * 4, [True] * 3 + [False], [True] * 4]
 
 
 async def test_a_damaged_side_index_is_not_believed(disk: Disk) -> None:
