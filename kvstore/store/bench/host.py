@@ -14,6 +14,7 @@ from pathlib import Path
 from kvstore.keys import BlockKey
 from kvstore.store.bench.blocks import FINGERPRINT, chain, get, make_blocks, memcpy_gb_per_s, put
 from kvstore.store.bench.processes import store_node
+from kvstore.store.bench.round_trip import round_trip_us
 from kvstore.store.client import StoreClient
 
 _BATCH_BYTES = 64 << 20
@@ -21,11 +22,15 @@ _ROUNDS = 7
 _CALLS = 200
 PREFIX_BLOCKS = 512
 _WORKERS = 4
+_SETTLE_S = 1.0  # a worker maps the arena in the background when it attaches
 
 
 @dataclass(frozen=True, slots=True)
 class HostResult:
-    """Medians; shares are of memcpy in the same run. A call moves one block and waits for the node."""
+    """Medians; shares are of memcpy in the same run. A call moves one block and waits for the node.
+
+    A put makes two round trips (begin, commit), a get one (load); `round_trip_us` is what one costs at least here.
+    """
 
     block_kib: int
     memcpy_gb_per_s: float
@@ -35,6 +40,7 @@ class HostResult:
     get_share: float
     put_call_us: float
     get_call_us: float
+    round_trip_us: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,7 @@ async def measure_host(folder: Path, block_kib: int) -> HostResult:
     with store_node(folder, f"host-{block_kib}", "--host-bytes", arena) as path:
         client = await StoreClient.attach(path, fingerprint=FINGERPRINT, block_bytes=block_bytes, owner="bench")
         source, target = make_blocks(num_blocks, block_bytes), make_blocks(num_blocks, block_bytes)
+        await asyncio.sleep(_SETTLE_S)
         before = memcpy_gb_per_s(source, target, _ROUNDS)
         chains = [chain(f"{block_kib}/{n}", num_blocks) for n in range(_ROUNDS)]
         put_s = [await _timed(lambda keys=keys: put(client, keys, source)) for keys in chains]  # type: ignore[misc]
@@ -66,9 +73,18 @@ async def measure_host(folder: Path, block_kib: int) -> HostResult:
         get_call_s = [await _timed(lambda keys=keys: get(client, keys, target)) for keys in singles]  # type: ignore[misc]
         memcpy = (before + memcpy_gb_per_s(source, target, _ROUNDS)) / 2
         await client.close()
-    speeds = [source.nbytes / statistics.median(times_s) / 1e9 for times_s in (put_s, get_s)]
-    calls_us = [1e6 * statistics.median(times_s) for times_s in (put_call_s, get_call_s)]
-    return HostResult(block_kib, memcpy, *speeds, *(speed / memcpy for speed in speeds), *calls_us)
+    put_speed, get_speed = (source.nbytes / statistics.median(times_s) / 1e9 for times_s in (put_s, get_s))
+    return HostResult(
+        block_kib,
+        memcpy_gb_per_s=memcpy,
+        put_gb_per_s=put_speed,
+        get_gb_per_s=get_speed,
+        put_share=put_speed / memcpy,
+        get_share=get_speed / memcpy,
+        put_call_us=1e6 * statistics.median(put_call_s),
+        get_call_us=1e6 * statistics.median(get_call_s),
+        round_trip_us=await asyncio.to_thread(round_trip_us),
+    )
 
 
 async def measure_prefix(folder: Path) -> PrefixResult:
