@@ -1,6 +1,6 @@
-"""The workers that are attached: a stream tells that a session has ended, a pidfd proves that the process has.
+"""The workers that are attached: a connection tells that a session has ended, a pidfd proves that the process has.
 
-ATTACHED ── stream ends ──> LOST: slots quarantined ── process ends, or attaches again ──> GONE: slots freed
+ATTACHED ── hangs up ─────> LOST: slots quarantined ── process ends, or attaches again ──> GONE: slots freed
         └────────────── process ends ────────────────────────┴─────────────────────────────────────┘
 """
 
@@ -72,7 +72,7 @@ class SessionTable:
         return None if session is None else session.owner
 
     def lost(self, session: Session) -> None:
-        """Its stream has ended. Idempotent."""
+        """Its connection has ended. Idempotent."""
         if self._attached.pop(session.session_id, None) is None:
             return
         quarantined = self._host.owner_lost(session.owner)

@@ -97,6 +97,8 @@ class WorkerConnection(asyncio.Protocol):
         self._connections.add(self)
 
     def data_received(self, data: bytes) -> None:
+        if self._ended:
+            return
         try:
             self._frames += self._reader.feed(data)
         except BadFrame as error:

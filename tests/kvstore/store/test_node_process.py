@@ -238,3 +238,14 @@ async def test_a_cancelled_save_keeps_no_slot(node: NodeProcess, client: StoreCl
         await saving
     await until(node, "free", (await ledger(node))["total_blocks"])
     assert await save(client, chain(1, 5)) == 5
+
+
+async def test_a_cancelled_load_keeps_no_lease(node: NodeProcess, client: StoreClient) -> None:
+    await save(client, chain(1, 5))
+    loading = asyncio.create_task(client.load(chain(1, 5), 1.0))
+    await asyncio.sleep(0)
+    loading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await loading
+    await client.lookup(chain(1, 5))  # answered after the load was
+    await until(node, "held", 0)
