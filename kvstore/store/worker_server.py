@@ -186,7 +186,7 @@ class WorkerConnection(asyncio.Protocol):
             case Kind.LOOKUP:
                 self._lookup(call, payload)
             case Kind.REPORT_CORRUPT:
-                self._start(self._report(call, payload))
+                self._start(self._report(call, decode_keys(payload)))
             case _:
                 raise BadFrame(f"there is no message of kind {kind}, or not after HELLO")
 
@@ -259,8 +259,8 @@ class WorkerConnection(asyncio.Protocol):
         )
         self._reply(call, reply.encode())
 
-    async def _report(self, call: int, payload: bytes) -> None:
-        await self._store.report_corrupt(decode_keys(payload))
+    async def _report(self, call: int, keys: Sequence[BlockKey]) -> None:
+        await self._store.report_corrupt(keys)
         self._reply(call)
 
 

@@ -132,6 +132,7 @@ async def test_a_malformed_call_ends_its_own_session_only(raw: Raw, kind: Kind, 
     answer = raw.hear()
     assert answer is not None
     assert answer.kind == Kind.REFUSAL
+    assert b"made a mistake" not in answer.payload, "it is not the node's"
     assert raw.hear() is None
 
 
