@@ -21,19 +21,18 @@ class Claim:
         self._member = member
         self._tokens = uncached_tokens
         self._held = True
-        member.outstanding_tokens += uncached_tokens
-        member.sequences += 1
+        member.take(uncached_tokens)
 
     def computed(self) -> None:
         """The prompt's tokens wait no longer."""
-        self._member.outstanding_tokens -= self._tokens
+        self._member.computed(self._tokens)
         self._tokens = 0
 
     def release(self) -> None:
         if self._held:
             self._held = False
             self.computed()
-            self._member.sequences -= 1
+            self._member.give_back()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ class Placer:
         member = self._fleet.member(worker_id)
         if member is None:
             return None
-        matched_blocks = self._fleet.index.match(keys).get(member.slot, 0)
+        matched_blocks = self._fleet.index.match(keys).of(member.slot)
         return Placed(self._claim(member, need, matched_blocks), disaggregated=False)
 
     def place_resumed(self, need: Need, keys: Sequence[BlockKey]) -> Placed | Decision:
@@ -110,11 +109,11 @@ class Placer:
         return decision
 
     def _look(self, need: Need, keys: Sequence[BlockKey], linked_from: str | None = None) -> Decision:
-        depths = self._fleet.index.match(keys)
-        candidates = self._fleet.candidates(depths, time.monotonic(), linked_from=linked_from)
+        match = self._fleet.index.match(keys)
+        candidates = self._fleet.candidates(match, time.monotonic(), linked_from=linked_from)
         return self._policy.decide(need, candidates, self._turns[need.phase])
 
     def _claim(self, member: Member, need: Need, matched_blocks: int) -> Claim:
         uncached_tokens = max(1, need.tokens - matched_blocks * need.block_size)
-        member.recent.add(uncached_tokens, time.monotonic())
+        self._fleet.columns.add_recent(member.slot, uncached_tokens, time.monotonic())
         return Claim(member, uncached_tokens)

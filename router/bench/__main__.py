@@ -24,7 +24,6 @@ from pdserve.launch.folders import cache_folder
 from pdserve.models.default_model import ensure_default_model
 from router.bench.decide import measure_decision
 from router.main import Router, RouterConfig, load_model
-from router.policy import POLICIES, Candidate, LoadView, Need, Phase, Role
 
 PROMPT_TOKENS = 512
 LONG_ANSWER_TOKENS = 256
@@ -73,8 +72,6 @@ async def measure(model: Path, requests: int) -> dict[str, Any]:
         "streamed_tokens_per_s": round(requests * LONG_ANSWER_TOKENS / long_wall_s),
         "tokenise_us": _time_us(lambda: served.tokenizer.encode(text, add_special=False)),
         "block_keys_us": _time_us(lambda: block_keys(root_key(b"x"), tokenised, BLOCK_SIZE)),
-        "decide_8_workers_us": _decide_us(8),
-        "decide_64_workers_us": _decide_us(64),
         "decision_8192_tokens_64_workers": measure_decision(),
     }
 
@@ -130,25 +127,6 @@ async def _post(app: ASGIApp, body: bytes) -> None:
     ended.set()
     if status != 200 or not last.endswith(b"[DONE]\n\n"):
         raise RuntimeError(f"a request failed with status {status}: {last[-200:]!r}")
-
-
-def _decide_us(workers: int) -> float:
-    candidates = [
-        Candidate(
-            worker_id=f"w{number:02d}",
-            role=Role.MIXED,
-            alive=True,
-            incompatible="",
-            max_model_len=8192,
-            max_sequences=64,
-            total_blocks=4096,
-            block_bytes=1 << 18,
-            load=LoadView(waiting_tokens=number, free_blocks=4096),
-        )
-        for number in range(workers)
-    ]
-    need = Need(Phase.PROMPT, PROMPT_TOKENS, 64, BLOCK_SIZE)
-    return _time_us(lambda: POLICIES["cost"].decide(need, candidates, 0))
 
 
 def _time_us(call: Callable[[], object], repeats: int = 200) -> float:

@@ -48,7 +48,7 @@ class AgainstNaive(RuleBasedStateMachine):
     @rule(length=st.integers(0, len(KEYS)))
     def match(self, length: int) -> None:
         """As far as an unbroken prefix reaches, and never further than the last key held."""
-        depths = self.index.match(KEYS[:length])
+        depths = self.index.match(KEYS[:length]).by_slot()
         for slot, held in self.naive.items():
             unbroken = next((n for n, key in enumerate(KEYS[:length]) if key not in held), length)
             if held.issubset(KEYS[:unbroken]) or unbroken in (0, length):
@@ -72,10 +72,10 @@ def test_an_index_that_all_workers_left_is_empty() -> None:
     index.stored(0, KEYS)
     index.stored(3, KEYS[:4])
     index.remove_worker(0)
-    assert index.match(KEYS) == {3: 4}
+    assert index.match(KEYS).by_slot() == {3: 4}
     index.remove_worker(3)
     assert len(index) == 0
-    assert index.match(KEYS) == {}
+    assert index.match(KEYS).by_slot() == {}
 
 
 @given(st.dictionaries(slots, st.integers(0, 60), max_size=5), st.integers(0, 60))
@@ -85,15 +85,15 @@ def test_prefixes_of_any_depth_are_found_whole(depths: dict[int, int], length: i
     for slot, depth in depths.items():
         index.stored(slot, keys[:depth])
     expected = {slot: min(depth, length) for slot, depth in depths.items() if min(depth, length)}
-    assert index.match(keys[:length]) == expected
-    assert index.match(KeyChain(root_key(b"f"), tokens[: length * 4], 4)) == expected
+    assert index.match(keys[:length]).by_slot() == expected
+    assert index.match(KeyChain(root_key(b"f"), tokens[: length * 4], 4)).by_slot() == expected
 
 
 def test_a_worker_without_the_first_block_holds_nothing() -> None:
     keys = block_keys(root_key(b"f"), range(40), 4)
     index = PrefixIndex()
     index.stored(2, keys[1:])
-    assert index.match(keys) == {}
+    assert index.match(keys).by_slot() == {}
 
 
 def test_a_cut_key_is_refused() -> None:
