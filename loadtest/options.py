@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from loadtest.replay import Replay
-from loadtest.trace import read_trace
+from pdserve.trace import read_trace
 from loadtest.workload import Chat, Synthetic, Workload
 
 KINDS = ("synthetic", "chat", "replay")

@@ -59,6 +59,10 @@ class Columns:
         self._loads[:, slot] = load_column(load)
         self._loads[RECENT_TOKENS, slot] = recent_tokens
 
+    def change_load(self, slot: int, row: int, amount: float) -> None:
+        """One figure of a load, by `amount`; `row` is one of `router.policy.candidates`."""
+        self._loads[row, slot] += amount
+
     def add_recent(self, slot: int, tokens: float, now_s: float) -> None:
         """Uncached tokens were sent to the worker; they count half after each half-life."""
         self._decay(now_s)

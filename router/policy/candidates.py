@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from router.policy.candidate import RATE_BITS, Candidate, LinkFacts, LoadView, Role, Speed
+from router.policy.candidate import RATE_BITS, Candidate, LinkFacts, LoadView, Need, Role, Speed
 
 Numbers = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -129,13 +129,18 @@ class Snapshot:
         return self._row(FREE_BLOCKS)
 
 
+def uncached_tokens(need: Need, matched_blocks: Numbers) -> Numbers:
+    """Never below one: the last token is computed even when every block is there."""
+    return np.maximum(need.tokens - need.block_size * matched_blocks, 1.0)
+
+
 class Candidates:
     """
     Attributes:
         seen: the columns.
     """
 
-    __slots__ = ("_first", "_load_s", "_rates", "seen")
+    __slots__ = ("_first", "_load_s", "_rates", "_uncached_s", "seen")
 
     def __init__(self, seen: Snapshot, rates: Numbers, first: NDArray[np.intp]) -> None:
         """
@@ -147,6 +152,7 @@ class Candidates:
         self._rates = rates
         self._first = first
         self._load_s: Numbers | None = None
+        self._uncached_s: tuple[Need, Numbers] | None = None
 
     @classmethod
     def of(cls, workers: Iterable[Candidate]) -> Candidates:
@@ -169,6 +175,12 @@ class Candidates:
             self._load_s = self.prefill_s(self.seen.loads[: RECENT_TOKENS + 1])
         seconds: Numbers = self._load_s[row]
         return seconds
+
+    def uncached_s(self, need: Need) -> Numbers:
+        """To compute what each does not hold."""
+        if self._uncached_s is None or self._uncached_s[0] is not need:
+            self._uncached_s = need, self.prefill_s(uncached_tokens(need, self.seen.matched_blocks))
+        return self._uncached_s[1]
 
     def prefill_s(self, tokens: Numbers) -> Numbers:
         """As `Speed.prefill_s` of each worker for its own number of tokens, below 2**RATE_BITS; [..., workers]."""

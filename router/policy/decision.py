@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from router.policy.candidate import Need, Phase
-from router.policy.candidates import Flags, Numbers, Snapshot
+from router.policy.candidates import Flags, Numbers, Snapshot, uncached_tokens
 from router.policy.filters import Filter
-from router.policy.scorers import missing_bytes, uncached_tokens
+from router.policy.scorers import missing_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,12 @@
 """Scorers: what each candidate would cost, term by term, in seconds, from the workers' measured speed.
 
-    prompt   uncached + queued + MEMORY * recent + SEQUENCE * sequences (where decoding shares the step)
+    prompt   uncached + WORK * uncached + queued + RECENT * recent + SEQUENCE * sequences (if decoding shares the step)
     decode   bytes to move + SEQUENCE * sequences + CONTEXT * context
 
-The memory term is what keeps equal workers equal: a term of in-flight work alone sends everything to one worker as
-soon as requests are short or rare. A weight of 0.05 with a half-life of 30 s reaches nearly every prefix at an even
-load (tests/router/test_policy_trace.py replays a public trace).
+The term of recent work is what keeps equal workers equal: a term of in-flight work alone sends everything to one worker
+as soon as requests are short or rare. A weight of 0.1 with a half-life of 30 s reaches nearly every prefix at an even
+load. Without WORK, each request looks after itself alone, and busy workers compute the same prefixes over and over.
+`pdserve replay` tries weights on a trace; docs/results.md has what it found.
 """
 
 from __future__ import annotations
@@ -21,17 +22,13 @@ from router.policy.candidates import RECENT_TOKENS, WAITING_TOKENS, Candidates, 
 Scorer = Callable[[Need, Candidates], Numbers]
 
 RECENT_HALF_LIFE_S = 30.0
-RECENT_WEIGHT = 0.05
+RECENT_WEIGHT = 0.1
+WORK_WEIGHT = 2.0
 # A decoding sequence slows its neighbours for as long as it runs: worth this many tokens of prefill.
 SEQUENCE_TOKENS = 32
 # Reading the KV of a context token once is this small a part of computing it.
 CONTEXT_WEIGHT = 0.01
 UNMEASURED_LINK_BYTES_PER_S = 1e9
-
-
-def uncached_tokens(need: Need, matched_blocks: Numbers) -> Numbers:
-    """Never below one: the last token is computed even when every block is there."""
-    return np.maximum(need.tokens - need.block_size * matched_blocks, 1.0)
 
 
 def missing_bytes(need: Need, seen: Snapshot) -> Numbers:
@@ -40,7 +37,12 @@ def missing_bytes(need: Need, seen: Snapshot) -> Numbers:
 
 
 def uncached(need: Need, candidates: Candidates) -> Numbers:
-    return candidates.prefill_s(uncached_tokens(need, candidates.seen.matched_blocks))
+    return candidates.uncached_s(need)
+
+
+def work(need: Need, candidates: Candidates) -> Numbers:
+    """What it makes those who come after wait: a prefix computed once more is time of a worker that they would have."""
+    return WORK_WEIGHT * candidates.uncached_s(need)
 
 
 def queued(_: Need, candidates: Candidates) -> Numbers:
@@ -70,7 +72,13 @@ def context(_: Need, candidates: Candidates) -> Numbers:
     return CONTEXT_WEIGHT * candidates.seen.context_tokens * candidates.constant_prefill_s(1)
 
 
-_PROMPT: Mapping[str, Scorer] = {"uncached": uncached, "queued": queued, "recent": recent, "shared_step": shared_step}
+_PROMPT: Mapping[str, Scorer] = {
+    "uncached": uncached,
+    "work": work,
+    "queued": queued,
+    "recent": recent,
+    "shared_step": shared_step,
+}
 _DECODE: Mapping[str, Scorer] = {"move": move, "sequences": sequences, "context": context}
 
 COST: Mapping[Phase, Mapping[str, Scorer]] = {

@@ -112,7 +112,13 @@ def test_a_decision_keeps_every_term_and_the_runner_up() -> None:
     assert [each.worker_id for each in decision.considered] == ["b", "a"]
     assert decision.runner_up is not None
     assert decision.runner_up.worker_id == "a"
-    assert dict(decision.considered[0].terms) == {"uncached": 0.016, "queued": 0.0, "recent": 0.0, "shared_step": 0.0}
+    assert dict(decision.considered[0].terms) == {
+        "uncached": 0.016,
+        "work": 0.032,
+        "queued": 0.0,
+        "recent": 0.0,
+        "shared_step": 0.0,
+    }
     assert all(each.cost == sum(each.terms.values()) for each in decision.considered)
 
 
