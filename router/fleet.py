@@ -137,7 +137,7 @@ class Fleet:
             return
         match message.WhichOneof("body"):
             case "load":
-                member.report(message.load)
+                member.note_load(message.load)
                 if member.role is Role.DECODE:  # elsewhere a step holds prompts too
                     member.learner.note_step(message.load.running_sequences, message.load.step_s)
                 self._wake()
@@ -152,7 +152,8 @@ class Fleet:
                     self._listener.on_message(member.worker_id, message)
 
     def _apply(self, member: Member, event: pb.KvEvents) -> None:
-        member.accept_event(event)
+        if not member.accept_event(event):
+            return
         stored = split_keys(event.stored)
         if event.snapshot:
             self.index.snapshot(member.slot, stored)

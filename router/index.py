@@ -5,7 +5,7 @@ which workers part ways, however many workers there are. The reverse map (keys b
 replaced or forgotten without a walk over everyone else's.
 
 What a worker was sent counts as held before its own event says so, for a while (`expect`): requests that share a new
-prefix and come together would otherwise each find it nowhere.
+prefix and come together would otherwise each find it nowhere. `kvstore.keys.landmarks` are enough for that.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ class PrefixIndex:
     def expect(self, slot: int, keys: Iterable[BlockKey], now_s: float, expires_s: float) -> None:
         """Until `expires_s` the worker counts as holding `keys`, unless its events say so themselves before."""
         self.expire(now_s)
-        held, expected = self._held.get(slot, ()), self._expected.setdefault(slot, {})
+        if slot not in self._held:
+            return  # it has said nothing yet, or left
+        held, expected = self._held[slot], self._expected.setdefault(slot, {})
         fresh = [key for key in keys if key not in held][: MAX_EXPECTED - len(expected)]
         if not fresh:
             return

@@ -9,6 +9,7 @@ from typing import Any
 from kvstore.keys import KEY_BYTES
 from pdserve.protocol import worker_pb2 as pb
 from router.columns import Columns, Seats
+from router.events import EventCursor
 from router.link import WorkerLink
 from router.policy import Candidate, LinkFacts, Links, LoadView, Role
 from router.speed import SpeedLearner
@@ -74,7 +75,7 @@ class Member:
     in_use: bool = False  # its session is up and nothing speaks against it
     incompatible: str = ""
     load: pb.LoadReport = field(default_factory=pb.LoadReport)
-    next_event: int | None = None  # sequence number of the next KV event; None: a snapshot must come first
+    events: EventCursor = field(default_factory=EventCursor)
     links: dict[str, tuple[int, LinkFacts]] = field(default_factory=dict)  # by peer id: incarnation, facts
     distrusted: set[int] = field(default_factory=set)  # incarnations of peers to which a hand-over failed lately
     told_peers: bytes = b""  # the last Peers message
@@ -104,28 +105,26 @@ class Member:
         self.hello, self.role, self.joined_s, self.in_use = hello, role, now_s, True
         self.incompatible = ""
         # Until its first report it is empty, as a worker without sequences is.
-        self.report(pb.LoadReport(free_blocks=hello.num_blocks, total_blocks=hello.num_blocks))
+        self.note_load(pb.LoadReport(free_blocks=hello.num_blocks, total_blocks=hello.num_blocks))
 
     def leave(self) -> None:
         """The session ended: what it said holds no longer. What was sent to it stays remembered."""
         self.in_use = False
-        self.next_event = None
+        self.events = EventCursor()
         self.links.clear()
         self.seen_links = None
         self.told_peers = b""
         self.partners = 0
 
-    def accept_event(self, event: pb.KvEvents) -> None:
-        """Check that nothing was lost before it.
+    def accept_event(self, event: pb.KvEvents) -> bool:
+        """Whether to apply it: not if it was applied before.
 
         Raises:
-            ValueError: something was, or the event is malformed; a new session brings a new snapshot.
+            ValueError: something was lost before it, or it is malformed; a new session brings a new snapshot.
         """
-        if not event.snapshot and event.sequence != self.next_event:
-            raise ValueError(f"KV event {event.sequence} came when {self.next_event} was due")
         if len(event.stored) > self.hello.num_blocks * KEY_BYTES:
             raise ValueError(f"a KV event stores more keys than the worker's {self.hello.num_blocks} blocks")
-        self.next_event = event.sequence + 1
+        return self.events.accept(event.sequence, snapshot=event.snapshot)
 
     def link_to(self, peer: Member) -> LinkFacts | None:
         """The data-plane link to the peer's present life; down while it is distrusted."""
@@ -134,26 +133,26 @@ class Member:
             return None
         return replace(facts, up=False, error="a hand-over failed") if incarnation in self.distrusted else facts
 
-    def report(self, load: pb.LoadReport) -> None:
+    def note_load(self, load: pb.LoadReport) -> None:
         self.load = load
-        self._note_load()
+        self._refresh()
 
     def take(self, uncached_tokens: int) -> None:
         """A request was sent there; each `take` is followed by one `give_back`."""
         self.outstanding_tokens += uncached_tokens
         self.sequences += 1
-        self._note_load()
+        self._refresh()
 
     def computed(self, tokens: int) -> None:
         """So many of the tokens that it took wait no longer."""
         self.outstanding_tokens -= tokens
-        self._note_load()
+        self._refresh()
 
     def give_back(self) -> None:
         self.sequences -= 1
-        self._note_load()
+        self._refresh()
 
-    def _note_load(self) -> None:
+    def _refresh(self) -> None:
         """The larger of what it reported and what this router knows to be on its way."""
         load = self.load
         view = LoadView(

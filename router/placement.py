@@ -7,10 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from kvstore.keys import BlockKey
+from kvstore.keys import BlockKey, landmarks
 from router.fleet import Fleet
 from router.member import Member
-from router.policy import Decision, Need, Phase, Policy, Role
+from router.policy import Considered, Decision, Need, Phase, Policy, Role
+
+# Beyond the predicted end of its prefill, blocks count as held so long without a word from the worker.
+_EXPECT_MARGIN_S = 5.0
+_EXPECT_AT_MOST_S = 60.0
 
 
 class Claim:
@@ -69,6 +73,7 @@ class Placer:
         member = self._fleet.member(decision.chosen.worker_id)
         assert member is not None
         disaggregated = decision.phase is Phase.PROMPT and member.role is Role.PREFILL and need.max_tokens > 1
+        self._expect(member, keys, decision.chosen)
         return Placed(self._claim(member, need, decision.chosen.matched_blocks), disaggregated)
 
     def place_whole_on(self, worker_id: str, need: Need, keys: Sequence[BlockKey]) -> Placed | None:
@@ -112,6 +117,12 @@ class Placer:
         match = self._fleet.index.match(keys)
         candidates = self._fleet.candidates(match, time.monotonic(), linked_from=linked_from)
         return self._policy.decide(need, candidates, self._turns[need.phase])
+
+    def _expect(self, member: Member, keys: Sequence[BlockKey], chosen: Considered) -> None:
+        """Whoever shares this prompt's beginning may follow it there, before the worker says that it has the blocks."""
+        now_s = time.monotonic()
+        expires_s = now_s + min(chosen.queued_s + chosen.uncached_s + _EXPECT_MARGIN_S, _EXPECT_AT_MOST_S)
+        self._fleet.index.expect(member.slot, landmarks(keys), now_s, expires_s)
 
     def _claim(self, member: Member, need: Need, matched_blocks: int) -> Claim:
         uncached_tokens = max(1, need.tokens - matched_blocks * need.block_size)
