@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 
 from hypothesis import settings
@@ -60,7 +59,6 @@ class LossyEvents(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.loop = asyncio.new_event_loop()
         self.fleet = Fleet(StaticDiscovery(()), "test", FleetLimits())
         self.workers: dict[WorkerLink, Worker] = {}
         for slot, name in enumerate("ab"):
@@ -155,7 +153,6 @@ class LossyEvents(RuleBasedStateMachine):
             while worker.under_way:
                 self.deliver(link, worker.under_way.popleft())
         self.converged()
-        self.loop.close()
 
 
 LossyEvents.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
