@@ -1,14 +1,15 @@
-"""`python -m router.bench`: CPU time that the router spends on a request and on a token, as JSON.
+"""`python -m router.bench`: a decision, events, a request and a token, alone and over HTTP beside other routers. JSON.
 
-The router runs whole in this process, below HTTP's sockets: bytes of a body in, server-sent events out. Its worker is a
-stub in another process, so this process's CPU time is the router's own. The per-token figure is the slope between
-answers of one token and long ones. Parts of the request's share are timed alone beside it.
+For `below_http` the router runs whole in this process, below HTTP's sockets: bytes of a body in, server-sent events
+out. Its worker is a stub in another process, so this process's CPU time is the router's own. The per-token figure is the
+slope between answers of one token and long ones. Parts of the request's share are timed alone beside it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +23,8 @@ from starlette.types import ASGIApp
 from kvstore.keys import block_keys, root_key
 from pdserve.launch.folders import cache_folder
 from pdserve.models.default_model import ensure_default_model
-from router.bench.decide import measure_decision
+from router.bench.decide import measure_decision, measure_events
+from router.bench.http_path import measure_http
 from router.main import Router, RouterConfig, load_model
 
 PROMPT_TOKENS = 512
@@ -34,11 +36,27 @@ CONCURRENCY = 16
 def main(
     model: Annotated[Path | None, typer.Option(help="Its tokeniser is used; none: the default model.")] = None,
     requests: Annotated[int, typer.Option(help="Requests of each kind.")] = 200,
+    peers: Annotated[Path | None, typer.Option(help="Folder with sglang-router and vllm-router.")] = None,
+    dynamo: Annotated[Path | None, typer.Option(help="Python that has ai-dynamo-runtime.")] = None,
 ) -> None:
     """Measure and print JSON."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         folder = model or ensure_default_model(cache_folder(), lambda text, share: None)
-        print(json.dumps(runner.run(measure(folder, requests)), indent=2))
+        found = {
+            "decision": measure_decision(),
+            "dynamo": _dynamo(dynamo),
+            "events": measure_events(),
+            "below_http": runner.run(measure(folder, requests)),
+            "http": runner.run(measure_http(folder, load_model(folder).name, peers)),
+        }
+        print(json.dumps(found, indent=2))
+
+
+def _dynamo(python: Path | None) -> Any:
+    if python is None:
+        return None
+    script = Path(__file__).with_name("dynamo_peer.py")
+    return json.loads(subprocess.run([python, script], stdout=subprocess.PIPE, check=True).stdout)
 
 
 async def measure(model: Path, requests: int) -> dict[str, Any]:
@@ -72,7 +90,6 @@ async def measure(model: Path, requests: int) -> dict[str, Any]:
         "streamed_tokens_per_s": round(requests * LONG_ANSWER_TOKENS / long_wall_s),
         "tokenise_us": _time_us(lambda: served.tokenizer.encode(text, add_special=False)),
         "block_keys_us": _time_us(lambda: block_keys(root_key(b"x"), tokenised, BLOCK_SIZE)),
-        "decision_8192_tokens_64_workers": measure_decision(),
     }
 
 

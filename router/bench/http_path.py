@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import sys
 import time
@@ -19,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 PROMPT = "The quick brown fox jumps over the lazy dog, and then it sleeps."
-RATE = 500.0
+RATES = (100, 500)  # requests/s
 STREAM_TOKENS = 256
-CONNECTIONS = 16
+_STREAMS = 160
 
 
 async def measure_http(model: Path, name: str, peers: Path | None) -> dict[str, Any]:
@@ -32,23 +33,23 @@ async def measure_http(model: Path, name: str, peers: Path | None) -> dict[str, 
     """
     found: dict[str, Any] = {}
     async with _started("router.bench.http_stub") as stub:
-        found["stub_alone"] = await _measure(stub, "stub")
+        found["stub_alone"] = await _measure(stub, "stub", None)
         for peer, command in _peers(peers, stub).items():
             port = _free_port()
-            async with _process(*command, "--port", str(port)) as _:
+            async with _process(*command, "--port", str(port)) as (process, _):
                 await _ready(port)
-                found[peer] = await _measure(f"127.0.0.1:{port}", "stub")
+                found[peer] = await _measure(f"127.0.0.1:{port}", "stub", process.pid)
     async with _started("router.bench.stub_worker") as worker:
         port = _free_port()
         command = (sys.executable, "-m", "router", "--model", str(model), "--worker", worker, "--port", str(port))
-        async with _process(*command) as _:
+        async with _process(*command) as (process, _):
             await _ready(port)
-            found["pdserve"] = await _measure(f"127.0.0.1:{port}", name)
-    alone = found["stub_alone"]["at_500_per_s"]
-    for what, each in found.items():
-        if what != "stub_alone":
-            each["added_p50_us"] = each["at_500_per_s"]["p50_us"] - alone["p50_us"]
-            each["added_p99_us"] = each["at_500_per_s"]["p99_us"] - alone["p99_us"]
+            found["pdserve"] = await _measure(f"127.0.0.1:{port}", name, process.pid)
+    alone = found["stub_alone"]
+    for each in found.values():
+        for rate in RATES:
+            at, base = each[f"at_{rate}_per_s"], alone[f"at_{rate}_per_s"]
+            at["added_p50_us"], at["added_p99_us"] = at["p50_us"] - base["p50_us"], at["p99_us"] - base["p99_us"]
     return found
 
 
@@ -65,17 +66,38 @@ def _peers(folder: Path | None, stub: str) -> dict[str, tuple[str, ...]]:
     }
 
 
-async def _measure(address: str, model: str) -> dict[str, Any]:
+async def _measure(address: str, model: str, pid: int | None) -> dict[str, Any]:
+    """`pid`: of the router, whose CPU time is measured too: client and stub share the cores with it."""
     fields = {"model": model, "prompt": PROMPT, "temperature": 0}
     whole = json.dumps({**fields, "max_tokens": 1})
     stream = json.dumps({**fields, "max_tokens": STREAM_TOKENS, "stream": True, "ignore_eos": True})
-    streamed = await _load(address, stream, "--requests", "160", "--connections", str(CONNECTIONS))
-    return {
-        "at_500_per_s": await _load(address, whole, "--requests", "2500", "--rate", str(RATE)),
-        "requests_per_s": (await _load(address, whole, "--requests", "3200"))["requests_per_s"],
-        "streamed_tokens_per_s": round(streamed["requests_per_s"] * STREAM_TOKENS),
-        "stream_events_per_s": streamed["events_per_s"],
-    }
+    found: dict[str, Any] = {}
+    for rate in RATES:
+        options = ("--requests", str(4 * rate), "--rate", str(rate))
+        found[f"at_{rate}_per_s"] = _latency(await _load(address, whole, *options))
+    before_s = _cpu_s(pid)
+    requests = await _load(address, whole, "--requests", "1600")
+    between_s = _cpu_s(pid)
+    streams = await _load(address, stream, "--requests", str(_STREAMS))
+    after_s = _cpu_s(pid)
+    found["requests_per_s"] = requests["requests_per_s"]
+    found["streamed_tokens_per_s"] = round(streams["requests_per_s"] * STREAM_TOKENS)
+    if pid is not None:
+        found["requests_per_cpu_s"] = round(1600 / (between_s - before_s))
+        found["streamed_tokens_per_cpu_s"] = round(_STREAMS * STREAM_TOKENS / (after_s - between_s))
+    return found
+
+
+def _latency(measured: dict[str, float]) -> dict[str, float]:
+    return {name: measured[name] for name in ("p50_us", "p99_us")}
+
+
+def _cpu_s(pid: int | None) -> float:
+    """User and system time of a process; 0 of none. Linux."""
+    if pid is None:
+        return 0.0
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def _load(address: str, body: str, *options: str) -> dict[str, float]:
@@ -92,12 +114,12 @@ async def _load(address: str, body: str, *options: str) -> dict[str, float]:
 @contextlib.asynccontextmanager
 async def _started(module: str) -> AsyncIterator[str]:
     """The address that a stub prints."""
-    async with _process(sys.executable, "-m", module, says_address=True) as address:
+    async with _process(sys.executable, "-m", module, says_address=True) as (_, address):
         yield address
 
 
 @contextlib.asynccontextmanager
-async def _process(*command: str, says_address: bool = False) -> AsyncIterator[str]:
+async def _process(*command: str, says_address: bool = False) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
     quiet = asyncio.subprocess.DEVNULL
     process = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE if says_address else quiet, stderr=quiet
@@ -106,7 +128,7 @@ async def _process(*command: str, says_address: bool = False) -> AsyncIterator[s
         address = ""
         if process.stdout is not None:
             address = (await asyncio.wait_for(process.stdout.readline(), 30)).decode().strip()
-        yield address
+        yield process, address
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
