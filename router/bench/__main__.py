@@ -1,8 +1,8 @@
 """`python -m router.bench`: a decision, events, a request and a token, alone and over HTTP beside other routers. JSON.
 
 For `below_http` the router runs whole in this process, below HTTP's sockets: bytes of a body in, server-sent events
-out. Its worker is a stub in another process, so this process's CPU time is the router's own. The per-token figure is the
-slope between answers of one token and long ones. Parts of the request's share are timed alone beside it.
+out. Its worker is a stub in another process, so this process's CPU time is the router's own. The per-token figure is
+the slope between answers of one token and long ones. Parts of the request's share are timed alone beside it.
 """
 
 from __future__ import annotations
