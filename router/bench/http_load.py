@@ -42,6 +42,10 @@ class Connection(asyncio.Protocol):
         if self.answered is not None:
             self.answered.set_exception(ConnectionError("the connection was closed"))
 
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
     def _complete(self, data: bytes) -> bool:
         if self._left is None:
             head, blank, body = b"".join(self._parts).partition(b"\r\n\r\n")
@@ -69,6 +73,7 @@ class Load:
         self._host, _, port = address.rpartition(":")
         self._port = int(port)
         self._request = request
+        self._all: list[Connection] = []
         self._free: deque[Connection] = deque()
         self.took_s: list[float] = []
         self.events = 0
@@ -84,7 +89,12 @@ class Load:
 
     async def _open(self) -> Connection:
         _, connection = await asyncio.get_running_loop().create_connection(Connection, self._host, self._port)
+        self._all.append(connection)
         return connection
+
+    def close(self) -> None:
+        for connection in self._all:
+            connection.close()
 
     async def closed_loop(self, requests: int, connections: int) -> None:
         async def client() -> None:
@@ -109,11 +119,13 @@ async def _run(address: str, body: str, requests: int, connections: int, rate: f
     request = f"{head}content-length: {len(data)}\r\n\r\n".encode() + data
     warm = Load(address, request)
     await warm.closed_loop(connections, min(connections, 4))
+    warm.close()
     load = Load(address, request)
     began_s = time.perf_counter()
     async with asyncio.timeout(_LIMIT_S):
         await (load.open_loop(requests, rate) if rate else load.closed_loop(requests, connections))
     wall_s = time.perf_counter() - began_s
+    load.close()
     took_s = sorted(load.took_s)
     return {
         "p50_us": round(took_s[len(took_s) // 2] * 1e6),

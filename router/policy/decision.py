@@ -84,8 +84,14 @@ class Decision:
 
     @property
     def runner_up(self) -> Considered | None:
-        others = [row for row in self._ranked() if row != self.row]
-        return self._considered(others[0]) if others else None
+        """The cheapest of the others."""
+        row = self._runner_up_row()
+        return None if row is None else self._considered(row)
+
+    @property
+    def runner_up_id(self) -> str | None:
+        row = self._runner_up_row()
+        return None if row is None else self._seen.roster.worker_ids[row]
 
     @property
     def considered(self) -> tuple[Considered, ...]:
@@ -104,6 +110,10 @@ class Decision:
         )
 
     @property
+    def num_filtered(self) -> int:
+        return len(self._seen) - int(np.count_nonzero(self._eligible))
+
+    @property
     def best_hit_blocks(self) -> int:
         """The longest prefix that an eligible worker holds: what a choice for locality alone would have reached."""
         return int(self._seen.matched_blocks[self._eligible].max(initial=0.0))
@@ -114,6 +124,9 @@ class Decision:
         if not filtered:
             return "no worker is known"
         return "; ".join(f"{rejected.worker_id}: {rejected.reason}" for rejected in filtered)
+
+    def _runner_up_row(self) -> int | None:
+        return next((row for row in self._ranked() if row != self.row), None)
 
     def _ranked(self) -> list[int]:
         """Eligible rows, cheapest first, equal ones by worker id."""
