@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from router.policy import POLICIES, Candidate, Candidates, LinkFacts, LoadView, Need, Phase, Role, Speed
+from router.policy import POLICIES, Candidate, Candidates, LinkFacts, LoadView, Need, Phase, Policy, Role, Speed
+from router.policy.candidates import Numbers
 
 NEED = Need(Phase.PROMPT, tokens=64, max_tokens=16, block_size=16)
 
@@ -151,3 +152,15 @@ def test_a_session_stays_and_moves_only_when_its_worker_is_gone() -> None:
 def test_a_slow_worker_costs_more_for_the_same_tokens() -> None:
     slow = worker("a", speed=Speed(prefill_tokens_per_s=((7, 100.0),)))
     assert chosen("cost", NEED, slow, worker("b")) == "b"
+
+
+def test_a_policy_of_ones_own_is_a_scorer_over_columns() -> None:
+    def free_memory(need: Need, candidates: Candidates) -> Numbers:
+        return -candidates.seen.free_blocks
+
+    emptiest = Policy("emptiest", scorers={phase: {"free": free_memory} for phase in Phase})
+    workers = [worker(name, load=LoadView(free_blocks=blocks)) for name, blocks in (("a", 60), ("b", 90), ("c", 70))]
+    decision = emptiest.decide(NEED, Candidates.of(workers), 0)
+    assert [each.worker_id for each in decision.considered] == ["b", "c", "a"]
+    assert decision.runner_up_id == "c"
+    assert decision.considered[0].terms == {"free": -90.0}
