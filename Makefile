@@ -61,6 +61,10 @@ bench: $(VENV)/.loadtest ## every benchmark, one after the other; JSON lines (BE
 bench-store: $(VENV)/.serve ## the KV store against memcpy, disk, transfer plane and Redis (STORE="--only host" chooses)
 	@$(BIN)/pdserve bench store $(STORE)
 
+.PHONY: bench-router
+bench-router: $(VENV)/.serve ## decision, events, keys and HTTP path of the router (ROUTER="--peers DIR --dynamo PYTHON" sets others beside it)
+	@$(BIN)/pdserve bench router $(ROUTER)
+
 .PHONY: proto
 proto: $(VENV)/.dev ## generate *_pb2* from the .proto files
 	@for source in pdserve/protocol/worker.proto kvstore/store/store.proto; do \

@@ -14,6 +14,7 @@ from pdserve.vllm_names import Same
 from pdserve.worker.metrics import WorkerMetrics
 from router.account_metrics import AccountCollector
 from router.dispatch import RouterDispatcher
+from router.drift import DriftMeter
 from router.fleet import Fleet
 from router.fleet_metrics import FleetCollector
 from router.metrics import RouterMetrics
@@ -46,10 +47,15 @@ class OneWorker:
         return {("mixed", "ready"): 1}
 
 
+class NoDrift:
+    drift = DriftMeter()
+
+
 class OneEvent:
     """What `FleetCollector` asks of a dispatcher."""
 
     num_active = 0
+    account = NoDrift()
     counts: ClassVar[dict[str, int]] = {"migrations": 0}
 
 

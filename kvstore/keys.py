@@ -15,8 +15,8 @@ comes from the server's tenant configuration, so a look-up can only hit blocks o
 from __future__ import annotations
 
 import struct
-from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from typing import NewType, overload
 
@@ -25,7 +25,7 @@ KEY_BYTES = 16
 GROUP_BLOCKS = 16
 
 _LEN = struct.Struct("<Q")
-_TOKEN_BYTES = array("I").itemsize
+_TOKEN_BYTES = 4
 
 
 def _field(value: bytes) -> bytes:
@@ -45,7 +45,7 @@ def root_key(fingerprint: bytes, salt: bytes = b"", adapter: str = "") -> BlockK
 
 def content_key(root: BlockKey, token_ids: Sequence[int]) -> BlockKey:
     """Names the KV of all of `token_ids`, also those that fill no block: `H("content", root, tokens)`, 16 bytes."""
-    preimage = _field(b"content") + _field(root) + _field(array("I", token_ids).tobytes())
+    preimage = _field(b"content") + _field(root) + _field(_packed(token_ids))
     return BlockKey(blake2b(preimage, digest_size=KEY_BYTES).digest())
 
 
@@ -60,17 +60,17 @@ def block_keys(root: BlockKey, token_ids: Sequence[int], block_size: int) -> lis
     Raises:
         ValueError: a token id or the block size is out of range.
     """
-    data = _packed(token_ids, _checked(block_size))
+    data = _packed(token_ids[: len(token_ids) // _checked(block_size) * block_size])
     stride = block_size * _TOKEN_BYTES
     middle = _LEN.pack(stride)
     keys: list[BlockKey] = []
-    parent: bytes = root
+    parent = root
     for begin in range(0, len(data), GROUP_BLOCKS * stride):
         group = blake2b(b"".join((_HEAD, parent, middle)), digest_size=KEY_BYTES)
         for start in range(begin, min(begin + GROUP_BLOCKS * stride, len(data)), stride):
             group.update(data[start : start + stride])
-            parent = group.digest()
-            keys.append(BlockKey(parent))
+            parent = BlockKey(group.digest())
+            keys.append(parent)
     return keys
 
 
@@ -78,10 +78,10 @@ class KeyChain(Sequence[BlockKey]):
     """`block_keys(root, token_ids, block_size)`, each key derived when it is asked for.
 
     The last key of a group (`GROUP_BLOCKS` - 1, 2 * `GROUP_BLOCKS` - 1, ...) costs one hash, if those before it were
-    asked for; any other key one more. Tokens are checked as they are reached.
+    asked for; any other key those before it in its group too. Tokens are checked as they are reached.
     """
 
-    __slots__ = ("_ends", "_length", "_middle", "_size", "_tokens")
+    __slots__ = ("_ends", "_groups", "_length", "_middle", "_size", "_tokens")
 
     def __init__(self, root: BlockKey, token_ids: Sequence[int], block_size: int) -> None:
         self._size = _checked(block_size)
@@ -89,6 +89,7 @@ class KeyChain(Sequence[BlockKey]):
         self._length = len(token_ids) // block_size
         self._middle = _LEN.pack(block_size * _TOKEN_BYTES)
         self._ends = [root]  # the key before each group that was reached
+        self._groups: dict[int, list[BlockKey]] = {}  # leading keys of groups that were looked into
 
     def __len__(self) -> int:
         return self._length
@@ -109,15 +110,33 @@ class KeyChain(Sequence[BlockKey]):
         group, rest = divmod(at + 1, GROUP_BLOCKS)
         ends = self._ends
         while len(ends) <= group:
-            ends.append(self._key(len(ends) - 1, GROUP_BLOCKS))
-        return self._key(group, rest) if rest else ends[group]
+            ends.append(self._end(len(ends) - 1))
+        return self._inner(group, rest) if rest else ends[group]
 
-    def _key(self, group: int, blocks: int) -> BlockKey:
-        """Of the last of the first `blocks` blocks of a group whose predecessor is known."""
-        begin = group * GROUP_BLOCKS * self._size
-        data = _packed(self._tokens[begin : begin + blocks * self._size], self._size)
+    def _end(self, group: int) -> BlockKey:
+        """The last key of a group whose predecessor is known."""
+        tokens = GROUP_BLOCKS * self._size
+        data = _packed(self._tokens[group * tokens : (group + 1) * tokens])
         preimage = b"".join((_HEAD, self._ends[group], self._middle, data))
         return BlockKey(blake2b(preimage, digest_size=KEY_BYTES).digest())
+
+    def _inner(self, group: int, blocks: int) -> BlockKey:
+        """Of the last of the first `blocks` blocks of a group. What comes next is mostly a neighbour, so those before
+        it are kept, and one key alone costs no more than its own blocks."""
+        keys = self._groups.get(group, [])
+        if len(keys) < blocks:
+            begin = group * GROUP_BLOCKS * self._size
+            ahead = blocks if blocks == 1 else GROUP_BLOCKS
+            keys = block_keys(self._ends[group], self._tokens[begin : begin + ahead * self._size], self._size)
+            self._groups[group] = keys
+        return keys[blocks - 1]
+
+
+def landmarks(keys: Sequence[BlockKey]) -> list[BlockKey]:
+    """The first key, the last of each group, the last of all: what a look-up visits first. Cheap of a `KeyChain`."""
+    length = len(keys)
+    ends = (*range(GROUP_BLOCKS, length, GROUP_BLOCKS), length)
+    return [keys[0], *(keys[end - 1] for end in ends if end > 1)] if length else []
 
 
 def _checked(block_size: int) -> int:
@@ -126,10 +145,14 @@ def _checked(block_size: int) -> int:
     return block_size
 
 
-def _packed(token_ids: Sequence[int], block_size: int) -> memoryview:
-    """The tokens of the full blocks, four bytes each."""
+def _packed(token_ids: Sequence[int]) -> bytes:
+    """Four bytes each, the lowest first."""
     try:
-        tokens = array("I", token_ids)
-    except OverflowError as error:
+        return _packer(len(token_ids))(*token_ids)
+    except struct.error as error:
         raise ValueError("token ids must lie in [0, 2**32)") from error
-    return memoryview(tokens).cast("B")[: len(tokens) // block_size * block_size * _TOKEN_BYTES]
+
+
+@lru_cache(maxsize=64)
+def _packer(count: int) -> Callable[..., bytes]:
+    return struct.Struct(f"<{count}I").pack

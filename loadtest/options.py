@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from loadtest.replay import Replay
-from loadtest.trace import read_trace
 from loadtest.workload import Chat, Synthetic, Workload
+from pdserve.trace import read_trace
 
 KINDS = ("synthetic", "chat", "replay")
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from loadtest.session import Session, Turn
-from loadtest.trace import Row, Trace
 from loadtest.workload import tokens
+from pdserve.trace import Row, Trace
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pdserve.request import FinishReason, Request
+from router.drift import DriftMeter
 from router.fleet import Fleet
 from router.records import Record, Records
 from router.routed import RoutedGeneration
@@ -16,6 +17,7 @@ class Account:
         self.records = records
         self.goodput = GoodputTracker()
         self.errors = {"ttft": ErrorMeter(), "tpot": ErrorMeter()}
+        self.drift = DriftMeter()
         self._fleet = fleet
         self._open: dict[str, Record] = {}  # bounded by the requests that are active
 
@@ -43,6 +45,9 @@ class Account:
             return
         member = self._fleet.member(first.chosen.worker_id)
         if member is not None:
+            device_tokens = generation.cached_by_tier.get("device", 0)
+            blocks = first.chosen.matched_blocks
+            self.drift.note(blocks, device_tokens, record.prompt_tokens, member.hello.block_size)
             uncached_tokens = record.prompt_tokens - sum(generation.cached_by_tier.values())
             member.learner.note_prefill(uncached_tokens, timeline.reported.get("compute", 0.0))
         if record.predicted_ttft_s is not None:

@@ -37,7 +37,8 @@ class Explainer:
         errors = {
             name: {"p50": meter.quantile(0.5), "p90": meter.quantile(0.9)} for name, meter in account.errors.items()
         }
-        return account.goodput.describe() | {"prediction_error": errors}
+        drift = {"false_hit_ratio": account.drift.false_hit_ratio, "false_miss_ratio": account.drift.false_miss_ratio}
+        return account.goodput.describe() | {"prediction_error": errors, "index_drift": drift}
 
     def pairs(self) -> dict[str, Any]:
         """Each prefill worker with each decode worker; an address without a worker behind it is no part of a pair."""

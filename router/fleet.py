@@ -11,7 +11,6 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -19,11 +18,12 @@ from kvstore.keys import BlockKey, root_key
 from pdserve.discovery import Discovery
 from pdserve.errors import Overloaded
 from pdserve.protocol import worker_pb2 as pb
-from router.index import PrefixIndex, split_keys
+from router.columns import Columns, Seats
+from router.index import Match, PrefixIndex, split_keys
 from router.limits import FleetLimits
 from router.link import WorkerLink
 from router.member import Member, ModelFacts, check_hello
-from router.policy import Candidate, LinkFacts, Role
+from router.policy import Candidates, LinkFacts, Links, Role
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class Fleet:
     ) -> None:
         """`vocab_size` is that of the router's own model; a worker with another one is refused."""
         self.index = PrefixIndex()
+        self.columns = Columns()
         self._discovery = discovery
         self._router_id = router_id
         self._limits = limits
@@ -53,6 +54,7 @@ class Fleet:
         self._members: dict[str, Member] = {}  # by address
         self._by_id: dict[str, Member] = {}  # those in use
         self._by_link: dict[WorkerLink, Member] = {}
+        self._seats: Seats | None = None  # all workers that ever said hello; None: something about them changed
         self._facts: ModelFacts | None = None
         self._listener: RequestListener | None = None
         self._changed = asyncio.Event()
@@ -92,7 +94,7 @@ class Fleet:
             link = WorkerLink(address, self._router_id, self, self._limits.link)
             used = {each.slot for each in self._members.values()}
             slot = next(number for number in range(self._limits.workers) if number not in used)
-            self._members[address] = self._by_link[link] = Member(slot, link, listed_s=now_s)
+            self._members[address] = self._by_link[link] = Member(slot, self.columns, link, now_s)
             link.start()
 
     def _forgotten(self, member: Member, now_s: float) -> bool:
@@ -100,6 +102,7 @@ class Fleet:
 
     async def _drop(self, member: Member) -> None:
         self._members.pop(member.link.address, None)
+        self._seats = None
         await member.link.close()
         self._by_link.pop(member.link, None)
 
@@ -110,6 +113,7 @@ class Fleet:
         role = check_hello(hello)
         member.join(hello, role, time.monotonic())
         member.incompatible = self._reason_to_refuse(hello)
+        self._seats = None
         if member.incompatible:
             member.in_use = False
             log.error("worker=%s address=%s refused: %s", hello.worker_id, link.address, member.incompatible)
@@ -133,7 +137,7 @@ class Fleet:
             return
         match message.WhichOneof("body"):
             case "load":
-                member.load = message.load
+                member.note_load(message.load)
                 if member.role is Role.DECODE:  # elsewhere a step holds prompts too
                     member.learner.note_step(message.load.running_sequences, message.load.step_s)
                 self._wake()
@@ -148,7 +152,8 @@ class Fleet:
                     self._listener.on_message(member.worker_id, message)
 
     def _apply(self, member: Member, event: pb.KvEvents) -> None:
-        member.accept_event(event)
+        if not member.accept_event(event):
+            return
         stored = split_keys(event.stored)
         if event.snapshot:
             self.index.snapshot(member.slot, stored)
@@ -165,6 +170,7 @@ class Fleet:
         facts = LinkFacts(report.up, report.transport, report.bytes_per_second, report.error)
         before = member.links.get(report.peer_id)
         member.links[report.peer_id] = (report.peer_incarnation, facts)
+        member.seen_links = None
         if before is None or before[1].up != facts.up:
             log.info("link from=%s to=%s %s", member.worker_id, report.peer_id, facts)
         self._count_partners()
@@ -172,6 +178,7 @@ class Fleet:
 
     def link_silent(self, link: WorkerLink) -> None:
         member = self._by_link[link]
+        self._seats = None
         log.warning("worker=%s %s", member.worker_id, "is silent" if link.suspect else "is heard from again")
         self._wake()
 
@@ -179,6 +186,7 @@ class Fleet:
         member = self._by_link[link]
         was_in_use = member.in_use
         member.leave()
+        self._seats = None
         self.index.remove_worker(member.slot)
         if not was_in_use:
             return
@@ -206,6 +214,7 @@ class Fleet:
 
     def _count_partners(self) -> None:
         decoders = [each for each in self._by_id.values() if each.role is Role.DECODE]
+        self._seats = None
         for member in self._by_id.values():
             links = (member.link_to(decoder) for decoder in decoders)
             member.partners = sum(1 for facts in links if facts is not None and facts.up)
@@ -219,22 +228,32 @@ class Fleet:
             return  # one of them is gone, which explains it
         life = decode.hello.incarnation
         prompt.distrusted.add(life)
+        prompt.seen_links = None
         self._count_partners()
         asyncio.get_running_loop().call_later(self._limits.distrust_s, self._trust, prompt, life)
 
     def _trust(self, prompt: Member, life: int) -> None:
         prompt.distrusted.discard(life)
+        prompt.seen_links = None
         self._count_partners()
         self._wake()
 
-    def candidates(self, depths: Mapping[int, int], now_s: float, *, linked_from: str | None = None) -> list[Candidate]:
-        """All workers that ever said hello. `depths`: leading blocks held, by slot, as the index says."""
-        source = self._by_id.get(linked_from) if linked_from is not None else None
-        return [
-            member.candidate(depths.get(member.slot, 0), now_s, source.link_to(member) if source is not None else None)
-            for member in self._members.values()
-            if member.worker_id
-        ]
+    def candidates(self, match: Match, now_s: float, *, linked_from: str | None = None) -> Candidates:
+        """All workers that ever said hello. `match` is of the index, for the request in question."""
+        if self._seats is None:
+            members = (member for member in self._members.values() if member.worker_id)
+            self._seats = Seats.of([(member.slot, member.candidate()) for member in members])
+        links = self._links_from(linked_from, self._seats) if linked_from is not None else None
+        return self.columns.candidates(self._seats, match, now_s, links)
+
+    def _links_from(self, worker_id: str, seats: Seats) -> Links | None:
+        source = self._by_id.get(worker_id)
+        if source is None:
+            return None
+        if source.seen_links is None or source.seen_links[0] is not seats:
+            by_slot = {member.slot: source.link_to(member) for member in self._members.values()}
+            source.seen_links = seats, Links.of([by_slot[slot] for slot in seats.slots.tolist()])
+        return source.seen_links[1]
 
     def member(self, worker_id: str) -> Member | None:
         """The worker, while its session is up."""

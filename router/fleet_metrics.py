@@ -31,6 +31,24 @@ class FleetCollector(Collector):
         yield events
         active = self._dispatcher.num_active
         yield GaugeMetricFamily("pdserve_router_active_requests", "Requests that workers have.", value=active)
+        yield from self._drift()
         yield GaugeMetricFamily(
             "pdserve_router_index_keys", "Block keys in the prefix index.", value=len(self._fleet.index)
         )
+
+    def _drift(self) -> Iterable[Metric]:
+        drift = self._dispatcher.account.drift
+        blocks = CounterMetricFamily(
+            "pdserve_router_index_blocks",
+            "Leading blocks on chosen workers: predicted by the index, found there, false_hit (predicted, not found), "
+            "false_miss (found, not predicted).",
+            labels=("what",),
+        )
+        for what, count in (
+            ("predicted", drift.predicted_blocks),
+            ("found", drift.found_blocks),
+            ("false_hit", drift.false_hit_blocks),
+            ("false_miss", drift.false_miss_blocks),
+        ):
+            blocks.add_metric((what,), count)
+        yield blocks

@@ -3,13 +3,22 @@
 A look-up is one dictionary access and a few integer operations a group of blocks, and a few more for each group in
 which workers part ways, however many workers there are. The reverse map (keys by slot) lets a worker's contents be
 replaced or forgotten without a walk over everyone else's.
+
+What a worker was sent counts as held before its own event says so, for a while (`expect`): requests that share a new
+prefix and come together would otherwise each find it nowhere. `kvstore.keys.landmarks` are enough for that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.keys import GROUP_BLOCKS, KEY_BYTES, BlockKey
+
+MAX_EXPECTED = 1 << 17  # keys of one worker that may be expected; what is more is not
 
 
 def split_keys(data: bytes) -> list[BlockKey]:
@@ -23,27 +32,71 @@ def split_keys(data: bytes) -> list[BlockKey]:
     return [BlockKey(data[start : start + KEY_BYTES]) for start in range(0, len(data), KEY_BYTES)]
 
 
+class Match:
+    """How many leading blocks of a request each worker holds."""
+
+    __slots__ = ("_runs",)
+
+    def __init__(self, runs: list[tuple[int, int]]) -> None:
+        """`runs`: bit sets of slots, without overlap, each with its number of blocks."""
+        self._runs = runs
+
+    def of(self, slot: int) -> int:
+        return next((blocks for slots, blocks in self._runs if slots >> slot & 1), 0)
+
+    def by_slot(self) -> dict[int, int]:
+        """Slots with none are left out."""
+        return {slot: blocks for slots, blocks in self._runs for slot in _bits(slots)}
+
+    def column(self, slots: int) -> NDArray[np.float64]:
+        """For each slot below `slots`, which is a multiple of 8 and above all that hold something."""
+        column = np.zeros(slots)
+        alone: list[int] = []
+        their_blocks: list[int] = []
+        for held, blocks in self._runs:
+            if held.bit_count() == 1:
+                alone.append(held.bit_length() - 1)
+                their_blocks.append(blocks)
+            else:
+                packed = np.frombuffer(held.to_bytes(slots // 8, "little"), dtype=np.uint8)
+                column += float(blocks) * np.unpackbits(packed, bitorder="little")
+        if alone:
+            column[alone] = their_blocks
+        return column
+
+
 class PrefixIndex:
     """Block keys by worker slot. Slots are small integers that the fleet hands out and reuses."""
 
     def __init__(self) -> None:
         self._holders: dict[BlockKey, int] = {}
         self._held: dict[int, set[BlockKey]] = {}  # by slot; bounded by the caller through `count`
+        # By slot, keys that it does not hold yet with the time at which they stop to count. Disjoint from `_held`.
+        self._expected: dict[int, dict[BlockKey, float]] = {}
+        self._expiries: deque[tuple[float, int, list[BlockKey]]] = deque()  # ascending
 
     def __len__(self) -> int:
-        """Distinct keys."""
+        """Distinct keys, those that are only expected included."""
         return len(self._holders)
 
     def count(self, slot: int) -> int:
         """Blocks that the worker in `slot` holds."""
         return len(self._held.get(slot, ()))
 
+    def count_expected(self, slot: int) -> int:
+        """Blocks that it is only expected to hold."""
+        return len(self._expected.get(slot, ()))
+
     def stored(self, slot: int, keys: Iterable[BlockKey]) -> None:
         bit = 1 << slot
         holders, held = self._holders, self._held.setdefault(slot, set())
+        expected = self._expected.get(slot)
+        get, add = holders.get, held.add
         for key in keys:
-            holders[key] = holders.get(key, 0) | bit
-            held.add(key)
+            holders[key] = get(key, 0) | bit
+            add(key)
+            if expected:
+                expected.pop(key, None)
 
     def removed(self, slot: int, keys: Iterable[BlockKey]) -> None:
         """Keys that the worker does not hold are ignored."""
@@ -61,19 +114,46 @@ class PrefixIndex:
         self.stored(slot, keys)
 
     def remove_worker(self, slot: int) -> None:
-        for key in self._held.pop(slot, ()):
-            self._clear(key, 1 << slot)
+        for keys in (self._held.pop(slot, ()), self._expected.pop(slot, ())):
+            for key in keys:
+                self._clear(key, 1 << slot)
 
-    def match(self, keys: Sequence[BlockKey]) -> Mapping[int, int]:
-        """How many leading blocks of `keys` each worker holds, by slot; slots with none are left out.
+    def expect(self, slot: int, keys: Iterable[BlockKey], now_s: float, expires_s: float) -> None:
+        """Until `expires_s` the worker counts as holding `keys`, unless its events say so themselves before."""
+        self.expire(now_s)
+        if slot not in self._held:
+            return  # it has said nothing yet, or left
+        held, expected = self._held[slot], self._expected.setdefault(slot, {})
+        fresh = [key for key in keys if key not in held][: MAX_EXPECTED - len(expected)]
+        if not fresh:
+            return
+        if self._expiries:
+            expires_s = max(expires_s, self._expiries[-1][0])  # so that the queue ascends
+        for key in fresh:
+            self._holders[key] = self._holders.get(key, 0) | 1 << slot
+            expected[key] = expires_s
+        self._expiries.append((expires_s, slot, fresh))
+
+    def expire(self, now_s: float) -> None:
+        """Forget what was expected and did not come in time."""
+        while self._expiries and self._expiries[0][0] <= now_s:
+            expires_s, slot, keys = self._expiries.popleft()
+            expected = self._expected.get(slot, {})
+            for key in keys:
+                if expected.get(key) == expires_s:  # else it came, went, or is expected until later
+                    del expected[key]
+                    self._clear(key, 1 << slot)
+
+    def match(self, keys: Sequence[BlockKey]) -> Match:
+        """How many leading blocks of `keys` each worker holds or is expected to hold.
 
         Looks at the last key of each group of `keys` and searches by halves only the groups where workers drop out, so
         that a `KeyChain` derives few keys. This takes a worker to hold what lies before a block that it holds: pools
         evict children first, and a worker that says otherwise is routed to in vain, nothing worse.
         """
-        depths: dict[int, int] = {}
+        runs: list[tuple[int, int]] = []
         if not keys:
-            return depths
+            return Match(runs)
         get, length = self._holders.get, len(keys)
         alive = get(keys[0], 0)
         begin = 1  # blocks that all of `alive` hold
@@ -84,25 +164,26 @@ class PrefixIndex:
                 continue
             holders = alive & get(keys[end - 1], 0)
             if holders != alive:
-                self._note_drops(depths, keys, begin, end, alive, holders)
+                self._note_drops(runs, keys, begin, end, alive, holders)
                 alive = holders
             begin = end
-        _note(depths, alive, length)
-        return depths
+        if alive:
+            runs.append((alive, length))
+        return Match(runs)
 
     def _note_drops(
-        self, depths: dict[int, int], keys: Sequence[BlockKey], begin: int, end: int, before: int, after: int
+        self, runs: list[tuple[int, int]], keys: Sequence[BlockKey], begin: int, end: int, before: int, after: int
     ) -> None:
         """Of the workers `before` that hold `begin` blocks, those not in `after` hold fewer than `end`."""
         if end - begin == 1:
-            _note(depths, before ^ after, begin)
+            runs.append((before ^ after, begin))
             return
         middle = (begin + end) // 2
         between = after | before & self._holders.get(keys[middle - 1], 0)
         if between != before:
-            self._note_drops(depths, keys, begin, middle, before, between)
+            self._note_drops(runs, keys, begin, middle, before, between)
         if between != after:
-            self._note_drops(depths, keys, middle, end, between, after)
+            self._note_drops(runs, keys, middle, end, between, after)
 
     def _clear(self, key: BlockKey, bit: int) -> None:
         left = self._holders[key] & ~bit
@@ -112,9 +193,8 @@ class PrefixIndex:
             del self._holders[key]
 
 
-def _note(depths: dict[int, int], slots: int, depth: int) -> None:
-    """`depths[slot] = depth` for each bit of `slots`."""
+def _bits(slots: int) -> Iterable[int]:
     while slots:
         lowest = slots & -slots
-        depths[lowest.bit_length() - 1] = depth
+        yield lowest.bit_length() - 1
         slots ^= lowest

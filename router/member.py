@@ -8,10 +8,10 @@ from typing import Any
 
 from kvstore.keys import KEY_BYTES
 from pdserve.protocol import worker_pb2 as pb
+from router.columns import Columns, Seats
+from router.events import EventCursor
 from router.link import WorkerLink
-from router.memory import DecayingSum
-from router.policy import Candidate, LinkFacts, LoadView, Role
-from router.policy.scorers import RECENT_HALF_LIFE_S
+from router.policy import Candidate, LinkFacts, Links, LoadView, Role
 from router.speed import SpeedLearner
 
 _ROLES: Mapping[int, Role] = {pb.PREFILL: Role.PREFILL, pb.DECODE: Role.DECODE, pb.MIXED: Role.MIXED}
@@ -66,6 +66,7 @@ class Member:
     """Mutable; owned by the fleet. `slot` is its place in the prefix index."""
 
     slot: int
+    columns: Columns  # of the fleet, where its load and speed are looked up
     link: WorkerLink
     listed_s: float  # last time that its address was listed
     hello: pb.WorkerHello = field(default_factory=pb.WorkerHello)
@@ -74,15 +75,19 @@ class Member:
     in_use: bool = False  # its session is up and nothing speaks against it
     incompatible: str = ""
     load: pb.LoadReport = field(default_factory=pb.LoadReport)
-    next_event: int | None = None  # sequence number of the next KV event; None: a snapshot must come first
+    events: EventCursor = field(default_factory=EventCursor)
     links: dict[str, tuple[int, LinkFacts]] = field(default_factory=dict)  # by peer id: incarnation, facts
     distrusted: set[int] = field(default_factory=set)  # incarnations of peers to which a hand-over failed lately
     told_peers: bytes = b""  # the last Peers message
     partners: int = 0
-    recent: DecayingSum = field(default_factory=lambda: DecayingSum(RECENT_HALF_LIFE_S))
+    seen_links: tuple[Seats, Links] | None = None  # `links` as columns, while they and the roster stay the same
     outstanding_tokens: int = 0  # uncached prompt tokens sent there and not yet answered by a token
     sequences: int = 0  # of this router, on it now
-    learner: SpeedLearner = field(default_factory=SpeedLearner)
+    learner: SpeedLearner = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.columns.reset(self.slot)
+        self.learner = SpeedLearner(lambda speed: self.columns.set_speed(self.slot, speed))
 
     @property
     def worker_id(self) -> str:
@@ -100,27 +105,26 @@ class Member:
         self.hello, self.role, self.joined_s, self.in_use = hello, role, now_s, True
         self.incompatible = ""
         # Until its first report it is empty, as a worker without sequences is.
-        self.load = pb.LoadReport(free_blocks=hello.num_blocks, total_blocks=hello.num_blocks)
+        self.note_load(pb.LoadReport(free_blocks=hello.num_blocks, total_blocks=hello.num_blocks))
 
     def leave(self) -> None:
         """The session ended: what it said holds no longer. What was sent to it stays remembered."""
         self.in_use = False
-        self.next_event = None
+        self.events = EventCursor()
         self.links.clear()
+        self.seen_links = None
         self.told_peers = b""
         self.partners = 0
 
-    def accept_event(self, event: pb.KvEvents) -> None:
-        """Check that nothing was lost before it.
+    def accept_event(self, event: pb.KvEvents) -> bool:
+        """Whether to apply it: not if it was applied before.
 
         Raises:
-            ValueError: something was, or the event is malformed; a new session brings a new snapshot.
+            ValueError: something was lost before it, or it is malformed; a new session brings a new snapshot.
         """
-        if not event.snapshot and event.sequence != self.next_event:
-            raise ValueError(f"KV event {event.sequence} came when {self.next_event} was due")
         if len(event.stored) > self.hello.num_blocks * KEY_BYTES:
             raise ValueError(f"a KV event stores more keys than the worker's {self.hello.num_blocks} blocks")
-        self.next_event = event.sequence + 1
+        return self.events.accept(event.sequence, snapshot=event.snapshot)
 
     def link_to(self, peer: Member) -> LinkFacts | None:
         """The data-plane link to the peer's present life; down while it is distrusted."""
@@ -129,17 +133,38 @@ class Member:
             return None
         return replace(facts, up=False, error="a hand-over failed") if incarnation in self.distrusted else facts
 
-    def load_view(self, now_s: float) -> LoadView:
+    def note_load(self, load: pb.LoadReport) -> None:
+        self.load = load
+        self._refresh()
+
+    def take(self, uncached_tokens: int) -> None:
+        """A request was sent there; each `take` is followed by one `give_back`."""
+        self.outstanding_tokens += uncached_tokens
+        self.sequences += 1
+        self._refresh()
+
+    def computed(self, tokens: int) -> None:
+        """So many of the tokens that it took wait no longer."""
+        self.outstanding_tokens -= tokens
+        self._refresh()
+
+    def give_back(self) -> None:
+        self.sequences -= 1
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """The larger of what it reported and what this router knows to be on its way."""
         load = self.load
-        return LoadView(
+        view = LoadView(
             waiting_tokens=max(load.waiting_tokens, self.outstanding_tokens),
-            recent_tokens=self.recent.value(now_s),
             sequences=max(load.running_sequences + load.waiting_sequences + load.pending_reservations, self.sequences),
             context_tokens=load.context_tokens,
             free_blocks=load.free_blocks,
         )
+        self.columns.set_load(self.slot, view)
 
-    def candidate(self, matched_blocks: int, now_s: float, link: LinkFacts | None) -> Candidate:
+    def candidate(self) -> Candidate:
+        """What seldom changes about it."""
         return Candidate(
             worker_id=self.worker_id,
             role=self.role,
@@ -149,12 +174,8 @@ class Member:
             max_sequences=self.hello.max_sequences,
             total_blocks=self.hello.num_blocks,
             block_bytes=self.hello.block_bytes,
-            load=self.load_view(now_s),
-            speed=self.learner.speed,
-            matched_blocks=matched_blocks,
             has_store=self.hello.has_store,
             partners=self.partners,
-            link=link,
         )
 
     def as_peer(self) -> pb.Peer:

@@ -7,10 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from kvstore.keys import BlockKey
+from kvstore.keys import BlockKey, landmarks
 from router.fleet import Fleet
 from router.member import Member
-from router.policy import Decision, Need, Phase, Policy, Role
+from router.policy import Considered, Decision, Need, Phase, Policy, Role
+
+# Beyond the predicted end of its prefill, blocks count as held so long without a word from the worker.
+_EXPECT_MARGIN_S = 5.0
+_EXPECT_AT_MOST_S = 60.0
 
 
 class Claim:
@@ -21,19 +25,18 @@ class Claim:
         self._member = member
         self._tokens = uncached_tokens
         self._held = True
-        member.outstanding_tokens += uncached_tokens
-        member.sequences += 1
+        member.take(uncached_tokens)
 
     def computed(self) -> None:
         """The prompt's tokens wait no longer."""
-        self._member.outstanding_tokens -= self._tokens
+        self._member.computed(self._tokens)
         self._tokens = 0
 
     def release(self) -> None:
         if self._held:
             self._held = False
             self.computed()
-            self._member.sequences -= 1
+            self._member.give_back()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ class Placer:
         member = self._fleet.member(decision.chosen.worker_id)
         assert member is not None
         disaggregated = decision.phase is Phase.PROMPT and member.role is Role.PREFILL and need.max_tokens > 1
+        self._expect(member, keys, decision.chosen)
         return Placed(self._claim(member, need, decision.chosen.matched_blocks), disaggregated)
 
     def place_whole_on(self, worker_id: str, need: Need, keys: Sequence[BlockKey]) -> Placed | None:
@@ -77,7 +81,7 @@ class Placer:
         member = self._fleet.member(worker_id)
         if member is None:
             return None
-        matched_blocks = self._fleet.index.match(keys).get(member.slot, 0)
+        matched_blocks = self._fleet.index.match(keys).of(member.slot)
         return Placed(self._claim(member, need, matched_blocks), disaggregated=False)
 
     def place_resumed(self, need: Need, keys: Sequence[BlockKey]) -> Placed | Decision:
@@ -110,11 +114,17 @@ class Placer:
         return decision
 
     def _look(self, need: Need, keys: Sequence[BlockKey], linked_from: str | None = None) -> Decision:
-        depths = self._fleet.index.match(keys)
-        candidates = self._fleet.candidates(depths, time.monotonic(), linked_from=linked_from)
+        match = self._fleet.index.match(keys)
+        candidates = self._fleet.candidates(match, time.monotonic(), linked_from=linked_from)
         return self._policy.decide(need, candidates, self._turns[need.phase])
+
+    def _expect(self, member: Member, keys: Sequence[BlockKey], chosen: Considered) -> None:
+        """Whoever shares this prompt's beginning may follow it there, before the worker says that it has the blocks."""
+        now_s = time.monotonic()
+        expires_s = now_s + min(chosen.queued_s + chosen.uncached_s + _EXPECT_MARGIN_S, _EXPECT_AT_MOST_S)
+        self._fleet.index.expect(member.slot, landmarks(keys), now_s, expires_s)
 
     def _claim(self, member: Member, need: Need, matched_blocks: int) -> Claim:
         uncached_tokens = max(1, need.tokens - matched_blocks * need.block_size)
-        member.recent.add(uncached_tokens, time.monotonic())
+        self._fleet.columns.add_recent(member.slot, uncached_tokens, time.monotonic())
         return Claim(member, uncached_tokens)

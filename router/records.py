@@ -72,11 +72,11 @@ class Record:
         decision = self.first
         if decision is None or decision.chosen is None:
             return "none"
-        chosen, other = decision.chosen, decision.runner_up
+        chosen = decision.chosen
         return (
             f"policy={decision.policy}; worker={chosen.worker_id}; cost_s={chosen.cost:.6f}; "
             f"hit_blocks={chosen.matched_blocks}/{decision.best_hit_blocks}; "
-            f"runner_up={other.worker_id if other is not None else '-'}; filtered={len(decision.filtered)}"
+            f"runner_up={decision.runner_up_id or '-'}; filtered={decision.num_filtered}"
         )
 
     def describe(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def describe_decision(decision: Decision) -> dict[str, Any]:
         "policy": decision.policy,
         "phase": decision.phase.value,
         "chosen": chosen.worker_id if chosen is not None else None,
-        "runner_up": decision.runner_up.worker_id if decision.runner_up is not None else None,
+        "runner_up": decision.runner_up_id,
         "hit_blocks": chosen.matched_blocks if chosen is not None else 0,
         "best_hit_blocks": decision.best_hit_blocks,
         "predicted_ttft_s": predicted_ttft_s(decision),

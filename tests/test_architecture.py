@@ -33,6 +33,7 @@ LIGHT = {
     "pdserve.request",
     "pdserve.slo",
     "pdserve.timeline",
+    "pdserve.trace",
     "pdserve.vllm_names",
 }
 # A heavy or optional package and the modules that import it: one a top-level package.
@@ -125,7 +126,7 @@ def test_load_tests_stand_apart() -> None:
     own = [one for one in imports() if within(one.importer, "loadtest")]
     wrong = [one for one in own if within(one.target, "router") or within(one.target, "kvstore")]
     wrong += [one for one in imports() if within(one.target, "loadtest") and not within(one.importer, "loadtest")]
-    taken = {"pdserve", "pdserve.slo", "pdserve.bench.deployment"}
+    taken = {"pdserve", "pdserve.slo", "pdserve.trace", "pdserve.bench.deployment"}
     wrong += [one for one in own if within(one.target, "pdserve") and one.target not in taken]
     assert not wrong, "\n".join(map(str, wrong))
 

@@ -1,14 +1,15 @@
-"""`python -m router.bench`: CPU time that the router spends on a request and on a token, as JSON.
+"""`python -m router.bench`: a decision, events, a request and a token, alone and over HTTP beside other routers. JSON.
 
-The router runs whole in this process, below HTTP's sockets: bytes of a body in, server-sent events out. Its worker is a
-stub in another process, so this process's CPU time is the router's own. The per-token figure is the slope between
-answers of one token and long ones. Parts of the request's share are timed alone beside it.
+For `below_http` the router runs whole in this process, below HTTP's sockets: bytes of a body in, server-sent events
+out. Its worker is a stub in another process, so this process's CPU time is the router's own. The per-token figure is
+the slope between answers of one token and long ones. Parts of the request's share are timed alone beside it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,9 +23,9 @@ from starlette.types import ASGIApp
 from kvstore.keys import block_keys, root_key
 from pdserve.launch.folders import cache_folder
 from pdserve.models.default_model import ensure_default_model
-from router.bench.decide import measure_decision
+from router.bench.decide import measure_decision, measure_events
+from router.bench.http_path import measure_http
 from router.main import Router, RouterConfig, load_model
-from router.policy import POLICIES, Candidate, LoadView, Need, Phase, Role
 
 PROMPT_TOKENS = 512
 LONG_ANSWER_TOKENS = 256
@@ -35,11 +36,27 @@ CONCURRENCY = 16
 def main(
     model: Annotated[Path | None, typer.Option(help="Its tokeniser is used; none: the default model.")] = None,
     requests: Annotated[int, typer.Option(help="Requests of each kind.")] = 200,
+    peers: Annotated[Path | None, typer.Option(help="Folder with sglang-router and vllm-router.")] = None,
+    dynamo: Annotated[Path | None, typer.Option(help="Python that has ai-dynamo-runtime.")] = None,
 ) -> None:
     """Measure and print JSON."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         folder = model or ensure_default_model(cache_folder(), lambda text, share: None)
-        print(json.dumps(runner.run(measure(folder, requests)), indent=2))
+        found = {
+            "decision": measure_decision(),
+            "dynamo": _dynamo(dynamo),
+            "events": measure_events(),
+            "below_http": runner.run(measure(folder, requests)),
+            "http": runner.run(measure_http(folder, load_model(folder).name, peers)),
+        }
+        print(json.dumps(found, indent=2))
+
+
+def _dynamo(python: Path | None) -> Any:
+    if python is None:
+        return None
+    script = Path(__file__).with_name("dynamo_peer.py")
+    return json.loads(subprocess.run([python, script], stdout=subprocess.PIPE, check=True).stdout)
 
 
 async def measure(model: Path, requests: int) -> dict[str, Any]:
@@ -73,9 +90,6 @@ async def measure(model: Path, requests: int) -> dict[str, Any]:
         "streamed_tokens_per_s": round(requests * LONG_ANSWER_TOKENS / long_wall_s),
         "tokenise_us": _time_us(lambda: served.tokenizer.encode(text, add_special=False)),
         "block_keys_us": _time_us(lambda: block_keys(root_key(b"x"), tokenised, BLOCK_SIZE)),
-        "decide_8_workers_us": _decide_us(8),
-        "decide_64_workers_us": _decide_us(64),
-        "decision_8192_tokens_64_workers": measure_decision(),
     }
 
 
@@ -130,25 +144,6 @@ async def _post(app: ASGIApp, body: bytes) -> None:
     ended.set()
     if status != 200 or not last.endswith(b"[DONE]\n\n"):
         raise RuntimeError(f"a request failed with status {status}: {last[-200:]!r}")
-
-
-def _decide_us(workers: int) -> float:
-    candidates = [
-        Candidate(
-            worker_id=f"w{number:02d}",
-            role=Role.MIXED,
-            alive=True,
-            incompatible="",
-            max_model_len=8192,
-            max_sequences=64,
-            total_blocks=4096,
-            block_bytes=1 << 18,
-            load=LoadView(waiting_tokens=number, free_blocks=4096),
-        )
-        for number in range(workers)
-    ]
-    need = Need(Phase.PROMPT, PROMPT_TOKENS, 64, BLOCK_SIZE)
-    return _time_us(lambda: POLICIES["cost"].decide(need, candidates, 0))
 
 
 def _time_us(call: Callable[[], object], repeats: int = 200) -> float:

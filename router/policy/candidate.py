@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 
 # Of a worker that was not measured yet. Equal for all, so they only weigh terms against each other.
 USUAL_TOKENS_PER_S = 2_000.0
 USUAL_STEP_S = 0.02
 USUAL_SEQUENCE_STEP_S = 0.001
+
+RATE_BITS = 32  # bit lengths of token counts that a table of rates tells apart
 
 
 class Role(Enum):
@@ -65,8 +68,18 @@ class Speed:
             return USUAL_STEP_S + USUAL_SEQUENCE_STEP_S * sequences
         return _nearest(self.step_s, sequences.bit_length())
 
+    def prefill_rates(self) -> list[float]:
+        """Tokens/s that `prefill_s` uses, by the bit length of the tokens, 0 to RATE_BITS."""
+        measured = self.prefill_tokens_per_s
+        rates: list[float] = []
+        for (bits, rate), (following, _) in pairwise(measured):
+            rates += [rate] * ((bits + following) // 2 + 1 - len(rates))
+        last = measured[-1][1] if measured else USUAL_TOKENS_PER_S
+        return rates + [last] * (RATE_BITS + 1 - len(rates))
+
 
 def _nearest(measured: tuple[tuple[int, float], ...], bits: int) -> float:
+    """The smaller size of two that are equally near."""
     if len(measured) == 1:
         return measured[0][1]
     return min(measured, key=lambda pair: abs(pair[0] - bits))[1]
@@ -74,6 +87,8 @@ def _nearest(measured: tuple[tuple[int, float], ...], bits: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
+    """One worker, as a record; a policy looks at all of them at once, as columns (`Candidates`)."""
+
     worker_id: str
     role: Role
     alive: bool  # heard from lately
@@ -82,7 +97,7 @@ class Candidate:
     max_sequences: int
     total_blocks: int
     block_bytes: int
-    load: LoadView
+    load: LoadView = LoadView()
     speed: Speed = Speed()
     matched_blocks: int = 0  # leading blocks of the request that it holds
     has_store: bool = False  # reads and writes the store of its machine

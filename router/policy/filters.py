@@ -1,71 +1,122 @@
-"""Filters: why a candidate cannot take what is needed, or None when it can."""
+"""Filters: which candidates can take what is needed, and of each other one the reason in clear text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from router.policy.candidate import Candidate, Need, Phase, Role
+import numpy as np
+
+from router.policy.candidate import Need, Phase
+from router.policy.candidates import Flags, Snapshot
 
 _DECODES = (Phase.DECODE, Phase.RESUME)
 
-Filter = Callable[[Need, Candidate], str | None]
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """
+    Attributes:
+        passes: an element a candidate; None when all pass.
+        reason: why a candidate that does not pass is left out.
+        lasting: `passes` looks at nothing but the phase and the roster, so its answer is kept with the roster.
+    """
+
+    passes: Callable[[Need, Snapshot], Flags | None]
+    reason: Callable[[Need, Snapshot, int], str]
+    lasting: bool = False
 
 
-def alive(_: Need, candidate: Candidate) -> str | None:
-    return None if candidate.alive else "not heard from lately"
+def eligible(filters: tuple[Filter, ...], need: Need, seen: Snapshot) -> Flags:
+    """Who passes all of them; not to be changed."""
+    memo, key = seen.roster.memo, (need.phase, filters)
+    passing = memo.get(key)
+    if passing is None:
+        passing = np.ones(len(seen), dtype=np.bool_)
+        for each in filters:
+            if each.lasting and (mask := each.passes(need, seen)) is not None:
+                passing &= mask
+        memo[key] = passing
+    for each in filters:
+        if not each.lasting and (mask := each.passes(need, seen)) is not None:
+            passing = passing & mask
+    return passing
 
 
-def compatible(_: Need, candidate: Candidate) -> str | None:
-    return candidate.incompatible or None
+def _without(seen: Snapshot, worker_ids: frozenset[str]) -> Flags | None:
+    if not worker_ids:
+        return None
+    return np.array([each not in worker_ids for each in seen.roster.worker_ids])
 
 
-def not_failed(need: Need, candidate: Candidate) -> str | None:
-    return "failed or refused this request before" if candidate.worker_id in need.avoid else None
-
-
-def role(need: Need, candidate: Candidate) -> str | None:
+def _has_role(need: Need, seen: Snapshot) -> Flags | None:
     if need.phase is Phase.WHOLE:
         return None
-    if need.phase in _DECODES:
-        return None if candidate.role is Role.DECODE else f"role {candidate.role.value}"
-    return f"role {candidate.role.value}" if candidate.role is Role.DECODE else None
+    return seen.roster.decode if need.phase in _DECODES else ~seen.roster.decode
 
 
-def linked(need: Need, candidate: Candidate) -> str | None:
-    if need.phase is Phase.PROMPT and candidate.role is Role.PREFILL and candidate.partners == 0:
-        return "no open link to a decode worker"
-    if need.phase is Phase.DECODE:
-        if candidate.link is None:
-            return "no link from the prefill worker"
-        if not candidate.link.up:
-            return f"link down: {candidate.link.error or 'no reason given'}"
-    return None
-
-
-def stored(need: Need, candidate: Candidate) -> str | None:
-    return "no store" if need.phase is Phase.RESUME and not candidate.has_store else None
-
-
-def room(need: Need, candidate: Candidate) -> str | None:
-    """Prompts may queue on a worker, so only what can never fit is refused there; a hand-over needs its room now."""
-    if need.tokens >= candidate.max_model_len:
-        return f"{need.tokens} tokens leave no room in its context of {candidate.max_model_len}"
-    if need.needed_blocks > candidate.total_blocks:
-        return f"needs {need.needed_blocks} blocks of {candidate.total_blocks}"
-    if need.phase in _DECODES:
-        missing = need.needed_blocks - candidate.matched_blocks
-        if missing > candidate.load.free_blocks:
-            return f"needs {missing} blocks, {candidate.load.free_blocks} are free"
-        if candidate.load.sequences >= candidate.max_sequences:
-            return f"runs {candidate.load.sequences} sequences of {candidate.max_sequences}"
-    return None
-
-
-def named(need: Need, candidate: Candidate) -> str | None:
-    """The worker that the client named, if it named one; it runs the prompt."""
-    if need.target is None or need.phase in _DECODES or need.target == candidate.worker_id:
+def _has_partner(need: Need, seen: Snapshot) -> Flags | None:
+    if need.phase is not Phase.PROMPT:
         return None
-    return "another worker was named"
+    return (seen.roster.partners > 0) | ~seen.roster.prefill
 
 
-FILTERS: tuple[Filter, ...] = (compatible, alive, not_failed, role, linked, stored, room)
+def _is_linked(need: Need, seen: Snapshot) -> Flags | None:
+    if need.phase is not Phase.DECODE:
+        return None
+    return seen.links.up if seen.links is not None else np.zeros(len(seen), dtype=np.bool_)
+
+
+def _why_unlinked(_: Need, seen: Snapshot, at: int) -> str:
+    link = seen.links.facts[at] if seen.links is not None else None
+    return "no link from the prefill worker" if link is None else f"link down: {link.error or 'no reason given'}"
+
+
+def _has_room(need: Need, seen: Snapshot) -> Flags:
+    """Prompts may queue on a worker, so only what can never fit is refused there; a hand-over needs its room now."""
+    fits: Flags = (seen.roster.max_model_len > need.tokens) & (seen.roster.total_blocks >= need.needed_blocks)
+    if need.phase not in _DECODES:
+        return fits
+    fits &= seen.free_blocks >= need.needed_blocks - seen.matched_blocks
+    fits &= seen.sequences < seen.roster.max_sequences
+    return fits
+
+
+def _why_no_room(need: Need, seen: Snapshot, at: int) -> str:
+    roster = seen.roster
+    if roster.max_model_len[at] <= need.tokens:
+        return f"{need.tokens} tokens leave no room in its context of {roster.max_model_len[at]:.0f}"
+    if roster.total_blocks[at] < need.needed_blocks:
+        return f"needs {need.needed_blocks} blocks of {roster.total_blocks[at]:.0f}"
+    missing = need.needed_blocks - seen.matched_blocks[at]
+    if missing > seen.free_blocks[at]:
+        return f"needs {missing:.0f} blocks, {seen.free_blocks[at]:.0f} are free"
+    return f"runs {seen.sequences[at]:.0f} sequences of {roster.max_sequences[at]:.0f}"
+
+
+def _is_target(need: Need, seen: Snapshot) -> Flags | None:
+    if need.target is None or need.phase in _DECODES:
+        return None
+    return np.array([each == need.target for each in seen.roster.worker_ids], dtype=np.bool_)
+
+
+compatible = Filter(
+    lambda _, seen: seen.roster.compatible, lambda _, seen, at: seen.roster.incompatible[at], lasting=True
+)
+alive = Filter(lambda _, seen: seen.roster.alive, lambda _, seen, at: "not heard from lately", lasting=True)
+not_failed = Filter(
+    lambda need, seen: _without(seen, need.avoid), lambda need, seen, at: "failed or refused this request before"
+)
+role = Filter(_has_role, lambda _, seen, at: f"role {seen.roster.roles[at].value}", lasting=True)
+partnered = Filter(_has_partner, lambda need, seen, at: "no open link to a decode worker", lasting=True)
+linked = Filter(_is_linked, _why_unlinked)
+stored = Filter(
+    lambda need, seen: seen.roster.has_store if need.phase is Phase.RESUME else None,
+    lambda need, seen, at: "no store",
+    lasting=True,
+)
+room = Filter(_has_room, _why_no_room)
+# The worker that the client named, if it named one; it runs the prompt.
+named = Filter(_is_target, lambda need, seen, at: "another worker was named")
+
+FILTERS: tuple[Filter, ...] = (compatible, alive, not_failed, role, partnered, linked, stored, room)

@@ -4,60 +4,71 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from importlib.metadata import entry_points
 
-from router.policy.candidate import Candidate, Need, Phase
-from router.policy.decision import Considered, Decision, Rejected
-from router.policy.filters import FILTERS, Filter, named
-from router.policy.scorers import (
-    COST,
-    LEAST_LOAD,
-    PREFIX_ONLY,
-    Scorer,
-    missing_bytes,
-    queued,
-    uncached,
-    uncached_tokens,
-)
+import numpy as np
+from numpy.typing import NDArray
+
+from router.policy.candidate import Need, Phase
+from router.policy.candidates import Candidates, Numbers, Snapshot
+from router.policy.decision import Decision
+from router.policy.filters import FILTERS, Filter, eligible, named
+from router.policy.scorers import COST, LEAST_LOAD, PREFIX_ONLY, Scorer
 
 log = logging.getLogger(__name__)
 
-# What is needed; candidates, cheapest first; the turn: which of them.
-Picker = Callable[[Need, Sequence[Considered], int], Considered]
 GROUP = "pdserve.policies"  # entry points of this group are policies too
 
 _TIE = 1e-9
 
 
-def cheapest(_: Need, considered: Sequence[Considered], turn: int) -> Considered:
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a picker picks from: the eligible rows of `seen`, ascending and at least one, and what each would cost."""
+
+    need: Need
+    seen: Snapshot
+    rows: NDArray[np.intp]
+    cost: Numbers
+    turn: int
+
+
+Picker = Callable[[Choice], int]  # a position in `rows`
+
+
+def cheapest(choice: Choice) -> int:
     """The lowest cost; equal ones take turns."""
-    lowest = considered[0].cost
-    tied = [each for each in considered if each.cost - lowest <= _TIE * max(1.0, lowest)]
-    return tied[turn % len(tied)]
+    cost = choice.cost
+    best = int(cost.argmin())
+    lowest = float(cost[best])
+    tied = (cost <= lowest + _TIE * max(1.0, lowest)).nonzero()[0]
+    return best if len(tied) == 1 else int(tied[choice.turn % len(tied)])
 
 
-def scattered(_: Need, considered: Sequence[Considered], turn: int) -> Considered:
+def scattered(choice: Choice) -> int:
     """Any, evenly; which one depends on the turn alone."""
-    return random.Random(turn).choice(considered)
+    return random.Random(choice.turn).randrange(len(choice.rows))
 
 
-def better_of_two(_: Need, considered: Sequence[Considered], turn: int) -> Considered:
+def better_of_two(choice: Choice) -> int:
     """The cheaper of two drawn ones: spreads work without a look at everyone (Mitzenmacher, 2001)."""
-    if len(considered) == 1:
-        return considered[0]
-    first, second = random.Random(turn).sample(range(len(considered)), 2)
-    return considered[min(first, second)]
+    if len(choice.rows) == 1:
+        return 0
+    first, second = random.Random(choice.turn).sample(range(len(choice.rows)), 2)
+    return min(first, second, key=lambda each: (choice.cost[each], each))
 
 
-def sticky(need: Need, considered: Sequence[Considered], turn: int) -> Considered:
+def sticky(choice: Choice) -> int:
     """The same worker for the same session while it is eligible (rendezvous hashing); without one, the cheapest."""
+    need = choice.need
     if need.session is None or need.phase in (Phase.DECODE, Phase.RESUME):
-        return cheapest(need, considered, turn)
-    session = need.session.encode()
-    return max(considered, key=lambda each: blake2b(session + b"\0" + each.worker_id.encode()).digest())
+        return cheapest(choice)
+    session, ids = need.session.encode(), choice.seen.roster.worker_ids
+    weights = [blake2b(session + b"\0" + ids[row].encode()).digest() for row in choice.rows]
+    return weights.index(max(weights))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,44 +78,15 @@ class Policy:
     scorers: Mapping[Phase, Mapping[str, Scorer]] = field(default_factory=dict)  # none: everyone costs the same
     pick: Picker = cheapest
 
-    def decide(self, need: Need, candidates: Sequence[Candidate], turn: int) -> Decision:
+    def decide(self, need: Need, candidates: Candidates, turn: int) -> Decision:
         """`turn` rises by one with each decision of a phase: it rotates among equals and seeds a random choice."""
-        considered: list[Considered] = []
-        filtered: list[Rejected] = []
-        for candidate in candidates:
-            reason = self._reason_against(need, candidate)
-            if reason is None:
-                considered.append(self._score(need, candidate))
-            else:
-                filtered.append(Rejected(candidate.worker_id, reason))
-        considered.sort(key=lambda each: (each.cost, each.worker_id))
-        chosen = self.pick(need, considered, turn) if considered else None
-        runner_up = next((each for each in considered if each is not chosen), None)
-        return Decision(self.name, need.phase, chosen, runner_up, tuple(considered), tuple(filtered))
-
-    def _reason_against(self, need: Need, candidate: Candidate) -> str | None:
-        for check in self.filters:
-            reason = check(need, candidate)
-            if reason is not None:
-                return reason
-        return None
-
-    def _score(self, need: Need, candidate: Candidate) -> Considered:
-        scorers = self.scorers.get(need.phase, {})
-        terms = {name: scorer(need, candidate) for name, scorer in scorers.items()}
-        link = candidate.link
-        return Considered(
-            worker_id=candidate.worker_id,
-            matched_blocks=candidate.matched_blocks,
-            terms=terms,
-            cost=sum(terms.values()),
-            uncached_tokens=uncached_tokens(need, candidate),
-            uncached_s=uncached(need, candidate),
-            queued_s=queued(need, candidate),
-            step_s=candidate.speed.decode_step_s(candidate.load.sequences + 1),
-            move_bytes=missing_bytes(need, candidate) if need.phase is Phase.DECODE else 0,
-            transport=link.transport if link is not None else "",
-        )
+        seen = candidates.seen
+        passing = eligible(self.filters, need, seen)
+        terms = {name: scorer(need, candidates) for name, scorer in self.scorers.get(need.phase, {}).items()}
+        cost = sum(terms.values(), start=np.zeros(len(seen)))
+        rows = passing.nonzero()[0]
+        row = int(rows[self.pick(Choice(need, seen, rows, cost[rows], turn))]) if len(rows) else None
+        return Decision(self.name, need, seen, self.filters, passing, terms, cost, row)
 
 
 _BUILT_IN = (

@@ -1,73 +1,84 @@
-"""Scorers: what a candidate would cost, term by term, in seconds, from the worker's measured speed.
+"""Scorers: what each candidate would cost, term by term, in seconds, from the workers' measured speed.
 
-    prompt   uncached + queued + MEMORY * recent + SEQUENCE * sequences (where decoding shares the step)
+    prompt   uncached + WORK * uncached + queued + RECENT * recent + SEQUENCE * sequences (if decoding shares the step)
     decode   bytes to move + SEQUENCE * sequences + CONTEXT * context
 
-The memory term is what keeps equal workers equal: a term of in-flight work alone sends everything to one worker as
-soon as requests are short or rare. A weight of 0.05 with a half-life of 30 s reaches nearly every prefix at an even
-load (tests/router/test_policy_trace.py replays a public trace).
+The term of recent work is what keeps equal workers equal: a term of in-flight work alone sends everything to one worker
+as soon as requests are short or rare. A weight of 0.1 with a half-life of 30 s reaches nearly every prefix at an even
+load. Without WORK, each request looks after itself alone, and busy workers compute the same prefixes over and over.
+`pdserve replay` tries weights on a trace; docs/results.md has what it found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from router.policy.candidate import Candidate, Need, Phase, Role
+import numpy as np
 
-Scorer = Callable[[Need, Candidate], float]
+from router.policy.candidate import Need, Phase
+from router.policy.candidates import RECENT_TOKENS, WAITING_TOKENS, Candidates, Numbers, Snapshot
+
+# An element a candidate: lower is better.
+Scorer = Callable[[Need, Candidates], Numbers]
 
 RECENT_HALF_LIFE_S = 30.0
-RECENT_WEIGHT = 0.05
+RECENT_WEIGHT = 0.1
+WORK_WEIGHT = 2.0
 # A decoding sequence slows its neighbours for as long as it runs: worth this many tokens of prefill.
-SEQUENCE_TOKENS = 32.0
+SEQUENCE_TOKENS = 32
 # Reading the KV of a context token once is this small a part of computing it.
 CONTEXT_WEIGHT = 0.01
 UNMEASURED_LINK_BYTES_PER_S = 1e9
 
 
-def uncached_tokens(need: Need, candidate: Candidate) -> int:
-    """Never below one: the last token is computed even when every block is there."""
-    return max(1, need.tokens - candidate.matched_blocks * need.block_size)
+def missing_bytes(need: Need, seen: Snapshot) -> Numbers:
+    """What a hand-over to each moves."""
+    return np.maximum(need.full_blocks + 1 - seen.matched_blocks, 0.0) * seen.roster.block_bytes
 
 
-def missing_bytes(need: Need, candidate: Candidate) -> int:
-    """What a hand-over to it moves."""
-    return max(0, need.full_blocks + 1 - candidate.matched_blocks) * candidate.block_bytes
+def uncached(need: Need, candidates: Candidates) -> Numbers:
+    return candidates.uncached_s(need)
 
 
-def uncached(need: Need, candidate: Candidate) -> float:
-    return candidate.speed.prefill_s(uncached_tokens(need, candidate))
+def work(need: Need, candidates: Candidates) -> Numbers:
+    """What it makes those who come after wait: a prefix computed once more is time of a worker that they would have."""
+    return WORK_WEIGHT * candidates.uncached_s(need)
 
 
-def queued(_: Need, candidate: Candidate) -> float:
-    waiting = candidate.load.waiting_tokens
-    return candidate.speed.prefill_s(waiting) if waiting else 0.0
+def queued(_: Need, candidates: Candidates) -> Numbers:
+    return candidates.load_s(WAITING_TOKENS)
 
 
-def recent(_: Need, candidate: Candidate) -> float:
-    tokens = candidate.load.recent_tokens
-    return RECENT_WEIGHT * candidate.speed.prefill_s(tokens) if tokens else 0.0
+def recent(_: Need, candidates: Candidates) -> Numbers:
+    return RECENT_WEIGHT * candidates.load_s(RECENT_TOKENS)
 
 
-def shared_step(_: Need, candidate: Candidate) -> float:
+def shared_step(_: Need, candidates: Candidates) -> Numbers:
     """Sequences that decode in the same step as this prompt; a prefill worker has none."""
-    return 0.0 if candidate.role is Role.PREFILL else sequences(_, candidate)
+    return sequences(_, candidates) * candidates.seen.roster.shares_step
 
 
-def move(need: Need, candidate: Candidate) -> float:
-    measured = candidate.link.bytes_per_s if candidate.link is not None else 0.0
-    return missing_bytes(need, candidate) / (measured or UNMEASURED_LINK_BYTES_PER_S)
+def move(need: Need, candidates: Candidates) -> Numbers:
+    seen = candidates.seen
+    measured = seen.links.bytes_per_s if seen.links is not None else np.zeros(len(seen))
+    return missing_bytes(need, seen) / np.where(measured > 0.0, measured, UNMEASURED_LINK_BYTES_PER_S)
 
 
-def sequences(_: Need, candidate: Candidate) -> float:
-    return candidate.speed.prefill_s(SEQUENCE_TOKENS) * candidate.load.sequences
+def sequences(_: Need, candidates: Candidates) -> Numbers:
+    return candidates.constant_prefill_s(SEQUENCE_TOKENS) * candidates.seen.sequences
 
 
-def context(_: Need, candidate: Candidate) -> float:
-    return CONTEXT_WEIGHT * candidate.load.context_tokens * candidate.speed.prefill_s(1)
+def context(_: Need, candidates: Candidates) -> Numbers:
+    return CONTEXT_WEIGHT * candidates.seen.context_tokens * candidates.constant_prefill_s(1)
 
 
-_PROMPT: Mapping[str, Scorer] = {"uncached": uncached, "queued": queued, "recent": recent, "shared_step": shared_step}
+_PROMPT: Mapping[str, Scorer] = {
+    "uncached": uncached,
+    "work": work,
+    "queued": queued,
+    "recent": recent,
+    "shared_step": shared_step,
+}
 _DECODE: Mapping[str, Scorer] = {"move": move, "sequences": sequences, "context": context}
 
 COST: Mapping[Phase, Mapping[str, Scorer]] = {

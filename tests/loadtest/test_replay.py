@@ -11,7 +11,7 @@ import pytest
 
 from loadtest.replay import Replay
 from loadtest.session import Session
-from loadtest.trace import MOONCAKE_GRID_S, Row, Trace, read_trace
+from pdserve.trace import MOONCAKE_GRID_S, Row, Trace, read_trace
 
 PUBLIC = Path(__file__).parents[3] / "shared" / "traces"
 

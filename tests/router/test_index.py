@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvstore.keys import BlockKey, KeyChain, block_keys, root_key
+from kvstore.keys import GROUP_BLOCKS, BlockKey, KeyChain, block_keys, landmarks, root_key
 from router.index import PrefixIndex, split_keys
 
 KEYS = [BlockKey(bytes([number]) * 16) for number in range(40)]
@@ -48,7 +48,7 @@ class AgainstNaive(RuleBasedStateMachine):
     @rule(length=st.integers(0, len(KEYS)))
     def match(self, length: int) -> None:
         """As far as an unbroken prefix reaches, and never further than the last key held."""
-        depths = self.index.match(KEYS[:length])
+        depths = self.index.match(KEYS[:length]).by_slot()
         for slot, held in self.naive.items():
             unbroken = next((n for n, key in enumerate(KEYS[:length]) if key not in held), length)
             if held.issubset(KEYS[:unbroken]) or unbroken in (0, length):
@@ -72,10 +72,10 @@ def test_an_index_that_all_workers_left_is_empty() -> None:
     index.stored(0, KEYS)
     index.stored(3, KEYS[:4])
     index.remove_worker(0)
-    assert index.match(KEYS) == {3: 4}
+    assert index.match(KEYS).by_slot() == {3: 4}
     index.remove_worker(3)
     assert len(index) == 0
-    assert index.match(KEYS) == {}
+    assert index.match(KEYS).by_slot() == {}
 
 
 @given(st.dictionaries(slots, st.integers(0, 60), max_size=5), st.integers(0, 60))
@@ -85,15 +85,61 @@ def test_prefixes_of_any_depth_are_found_whole(depths: dict[int, int], length: i
     for slot, depth in depths.items():
         index.stored(slot, keys[:depth])
     expected = {slot: min(depth, length) for slot, depth in depths.items() if min(depth, length)}
-    assert index.match(keys[:length]) == expected
-    assert index.match(KeyChain(root_key(b"f"), tokens[: length * 4], 4)) == expected
+    assert index.match(keys[:length]).by_slot() == expected
+    assert index.match(KeyChain(root_key(b"f"), tokens[: length * 4], 4)).by_slot() == expected
+
+
+def test_what_is_expected_counts_until_it_came_or_its_time_is_over() -> None:
+    index = PrefixIndex()
+    for slot in (0, 1):
+        index.stored(slot, KEYS[:2])
+    index.expect(0, KEYS[:6], now_s=0.0, expires_s=10.0)
+    index.expect(1, KEYS[:4], now_s=1.0, expires_s=20.0)
+    assert index.match(KEYS).by_slot() == {0: 6, 1: 4}
+    assert (index.count(0), index.count_expected(0)) == (2, 4)
+    index.stored(0, KEYS[2:4])  # half of it came
+    index.expire(10.0)
+    assert index.match(KEYS).by_slot() == {0: 4, 1: 4}
+    index.expect(1, KEYS[:4], now_s=15.0, expires_s=40.0)  # once more
+    index.expire(39.0)
+    assert index.match(KEYS).of(1) == 4
+    index.expire(40.0)
+    assert index.match(KEYS).by_slot() == {0: 4, 1: 2}
+    index.remove_worker(0)
+    index.remove_worker(1)
+    assert len(index) == 0
+
+
+def test_nothing_is_expected_of_a_worker_that_is_gone_and_never_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = PrefixIndex()
+    index.expect(0, KEYS, now_s=0.0, expires_s=9.0)
+    assert len(index) == 0
+    monkeypatch.setattr("router.index.MAX_EXPECTED", 5)
+    index.stored(0, KEYS[:1])
+    for _ in range(3):
+        index.expect(0, KEYS, now_s=0.0, expires_s=9.0)
+    assert index.count_expected(0) == 5
+
+
+@given(st.integers(1, 70), st.integers(0, 70))
+def test_landmarks_are_enough_to_follow_a_prompt(sent: int, shared: int) -> None:
+    """A second prompt that shares `shared` blocks finds the first one's worker, to the group; one block at least."""
+    first = KeyChain(root_key(b"f"), range(sent * 4), 4)
+    tokens = [*range(min(shared, sent) * 4), *range(10_000, 10_000 + 4 * 40)]
+    index = PrefixIndex()
+    index.stored(3, [])
+    index.expect(3, landmarks(first), now_s=0.0, expires_s=1.0)
+    found = index.match(KeyChain(root_key(b"f"), tokens, 4)).of(3)
+    shared = min(shared, sent)
+    assert max(shared // GROUP_BLOCKS * GROUP_BLOCKS, min(shared, 1)) <= found <= shared
+    assert index.match(first).of(3) == sent
 
 
 def test_a_worker_without_the_first_block_holds_nothing() -> None:
     keys = block_keys(root_key(b"f"), range(40), 4)
     index = PrefixIndex()
     index.stored(2, keys[1:])
-    assert index.match(keys) == {}
+    assert index.match(keys).by_slot() == {}
 
 
 def test_a_cut_key_is_refused() -> None:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from router.memory import DecayingSum
-from router.policy import POLICIES, Candidate, LinkFacts, LoadView, Need, Phase, Role, Speed
+from router.policy import POLICIES, Candidate, Candidates, LinkFacts, LoadView, Need, Phase, Policy, Role, Speed
+from router.policy.candidates import Numbers
 
 NEED = Need(Phase.PROMPT, tokens=64, max_tokens=16, block_size=16)
 
@@ -30,7 +30,7 @@ def worker(worker_id: str, role: Role = Role.PREFILL, **changes: object) -> Cand
 
 
 def chosen(policy: str, need: Need, *candidates: Candidate, turn: int = 0) -> str | None:
-    decision = POLICIES[policy].decide(need, candidates, turn)
+    decision = POLICIES[policy].decide(need, Candidates.of(candidates), turn)
     return decision.chosen.worker_id if decision.chosen else None
 
 
@@ -92,7 +92,7 @@ def test_decode_prefers_the_prefix_then_the_shorter_batch() -> None:
     ],
 )
 def test_a_filtered_candidate_is_named_with_its_reason(phase: Phase, candidate: Candidate, reason: str) -> None:
-    decision = POLICIES["cost"].decide(replace(NEED, phase=phase), [candidate], 0)
+    decision = POLICIES["cost"].decide(replace(NEED, phase=phase), Candidates.of([candidate]), 0)
     assert decision.chosen is None
     assert reason in decision.why_not()
 
@@ -109,20 +109,18 @@ def test_workers_that_failed_are_avoided() -> None:
 
 
 def test_a_decision_keeps_every_term_and_the_runner_up() -> None:
-    decision = POLICIES["cost"].decide(NEED, [worker("a"), worker("b", matched_blocks=2)], 0)
+    decision = POLICIES["cost"].decide(NEED, Candidates.of([worker("a"), worker("b", matched_blocks=2)]), 0)
     assert [each.worker_id for each in decision.considered] == ["b", "a"]
     assert decision.runner_up is not None
     assert decision.runner_up.worker_id == "a"
-    assert dict(decision.considered[0].terms) == {"uncached": 0.016, "queued": 0.0, "recent": 0.0, "shared_step": 0.0}
+    assert dict(decision.considered[0].terms) == {
+        "uncached": 0.016,
+        "work": 0.032,
+        "queued": 0.0,
+        "recent": 0.0,
+        "shared_step": 0.0,
+    }
     assert all(each.cost == sum(each.terms.values()) for each in decision.considered)
-
-
-def test_the_memory_halves_with_each_half_life() -> None:
-    memory = DecayingSum(half_life_s=30.0)
-    memory.add(100.0, now_s=10.0)
-    memory.add(100.0, now_s=40.0)
-    assert memory.value(40.0) == pytest.approx(150.0)
-    assert memory.value(100.0) == pytest.approx(37.5)
 
 
 def test_least_load_and_power_of_two_look_at_load_only() -> None:
@@ -154,3 +152,15 @@ def test_a_session_stays_and_moves_only_when_its_worker_is_gone() -> None:
 def test_a_slow_worker_costs_more_for_the_same_tokens() -> None:
     slow = worker("a", speed=Speed(prefill_tokens_per_s=((7, 100.0),)))
     assert chosen("cost", NEED, slow, worker("b")) == "b"
+
+
+def test_a_policy_of_ones_own_is_a_scorer_over_columns() -> None:
+    def free_memory(need: Need, candidates: Candidates) -> Numbers:
+        return -candidates.seen.free_blocks
+
+    emptiest = Policy("emptiest", scorers={phase: {"free": free_memory} for phase in Phase})
+    workers = [worker(name, load=LoadView(free_blocks=blocks)) for name, blocks in (("a", 60), ("b", 90), ("c", 70))]
+    decision = emptiest.decide(NEED, Candidates.of(workers), 0)
+    assert [each.worker_id for each in decision.considered] == ["b", "c", "a"]
+    assert decision.runner_up_id == "c"
+    assert decision.considered[0].terms == {"free": -90.0}

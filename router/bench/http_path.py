@@ -1,0 +1,157 @@
+"""What a router adds over HTTP, in front of stubs that answer at once: this one, and others whose programs are given.
+
+Everything runs on this machine, so client, router and stub share its cores: compare the columns of one run. The others
+are proxies in front of an HTTP stub; this router is the server itself, with a stub worker behind it over gRPC, and
+tokenises the prompt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+import urllib.request
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+PROMPT = "The quick brown fox jumps over the lazy dog, and then it sleeps."
+RATES = (100, 500)  # requests/s
+STREAM_TOKENS = 256
+_STREAMS = 160
+
+
+async def measure_http(model: Path, name: str, peers: Path | None) -> dict[str, Any]:
+    """
+    Args:
+        name: of the model in `model`, as it is served.
+        peers: a folder with the programs sglang-router and vllm-router, or one of them.
+    """
+    found: dict[str, Any] = {}
+    async with _started("router.bench.http_stub") as stub:
+        found["stub_alone"] = await _measure(stub, "stub", None)
+        for peer, command in _peers(peers, stub).items():
+            port = _free_port()
+            async with _process(*command, "--port", str(port)) as (process, _):
+                await _ready(port)
+                found[peer] = await _measure(f"127.0.0.1:{port}", "stub", process.pid)
+    async with _started("router.bench.stub_worker") as worker:
+        port = _free_port()
+        command = (sys.executable, "-m", "router", "--model", str(model), "--worker", worker, "--port", str(port))
+        async with _process(*command) as (process, _):
+            await _ready(port)
+            found["pdserve"] = await _measure(f"127.0.0.1:{port}", name, process.pid)
+    alone = found["stub_alone"]
+    for each in found.values():
+        for rate in RATES:
+            at, base = each[f"at_{rate}_per_s"], alone[f"at_{rate}_per_s"]
+            at["added_p50_us"], at["added_p99_us"] = at["p50_us"] - base["p50_us"], at["p99_us"] - base["p99_us"]
+    return found
+
+
+def _peers(folder: Path | None, stub: str) -> dict[str, tuple[str, ...]]:
+    """Those that are there, with their arguments."""
+    if folder is None:
+        return {}
+    arguments = ("--worker-urls", f"http://{stub}", "--policy", "round_robin", "--host", "127.0.0.1")
+    commands = {"sglang-router": ("launch", *arguments), "vllm-router": arguments}
+    return {
+        name: (str(folder / name), *rest, "--prometheus-port", str(_free_port()), "--log-level", "error")
+        for name, rest in commands.items()
+        if (folder / name).exists()
+    }
+
+
+async def _measure(address: str, model: str, pid: int | None) -> dict[str, Any]:
+    """`pid`: of the router, whose CPU time is measured too: client and stub share the cores with it."""
+    fields = {"model": model, "prompt": PROMPT, "temperature": 0}
+    whole = json.dumps({**fields, "max_tokens": 1})
+    stream = json.dumps({**fields, "max_tokens": STREAM_TOKENS, "stream": True, "ignore_eos": True})
+    found: dict[str, Any] = {}
+    for rate in RATES:
+        options = ("--requests", str(4 * rate), "--rate", str(rate))
+        found[f"at_{rate}_per_s"] = _latency(await _load(address, whole, *options))
+    before_s = _cpu_s(pid)
+    requests = await _load(address, whole, "--requests", "1600")
+    between_s = _cpu_s(pid)
+    streams = await _load(address, stream, "--requests", str(_STREAMS))
+    after_s = _cpu_s(pid)
+    found["requests_per_s"] = requests["requests_per_s"]
+    found["streamed_tokens_per_s"] = round(streams["requests_per_s"] * STREAM_TOKENS)
+    if pid is not None:
+        found["requests_per_cpu_s"] = round(1600 / (between_s - before_s))
+        found["streamed_tokens_per_cpu_s"] = round(_STREAMS * STREAM_TOKENS / (after_s - between_s))
+    return found
+
+
+def _latency(measured: dict[str, float]) -> dict[str, float]:
+    return {name: measured[name] for name in ("p50_us", "p99_us")}
+
+
+def _cpu_s(pid: int | None) -> float:
+    """User and system time of a process; 0 of none. Linux."""
+    if pid is None:
+        return 0.0
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def _load(address: str, body: str, *options: str) -> dict[str, float]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "router.bench.http_load", address, body, *options), stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"the load on {address} failed")
+    answer: dict[str, float] = json.loads(output)
+    return answer
+
+
+@contextlib.asynccontextmanager
+async def _started(module: str) -> AsyncIterator[str]:
+    """The address that a stub prints."""
+    async with _process(sys.executable, "-m", module, says_address=True) as (_, address):
+        yield address
+
+
+@contextlib.asynccontextmanager
+async def _process(*command: str, says_address: bool = False) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    quiet = asyncio.subprocess.DEVNULL
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE if says_address else quiet, stderr=quiet
+    )
+    try:
+        address = ""
+        if process.stdout is not None:
+            address = (await asyncio.wait_for(process.stdout.readline(), 30)).decode().strip()
+        yield process, address
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), 10)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+
+async def _ready(port: int) -> None:
+    """Once a request succeeds at one of the usual places."""
+    deadline_s = time.monotonic() + 60
+    while time.monotonic() < deadline_s:
+        for path in ("readyz", "health"):
+            with contextlib.suppress(OSError):
+                await asyncio.to_thread(urllib.request.urlopen, f"http://127.0.0.1:{port}/{path}", None, 2)
+                return
+        await asyncio.sleep(0.2)
+    raise TimeoutError(f"nothing is ready at port {port}")
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port

@@ -1,0 +1,107 @@
+"""What policies look at, by worker slot, brought up to date as it changes: a decision copies, it builds nothing.
+
+Loads and speeds change with every report and request, the roster (who there is) seldom. All methods run in the event
+loop, or in a replay under its virtual clock; time is passed in, in seconds, never decreasing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router.index import Match
+from router.policy import Candidate, Candidates, Links, LoadView, Roster, Snapshot, Speed
+from router.policy.candidates import LOAD_ROWS, RATE_COLUMNS, RECENT_TOKENS, load_column
+from router.policy.scorers import RECENT_HALF_LIFE_S
+
+_FIRST_SLOTS = 64  # a multiple of 8, as a match's column needs it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seats:
+    """A roster, and the slot of each of its workers."""
+
+    roster: Roster
+    slots: NDArray[np.intp]
+    first_rate: NDArray[np.intp]
+
+    @classmethod
+    def of(cls, workers: Sequence[tuple[int, Candidate]]) -> Seats:
+        """Workers with their slots, in any order."""
+        ordered = sorted(workers, key=lambda pair: pair[1].worker_id)
+        slots = np.array([slot for slot, _ in ordered], dtype=np.intp)
+        return cls(Roster.of([worker for _, worker in ordered]), slots, slots * RATE_COLUMNS)
+
+
+class Columns:
+    def __init__(self) -> None:
+        self._loads = np.zeros((LOAD_ROWS, _FIRST_SLOTS))
+        self._speeds = [Speed()] * _FIRST_SLOTS
+        self._rates = np.tile(np.array(Speed().prefill_rates()), (_FIRST_SLOTS, 1))
+        self._stale_rates: set[int] = set()  # slots whose speed changed
+        self._speeds_of: tuple[Seats, tuple[Speed, ...]] | None = None  # the last answer, while it is true
+        self._decayed_s = -math.inf  # the time that the recent tokens are true at
+
+    def reset(self, slot: int) -> None:
+        """Another worker takes the slot: nothing is known of it."""
+        while slot >= len(self._speeds):
+            self._grow()
+        self._loads[:, slot] = 0.0
+        self.set_speed(slot, Speed())
+
+    def set_load(self, slot: int, load: LoadView) -> None:
+        """All but the recent tokens, which only `add_recent` changes."""
+        recent_tokens = self._loads[RECENT_TOKENS, slot]
+        self._loads[:, slot] = load_column(load)
+        self._loads[RECENT_TOKENS, slot] = recent_tokens
+
+    def change_load(self, slot: int, row: int, amount: float) -> None:
+        """One figure of a load, by `amount`; `row` is one of `router.policy.candidates`."""
+        self._loads[row, slot] += amount
+
+    def add_recent(self, slot: int, tokens: float, now_s: float) -> None:
+        """Uncached tokens were sent to the worker; they count half after each half-life."""
+        self._decay(now_s)
+        self._loads[RECENT_TOKENS, slot] += tokens
+
+    def set_speed(self, slot: int, speed: Speed) -> None:
+        self._speeds[slot] = speed
+        self._stale_rates.add(slot)
+
+    def candidates(self, seats: Seats, match: Match, now_s: float, links: Links | None = None) -> Candidates:
+        """The workers of `seats` now. To be scored at once: its table of rates is the living one."""
+        self._decay(now_s)
+        seen = Snapshot(
+            roster=seats.roster,
+            loads=self._loads.take(seats.slots, axis=1),
+            matched_blocks=match.column(len(self._speeds)).take(seats.slots),
+            speeds=self._speeds_at(seats),
+            links=links,
+        )
+        return Candidates(seen, self._rates.reshape(-1), seats.first_rate)
+
+    def _speeds_at(self, seats: Seats) -> tuple[Speed, ...]:
+        """With the table of rates made true first."""
+        if self._stale_rates:
+            for slot in self._stale_rates:
+                self._rates[slot] = self._speeds[slot].prefill_rates()
+            self._stale_rates.clear()
+            self._speeds_of = None
+        if self._speeds_of is None or self._speeds_of[0] is not seats:
+            self._speeds_of = seats, tuple(self._speeds[slot] for slot in seats.slots)
+        return self._speeds_of[1]
+
+    def _decay(self, now_s: float) -> None:
+        if now_s > self._decayed_s:
+            self._loads[RECENT_TOKENS] *= math.exp2((self._decayed_s - now_s) / RECENT_HALF_LIFE_S)
+            self._decayed_s = now_s
+
+    def _grow(self) -> None:
+        slots = len(self._speeds)
+        self._loads = np.concatenate([self._loads, np.zeros((LOAD_ROWS, slots))], axis=1)
+        self._rates = np.concatenate([self._rates, np.tile(np.array(Speed().prefill_rates()), (slots, 1))])
+        self._speeds += [Speed()] * slots
