@@ -35,9 +35,12 @@ class Explainer:
     def slo(self) -> dict[str, Any]:
         account = self._dispatcher.account
         errors = {
-            name: {"p50": meter.quantile(0.5), "p90": meter.quantile(0.9)} for name, meter in account.errors.items()
+            name: {"p50": meter.quantile(0.5), "p90": meter.quantile(0.9)}
+            for name, meter in account.predictor.errors.items()
         }
-        return account.goodput.describe() | {"prediction_error": errors}
+        feeder = self._dispatcher.feeder
+        admission = {"mode": feeder.mode.value, "queued": dict(feeder.depths()), **feeder.ledger.describe()}
+        return account.goodput.describe() | {"prediction_error": errors, "admission": admission}
 
     def pairs(self) -> dict[str, Any]:
         """Each prefill worker with each decode worker; an address without a worker behind it is no part of a pair."""

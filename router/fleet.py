@@ -133,7 +133,7 @@ class Fleet:
             return
         match message.WhichOneof("body"):
             case "load":
-                member.load = message.load
+                member.note_load(message.load)
                 if member.role is Role.DECODE:  # elsewhere a step holds prompts too
                     member.learner.note_step(message.load.running_sequences, message.load.step_s)
                 self._wake()
@@ -249,6 +249,14 @@ class Fleet:
         """False when the worker is gone; its loss is, or will be, told through the listener."""
         member = self._by_id.get(worker_id)
         return member is not None and member.link.send(message)
+
+    def in_use(self) -> list[Member]:
+        """Those that can be sent something."""
+        return [member for member in self._by_id.values() if not member.link.suspect]
+
+    def note_room(self) -> None:
+        """The dispatcher knows, before the worker reports it, that somewhere is room again."""
+        self._wake()
 
     def _wake(self) -> None:
         self._changed.set()
