@@ -29,10 +29,17 @@ def main(
     drain_s: Annotated[float, typer.Option(help="How long streams may go on after SIGTERM.")] = 2.0,
     admission: Annotated[
         str,
-        typer.Option(help="Requests that are predicted to miss their class: shadow only counts them; enforce, off."),
+        typer.Option(
+            envvar="PDSERVE_ADMISSION",
+            help="Requests that are predicted to miss their class: shadow only counts them; enforce, off.",
+        ),
     ] = Mode.SHADOW.value,
     admin_key_file: Annotated[
-        Path | None, typer.Option(help="The admin key is in it; without one, callers on this machine are trusted.")
+        Path | None,
+        typer.Option(
+            envvar="PDSERVE_ADMIN_KEY_FILE",
+            help="The admin key is in it; without one, callers on this machine are trusted.",
+        ),
     ] = None,
     decision_log: Annotated[Path | None, typer.Option(help="Append each decision's record to this file.")] = None,
     vllm_names: Annotated[bool, typer.Option(help="Export metrics under the names of vLLM too.")] = True,

@@ -32,7 +32,7 @@ class Forecast:
     Attributes:
         waited_s: since its receipt.
         prompts_s: until what is before it is computed.
-        decode_s: until a decode batch has room for it, within the TPOT that the class allows.
+        decode_s: until a decode batch has room for it, within the TPOT that the class allows; 0 when it will have.
         compute_s: its own prompt, fetching included.
         tpot_s: a decode step of the batch that it would be in.
     """

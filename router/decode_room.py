@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,15 +37,25 @@ class DecodeRoom:
         """An idle fleet has one for anybody."""
         return self.sequences < self.workers or self.sequences + 1 <= self.places(tpot_s)
 
-    def wait_s(self, tpot_s: float, ahead: int, stay_s: float) -> float:
-        """Until there is a place, behind `ahead` others; each stays for `stay_s`."""
-        places = self.places(tpot_s)
-        return max(0.0, self.sequences + ahead + 1 - places) * stay_s / places
+    def sequences_after(self, passed_s: float, ahead: int, stay_s: float) -> float:
+        """With one more, which comes when `ahead` others have come within `passed_s`; each stays for `stay_s`.
 
-    def tpot_s(self, tpot_s: float, ahead: int) -> float:
-        """A step of the batch that a request would be in, given that none is let beyond `tpot_s`."""
-        batch = min(self.sequences + ahead + 1, self.places(tpot_s)) / self.workers
-        return self.factor * self.model.step_s(max(1.0, batch), max(1.0, batch) * self.context_each)
+        What comes evenly and leaves after a mean stay tends to rate times stay, by the exponential of the time.
+        """
+        if passed_s <= 0.0 or stay_s <= 0.0:
+            return self.sequences + ahead + 1
+        settled = ahead / passed_s * stay_s
+        return settled + (self.sequences - settled) * math.exp(-passed_s / stay_s) + 1
+
+    def wait_s(self, tpot_s: float, sequences: float, stay_s: float) -> float:
+        """Until one of so many sequences has a place; each stays for `stay_s`."""
+        places = self.places(tpot_s)
+        return max(0.0, sequences - places) * stay_s / places
+
+    def tpot_s(self, tpot_s: float, sequences: float) -> float:
+        """A step of batches of so many sequences in all, given that none is let beyond `tpot_s`."""
+        batch = max(1.0, min(sequences, self.places(tpot_s)) / self.workers)
+        return self.factor * self.model.step_s(batch, batch * self.context_each)
 
 
 def decode_room(members: Sequence[Member], chosen: Member, factor: float) -> DecodeRoom:

@@ -110,7 +110,7 @@ class Feeder:
     def _estimate(self, item: Waiting, decision: Decision) -> None:
         chosen = decision.chosen
         compute_s = self._compute_s(chosen) if chosen is not None else 0.0
-        item.due_s = item.received_s + item.slo.ttft_s - compute_s
+        item.due_s = item.received_s + item.slo.ttft_s - compute_s - self._predictor.overrun_s
         item.work_s = compute_s
         self._note_look(item, decision, item.queued_s)
 
@@ -142,13 +142,15 @@ class Feeder:
         member = self._fleet.member(chosen.worker_id)
         assert member is not None
         room = decode_room(self._fleet.in_use(), member, self._predictor.step.factor)
-        strictest = self._strictest(item.slo, ())
+        tpot_s, stay_s = self._strictest(item.slo, ()).tpot_s, self._predictor.stay_s
+        prompts_s = self._predictor.prompt.factor * member.backlog_s(now_s)
+        sequences = room.sequences_after(prompts_s, ahead, stay_s)
         return Forecast(
             waited_s=now_s - item.received_s,
-            prompts_s=self._predictor.prompt.factor * member.backlog_s(now_s),
-            decode_s=room.wait_s(strictest.tpot_s, ahead, self._predictor.stay_s),
+            prompts_s=prompts_s,
+            decode_s=prompts_s + wait_s if (wait_s := room.wait_s(tpot_s, sequences, stay_s)) else 0.0,
             compute_s=self._compute_s(chosen),
-            tpot_s=room.tpot_s(strictest.tpot_s, ahead),
+            tpot_s=room.tpot_s(tpot_s, sequences),
         )
 
     def _strictest(self, slo: SloClass, others: Iterable[SloClass]) -> SloClass:

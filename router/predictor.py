@@ -35,6 +35,7 @@ class Predictor:
     Attributes:
         errors: of forecasts made when a request came (`ttft`, `tpot`), and of TTFT counted from its dispatch on.
         stay_s: how long a request decodes, the median; 0 while unknown.
+        overrun_s: how much longer than foreseen requests take from their dispatch to their first token, in one of ten.
         transit_s: from a worker's part of TTFT to the router's, there and back, the median.
     """
 
@@ -46,6 +47,8 @@ class Predictor:
         self._transits_s: deque[float] = deque(maxlen=_WINDOW)
         self.stay_s = 0.0
         self.transit_s = 0.05
+        self._overruns_s: deque[float] = deque(maxlen=_WINDOW)
+        self.overrun_s = 0.0
 
     def note(self, forecast: Forecast | None, timeline: Timeline) -> None:
         """A request ended that nothing disturbed; `forecast` as it came."""
@@ -58,6 +61,9 @@ class Predictor:
             self.stay_s = median(self._stays_s)
         if forecast is None:
             return
+        if timeline.dispatched_s is not None:
+            self._overruns_s.append(timeline.first_token_s - timeline.dispatched_s - forecast.compute_s)
+            self.overrun_s = max(0.0, sorted(self._overruns_s)[int(0.9 * len(self._overruns_s))])
         self.errors["ttft"].note(forecast.ttft_s, timeline.ttft_s)
         self.prompt.note(forecast.ttft_s - forecast.waited_s, timeline.ttft_s - forecast.waited_s)
         if timeline.tpot_s is not None:

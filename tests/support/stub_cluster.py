@@ -7,12 +7,14 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from pdserve.discovery import StaticDiscovery
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.protocol.codec import sampling_to_proto
 from pdserve.request import FinishReason, Request, SamplingParams
 from pdserve.timeline import Timeline
+from router.admission import Mode
 from router.bench.stub_worker import StubWorker, oracle_tokens
 from router.dispatch import RouterDispatcher
 from router.fleet import Fleet
@@ -35,17 +37,24 @@ LIMITS = RouterLimits(
 class StubCluster:
     """Use as an asynchronous context manager; `ready` links at entry, proof of emptiness at exit."""
 
-    def __init__(self, *workers: StubWorker, policy: str = "round_robin", limits: RouterLimits = LIMITS) -> None:
+    def __init__(
+        self,
+        *workers: StubWorker,
+        policy: str = "round_robin",
+        limits: RouterLimits = LIMITS,
+        mode: Mode = Mode.SHADOW,
+    ) -> None:
         self.workers = {worker.spec.worker_id: worker for worker in workers}
         self._policy = policy
         self._limits = limits
+        self._mode = mode
         self._ids = itertools.count()
 
     async def __aenter__(self) -> StubCluster:
         self._tasks_before = asyncio.all_tasks()
         addresses = [await worker.start() for worker in self.workers.values()]
         self.fleet = Fleet(StaticDiscovery(addresses), "test", self._limits.fleet)
-        self.dispatcher = RouterDispatcher(self.fleet, POLICIES[self._policy], self._limits)
+        self.dispatcher = RouterDispatcher(self.fleet, POLICIES[self._policy], self._limits, mode=self._mode)
         self.fleet.start(self.dispatcher)
         await until(
             lambda: sum(n for (_, state), n in self.fleet.counts().items() if state == "ready") == len(addresses)
@@ -87,10 +96,11 @@ class StubCluster:
         )
 
     def start(
-        self, sampling: SamplingParams, prompt_tokens: int = 40, deadline_s: float = 20.0, target: str | None = None
+        self, sampling: SamplingParams, prompt_tokens: int = 40, deadline_s: float = 20.0, **wishes: Any
     ) -> RoutedGeneration:
+        """`wishes` as in `Wishes`."""
         request = self.request(sampling, prompt_tokens, deadline_s)
-        return self.dispatcher.start(request, Timeline(received_s=time.monotonic()), Wishes(target=target))
+        return self.dispatcher.start(request, Timeline(received_s=time.monotonic()), Wishes(**wishes))
 
 
 GREEDY = SamplingParams(max_tokens=20, seed=11, temperature=0.0)
