@@ -52,4 +52,6 @@ class Account:
         if record.predicted_ttft_s is not None:
             dispatched = self.predictor.errors["ttft_dispatched"]
             dispatched.note(record.predicted_ttft_s, timeline.first_token_s - timeline.dispatched_s)
-        self.predictor.note(generation.verdict.forecast if generation.verdict is not None else None, timeline)
+        # One that was to be refused, but was not, waits behind all others: as nobody foresaw.
+        verdict = generation.verdict
+        self.predictor.note(verdict.forecast if verdict is not None and verdict.reason is None else None, timeline)

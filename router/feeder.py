@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 
@@ -96,8 +96,8 @@ class Feeder:
         self._queue.add(item)
         placed: Placed | None = None
         try:
-            decision = self._judge(item, decision, now_s)
-            self._serve(now_s, {item: decision})
+            in_turn = self._judge(item, decision, now_s)
+            self._serve(now_s, {item: in_turn} if in_turn is not None else {})
             placed = await self._turn(item)
             return placed
         finally:
@@ -110,22 +110,24 @@ class Feeder:
     def _estimate(self, item: Waiting, decision: Decision) -> None:
         chosen = decision.chosen
         compute_s = self._compute_s(chosen) if chosen is not None else 0.0
-        item.due_s = item.received_s + item.slo.ttft_s - compute_s - self._predictor.overrun_s
+        item.due_s = item.received_s + item.slo.ttft_s - compute_s - min(self._predictor.overrun_s, item.slo.ttft_s / 2)
         item.work_s = compute_s
         self._note_look(item, decision, item.queued_s)
 
     def _compute_s(self, chosen: Considered) -> float:
         return self._predictor.prompt.factor * chosen.uncached_s
 
-    def _judge(self, item: Waiting, decision: Decision, now_s: float) -> Decision:
-        """Returns the decision behind those that have their turn before it. Raises Overloaded."""
+    def _judge(self, item: Waiting, decision: Decision, now_s: float) -> Decision | None:
+        """Returns the decision behind those that have their turn before it, if one was made. Raises Overloaded."""
+        if item.judged or self.mode is Mode.OFF:
+            return decision if len(self._queue) == 1 else None
         ahead = ahead_of(item, self._queue.order(now_s))
         with _Plans(self._fleet) as plans:
             plans.add(ahead)
             if ahead:
                 decision = item.look()
                 self._note_look(item, decision, now_s)
-            if item.judged or self.mode is Mode.OFF or decision.chosen is None:
+            if decision.chosen is None:
                 return decision
             forecast = self._forecast(item, decision.chosen, len(ahead), now_s)
         verdict = judge(item.slo, forecast, self.mode)
@@ -183,15 +185,17 @@ class Feeder:
         self.ledger.turned_away(item.slo, reason)
         return Overloaded("No worker can take the request now.", code=reason)
 
-    def _serve(self, now_s: float, known: Mapping[Waiting, Decision] | None = None) -> None:
+    def _serve(self, now_s: float, known: Mapping[Waiting, Decision]) -> None:
         """Turns, in order, while a worker is free. `known` are decisions that were made just now."""
-        order = self._queue.order(now_s)
         workers = self._prompt_workers()
+        if workers and not any(self._free(worker, now_s) for worker in workers):
+            return
+        order = self._queue.order(now_s)
         if not workers:
             for item in order:
                 item.stranded_s = item.stranded_s if item.stranded_s is not None else now_s
             return
-        fresh = dict(known or {})
+        fresh = dict(known)
         waits: set[SloClass] = set()  # of those that wait before
         with _Plans(self._fleet) as plans:
             for item in order[:_LOOKS]:
@@ -250,7 +254,7 @@ class Feeder:
         while len(self._queue) or self.ledger.watching:
             await self._fleet.wait_change(TICK_S)
             now_s = time.monotonic()
-            self._serve(now_s)
+            self._serve(now_s, {})
             if self.ledger.watching:
                 self.ledger.look(now_s, self._has_room)
 
@@ -275,10 +279,15 @@ class _Plans:
         return self
 
     def add(self, waiting: Iterable[Waiting]) -> None:
+        more: defaultdict[str, int] = defaultdict(int)
         for item in waiting:
-            if item.plan is not None and (member := self._fleet.member(item.plan[0])) is not None:
-                member.plan(item.plan[1])
-                self._planned[member.worker_id] += item.plan[1]
+            if item.plan is not None:
+                worker_id, tokens = item.plan
+                more[worker_id] += tokens
+        for worker_id, tokens in more.items():
+            if (member := self._fleet.member(worker_id)) is not None:
+                member.plan(tokens)
+                self._planned[worker_id] += tokens
 
     def __exit__(self, *_: object) -> None:
         for worker_id, tokens in self._planned.items():

@@ -51,7 +51,7 @@ class Predictor:
         self.overrun_s = 0.0
 
     def note(self, forecast: Forecast | None, timeline: Timeline) -> None:
-        """A request ended that nothing disturbed; `forecast` as it came."""
+        """A request ended that nothing disturbed; `forecast` as it came, of one that was taken for good."""
         if timeline.first_token_s is None or timeline.last_token_s is None or timeline.ttft_s is None:
             return
         self._transits_s.append(timeline.ttft_stages()["deliver"])
