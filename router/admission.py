@@ -35,6 +35,7 @@ class Forecast:
         decode_s: until a decode batch has room for it, within the TPOT that the class allows; 0 when it will have.
         compute_s: its own prompt, fetching included.
         tpot_s: a decode step of the batch that it would be in.
+        margin_s: what TTFT is longer than that in one of ten; a request is judged with it.
     """
 
     waited_s: float
@@ -42,6 +43,7 @@ class Forecast:
     decode_s: float
     compute_s: float
     tpot_s: float
+    margin_s: float = 0.0
 
     @property
     def ttft_s(self) -> float:
@@ -64,8 +66,9 @@ class Verdict:
 def judge(slo: SloClass, forecast: Forecast, mode: Mode) -> Verdict:
     """`mode` is SHADOW or ENFORCE."""
     alone_s = forecast.waited_s + forecast.compute_s
-    late_s = forecast.ttft_s - slo.ttft_s
-    if late_s <= 0.0 or alone_s > slo.ttft_s:
+    waits = forecast.prompts_s > 0.0 or forecast.decode_s > 0.0
+    late_s = forecast.ttft_s + forecast.margin_s - slo.ttft_s
+    if late_s <= 0.0 or not waits or alone_s > slo.ttft_s:
         return Verdict(forecast, None)
     reason = "tpot" if forecast.decode_s > forecast.prompts_s else "ttft"
     retry_after_s = min(LONGEST_RETRY_S, max(1, math.ceil(late_s)))
@@ -77,7 +80,8 @@ def refusal(verdict: Verdict, slo: SloClass) -> Overloaded:
     if verdict.reason == "tpot":
         why = f"no room to generate at {slo.tpot_s * 1e3:g} ms per token"
     else:
-        why = f"the first token would come in {verdict.forecast.ttft_s:.1f} s instead of {slo.ttft_s:g} s"
+        ttft_s = verdict.forecast.ttft_s + verdict.forecast.margin_s
+        why = f"the first token may take {ttft_s:.1f} s instead of {slo.ttft_s:g} s"
     return Overloaded(
         f"The server is too busy for the class '{slo.name}': {why}.",
         retry_after_s=verdict.retry_after_s,

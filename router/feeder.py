@@ -110,9 +110,17 @@ class Feeder:
     def _estimate(self, item: Waiting, decision: Decision) -> None:
         chosen = decision.chosen
         compute_s = self._compute_s(chosen) if chosen is not None else 0.0
-        item.due_s = item.received_s + item.slo.ttft_s - compute_s - min(self._predictor.overrun_s, item.slo.ttft_s / 2)
+        item.due_s = item.received_s + item.slo.ttft_s - compute_s - self._overrun_s(item.slo)
         item.work_s = compute_s
         self._note_look(item, decision, item.queued_s)
+
+    def _overrun_s(self, slo: SloClass) -> float:
+        """What is to be left for what goes wrong after its dispatch."""
+        return min(self._predictor.overrun_s, slo.ttft_s / 2)
+
+    def _horizon_s(self, member: Member) -> float:
+        """A worker with so much to compute is busy until more can have come."""
+        return member.load.step_s + self._predictor.transit_s
 
     def _compute_s(self, chosen: Considered) -> float:
         return self._predictor.prompt.factor * chosen.uncached_s
@@ -153,6 +161,8 @@ class Feeder:
             decode_s=prompts_s + wait_s if (wait_s := room.wait_s(tpot_s, sequences, stay_s)) else 0.0,
             compute_s=self._compute_s(chosen),
             tpot_s=room.tpot_s(tpot_s, sequences),
+            # The wait on a worker is in both: in what is before it, and in what took longer after a dispatch.
+            margin_s=max(0.0, self._overrun_s(item.slo) - self._horizon_s(member)),
         )
 
     def _strictest(self, slo: SloClass, others: Iterable[SloClass]) -> SloClass:
@@ -164,7 +174,7 @@ class Feeder:
     async def _turn(self, item: Waiting) -> Placed:
         while not item.answer.done():
             now_s = time.monotonic()
-            until_s = min(item.deadline_s, item.queued_s + self._patience_s(item))
+            until_s = min(item.deadline_s, item.queued_s + self._limits.first_token_s)
             if item.stranded_s is not None:
                 until_s = min(until_s, item.stranded_s + self._limits.queue_wait_s)
             if now_s >= until_s:
@@ -172,11 +182,6 @@ class Feeder:
             self._start_pump()
             await asyncio.wait((item.answer,), timeout=min(until_s - now_s, self._limits.queue_wait_s))
         return item.answer.result()
-
-    def _patience_s(self, item: Waiting) -> float:
-        if self.mode is not Mode.ENFORCE:
-            return self._limits.first_token_s
-        return min(self._limits.first_token_s, max(self._limits.queue_wait_s, item.slo.ttft_s))
 
     def _give_up(self, item: Waiting, now_s: float) -> Exception:
         if now_s >= item.deadline_s:
@@ -242,7 +247,7 @@ class Feeder:
     def _free(self, member: Member, now_s: float) -> bool:
         if member.busy_sequences >= member.hello.max_sequences:
             return False
-        return member.backlog_s(now_s) <= member.load.step_s + self._predictor.transit_s
+        return member.backlog_s(now_s) <= self._horizon_s(member)
 
     # --- the queue's own task, while somebody waits ---
 

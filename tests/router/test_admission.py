@@ -14,8 +14,8 @@ from router.slo import CLASSES
 STANDARD = CLASSES["standard"]  # TTFT 4 s
 
 
-def forecast(prompts_s: float = 0.0, decode_s: float = 0.0, compute_s: float = 0.5) -> Forecast:
-    return Forecast(waited_s=0.1, prompts_s=prompts_s, decode_s=decode_s, compute_s=compute_s, tpot_s=0.1)
+def forecast(prompts_s: float = 0.0, decode_s: float = 0.0, compute_s: float = 0.5, margin_s: float = 0.0) -> Forecast:
+    return Forecast(0.1, prompts_s, decode_s, compute_s, tpot_s=0.1, margin_s=margin_s)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,8 @@ def forecast(prompts_s: float = 0.0, decode_s: float = 0.0, compute_s: float = 0
         (forecast(prompts_s=3.5), "ttft"),
         (forecast(decode_s=3.5), "tpot"),
         (forecast(prompts_s=9.0, decode_s=3.5), "ttft"),
+        (forecast(prompts_s=3.0, margin_s=0.5), "ttft"),
+        (forecast(compute_s=3.8, margin_s=0.5), None),  # nobody is before it
         (forecast(prompts_s=9.0, compute_s=4.0), None),  # late on an idle fleet too: no retry would help
     ],
 )
