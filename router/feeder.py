@@ -33,8 +33,9 @@ from router.policy import Considered, Decision, Role
 from router.predictor import Predictor
 from router.queue import Queued, RequestQueue, ahead_of
 from router.refusals import RefusalLedger
-from router.slo import SloClass
+from router.slo import CLASSES, SloClass
 
+_STRICTEST_S = min(each.tpot_s for each in CLASSES.values())
 _LOOKS = 64  # decisions at a time, so that a long queue does not hold up the event loop
 
 
@@ -152,7 +153,7 @@ class Feeder:
         member = self._fleet.member(chosen.worker_id)
         assert member is not None
         room = decode_room(self._fleet.in_use(), member, self._predictor.step.factor)
-        tpot_s, stay_s = self._strictest(item.slo, ()).tpot_s, self._predictor.stay_s
+        tpot_s, stay_s = self._strictest_s(item.slo, ()), self._predictor.stay_s
         prompts_s = self._predictor.prompt.factor * member.backlog_s(now_s)
         sequences = room.sequences_after(prompts_s, ahead, stay_s)
         return Forecast(
@@ -165,9 +166,11 @@ class Feeder:
             margin_s=max(0.0, self._overrun_s(item.slo) - self._horizon_s(member)),
         )
 
-    def _strictest(self, slo: SloClass, others: Iterable[SloClass]) -> SloClass:
-        """Of those that would share a batch with it."""
-        return min((slo, *others, *set(self._running.values())), key=lambda each: each.tpot_s)
+    def _strictest_s(self, slo: SloClass, others: Iterable[SloClass]) -> float:
+        """TPOT of those that would share a batch with it. One client's own numbers slow down nobody else further than
+        the strictest of the named classes does."""
+        shared = [max(each.tpot_s, _STRICTEST_S) for each in {*others, *self._running.values()}]
+        return min(slo.tpot_s, *shared) if shared else slo.tpot_s
 
     # --- turns ---
 
@@ -223,7 +226,7 @@ class Feeder:
         if self.mode is Mode.OFF or (self.mode is Mode.SHADOW and now_s > item.due_s):
             return True
         room = decode_room(self._fleet.in_use(), member, self._predictor.step.factor)
-        return room.has_place(self._strictest(item.slo, waits).tpot_s)
+        return room.has_place(self._strictest_s(item.slo, waits))
 
     def _begin(self, item: Waiting, decision: Decision, now_s: float) -> None:
         self._queue.take(item, now_s)
@@ -265,7 +268,7 @@ class Feeder:
 
     def _has_room(self, slo: SloClass) -> bool:
         """A request of that class would begin at once on a worker that has nothing to compute."""
-        now_s, tpot_s = time.monotonic(), self._strictest(slo, ()).tpot_s
+        now_s, tpot_s = time.monotonic(), self._strictest_s(slo, ())
         idle = [each for each in self._prompt_workers() if each.backlog_s(now_s) == 0.0]
         rooms: list[DecodeRoom] = [
             decode_room(self._fleet.in_use(), each, self._predictor.step.factor) for each in idle[:1]

@@ -273,6 +273,27 @@ async def test_a_full_decode_batch_keeps_prompts_waiting_while_that_helps(mode: 
         await assert_exact(generation)
 
 
+async def test_numbers_of_ones_own_hold_up_nobody_else() -> None:
+    """One client that wants 20 ms a token, of which the batch is capable of alone, leaves the batch to others."""
+    fabric = Fabric()
+    prefill = StubWorker(StubSpec("p0", PREFILL), fabric)
+    decode = StubWorker(StubSpec("d0", DECODE, token_s=0.1), fabric)
+    async with StubCluster(prefill, decode, limits=PATIENT, mode=Mode.ENFORCE) as cluster:
+        member = cluster.fleet.member("d0")
+        assert member is not None
+        for running in (4, 2, 1):
+            decode_loads(decode, running, 0.01 * running)
+            await until(lambda running=running: member.load.running_sequences == running)  # type: ignore[misc]
+        decode_loads(decode, 0, 0.01)
+        await until(lambda: member.load.running_sequences == 0)
+        strict = cluster.start(GREEDY, slo=SloClass("custom", ttft_s=5.0, tpot_s=0.02))
+        await until(lambda: len(prefill.submits) == 1)
+        others = [cluster.start(GREEDY, slo=slo("standard")) for _ in range(3)]
+        await until(lambda: len(prefill.submits) == 4)
+        assert cluster.dispatcher.num_active == 4
+        await asyncio.gather(*(assert_exact(each) for each in (strict, *others)))
+
+
 async def test_a_worker_that_appears_serves_the_queue() -> None:
     worker = mixed()
     async with StubCluster(worker, limits=PATIENT) as cluster:
