@@ -13,11 +13,14 @@ from pdserve import vllm_names
 from pdserve.vllm_names import Same
 from pdserve.worker.metrics import WorkerMetrics
 from router.account_metrics import AccountCollector
+from router.admission_metrics import AdmissionCollector
 from router.dispatch import RouterDispatcher
 from router.drift import DriftMeter
+from router.feeder import Feeder, wait_histogram
 from router.fleet import Fleet
 from router.fleet_metrics import FleetCollector
 from router.metrics import RouterMetrics
+from router.refusals import RefusalLedger
 from router.slo import CLASSES, STANDARD, GoodputTracker
 from router.speed import ErrorMeter
 
@@ -59,6 +62,20 @@ class OneEvent:
     counts: ClassVar[dict[str, int]] = {"migrations": 0}
 
 
+class OneRefusal:
+    """What `AdmissionCollector` asks of a feeder."""
+
+    def __init__(self) -> None:
+        self.ledger = RefusalLedger()
+        self.ledger.decided(CLASSES[STANDARD], None)
+        self.ledger.turned_away(CLASSES[STANDARD], "ttft")
+        self.ledger.ran(condemned=False, good=True)
+        self.wait_seconds = wait_histogram()
+
+    def depths(self) -> dict[str, int]:
+        return {STANDARD: 1}
+
+
 def router_registry() -> CollectorRegistry:
     registry = CollectorRegistry()
     RouterMetrics(registry)
@@ -67,6 +84,7 @@ def router_registry() -> CollectorRegistry:
     goodput.note(CLASSES[STANDARD], ("prefill-0", "decode-0"), None)
     error.note(1.0, 1.0)
     registry.register(AccountCollector(goodput, {"ttft": error}))
+    registry.register(AdmissionCollector(cast(Feeder, OneRefusal())))
     return registry
 
 

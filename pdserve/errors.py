@@ -4,7 +4,9 @@ ServeError               status  type                    code
 ├── InvalidRequest       400     invalid_request_error   names the field in `param`
 ├── ModelNotFound        404     invalid_request_error   model_not_found
 ├── PayloadTooLarge      413     invalid_request_error   payload_too_large
-├── Overloaded           503     overloaded_error        `retry_after_s`
+├── Forbidden            403     permission_error        forbidden
+├── Overloaded           503     overloaded_error        `retry_after_s`; the code says what for
+│   └── TenantOverQuota  429     rate_limit_error        this client alone is too much
 ├── WorkerFailed         502     server_error            workers failed and the retry budget is spent
 ├── DeadlineExceeded     504     server_error            deadline_exceeded
 └── InternalError        500     server_error            a bug of ours
@@ -47,14 +49,26 @@ class PayloadTooLarge(ServeError):
     code = "payload_too_large"
 
 
+class Forbidden(ServeError):
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
+
+
 class Overloaded(ServeError):
     status = 503
     type = "overloaded_error"
     code = "overloaded"
 
-    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+    def __init__(self, message: str, *, retry_after_s: int = 1, code: str | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.code = code or self.code
+
+
+class TenantOverQuota(Overloaded):
+    status = 429
+    type = "rate_limit_error"
 
 
 class WorkerFailed(ServeError):

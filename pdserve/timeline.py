@@ -3,15 +3,17 @@
 The router marks the points it sees itself; workers report durations of the stages inside them. What is left between
 two points of the router after the reported durations is its own stage (`deliver`, `resume`): nothing is unexplained.
 
-    received ── tokenise ── route ── [fetch, queue, compute: prefill] ── deliver ──> first token
+    received ── tokenise ── route ── wait ── [fetch, queue, compute: prefill] ── deliver ──> first token
     first token ── [reserve, transfer, commit: hand-over] ── resume ──> second token
+
+`wait` is in the router's queue, `queue` in the worker's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-TTFT_STAGES = ("tokenise", "route", "fetch", "queue", "compute", "deliver")
+TTFT_STAGES = ("tokenise", "route", "wait", "fetch", "queue", "compute", "deliver")
 HANDOFF_STAGES = ("reserve", "transfer", "commit", "resume")
 
 
@@ -21,6 +23,7 @@ class Timeline:
 
     received_s: float
     tokenised_s: float | None = None
+    queued_s: float | None = None  # the router's queue took it
     dispatched_s: float | None = None
     first_token_s: float | None = None
     second_token_s: float | None = None
@@ -58,9 +61,11 @@ class Timeline:
             return {}
         tokenised = self.tokenised_s if self.tokenised_s is not None else self.received_s
         dispatched = self.dispatched_s if self.dispatched_s is not None else tokenised
+        queued = self.queued_s if self.queued_s is not None else dispatched
         return {
             "tokenise": tokenised - self.received_s,
-            "route": dispatched - tokenised,
+            "route": queued - tokenised,
+            "wait": dispatched - queued,
             **self._split(self.first_token_s - dispatched, ("fetch", "queue", "compute"), "deliver"),
         }
 

@@ -11,6 +11,7 @@ import typer
 import uvloop
 
 from pdserve.errors import ConfigError
+from router.admission import Mode
 from router.main import RouterConfig, run
 from router.policy import POLICIES
 
@@ -26,6 +27,20 @@ def main(
     namespace: Annotated[str, typer.Option(help="Separates deployments that share a Redis.")] = "default",
     policy: Annotated[str, typer.Option(help=f"How workers are chosen: {', '.join(POLICIES)}.")] = "cost",
     drain_s: Annotated[float, typer.Option(help="How long streams may go on after SIGTERM.")] = 2.0,
+    admission: Annotated[
+        str,
+        typer.Option(
+            envvar="PDSERVE_ADMISSION",
+            help="Requests that are predicted to miss their class: shadow only counts them; enforce, off.",
+        ),
+    ] = Mode.SHADOW.value,
+    admin_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="PDSERVE_ADMIN_KEY_FILE",
+            help="The admin key is in it; without one, callers on this machine are trusted.",
+        ),
+    ] = None,
     decision_log: Annotated[Path | None, typer.Option(help="Append each decision's record to this file.")] = None,
     vllm_names: Annotated[bool, typer.Option(help="Export metrics under the names of vLLM too.")] = True,
 ) -> None:
@@ -41,6 +56,8 @@ def main(
             namespace=namespace,
             policy=policy,
             drain_s=drain_s,
+            admission=admission,
+            admin_key_file=admin_key_file,
             decision_log=decision_log,
             vllm_names=vllm_names,
         )

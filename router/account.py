@@ -5,10 +5,10 @@ from __future__ import annotations
 from pdserve.request import FinishReason, Request
 from router.drift import DriftMeter
 from router.fleet import Fleet
+from router.predictor import Predictor
 from router.records import Record, Records
 from router.routed import RoutedGeneration
-from router.slo import GoodputTracker, first_miss
-from router.speed import ErrorMeter
+from router.slo import REFUSED, GoodputTracker, first_miss
 from router.wishes import Wishes
 
 
@@ -16,8 +16,8 @@ class Account:
     def __init__(self, fleet: Fleet, records: Records) -> None:
         self.records = records
         self.goodput = GoodputTracker()
-        self.errors = {"ttft": ErrorMeter(), "tpot": ErrorMeter()}
         self.drift = DriftMeter()
+        self.predictor = Predictor()
         self._fleet = fleet
         self._open: dict[str, Record] = {}  # bounded by the requests that are active
 
@@ -26,15 +26,19 @@ class Account:
         self._open[request.request_id] = record
         return self.records.open(record)
 
-    def close(self, generation: RoutedGeneration, end: str) -> None:
+    def close(self, generation: RoutedGeneration, end: str) -> bool | None:
+        """Whether it was good; None for one that was aborted, which has no objective."""
         record, timeline = self._open.pop(generation.request.request_id), generation.timeline
+        record.verdict = generation.verdict
         record.finish(end, timeline, sum(generation.cached_by_tier.values()), generation.workers)
         self._learn(record, generation)
         if end != FinishReason.ABORT.value:  # a client that left has no objective
-            record.missed = first_miss(record.slo, timeline)
+            refused = generation.verdict is not None and generation.verdict.refused
+            record.missed = REFUSED if refused else first_miss(record.slo, timeline)
             workers = generation.workers or ["-"]
             self.goodput.note(record.slo, (workers[0], workers[-1]), record.missed)
         self.records.closed(record)
+        return record.missed is None if end != FinishReason.ABORT.value else None
 
     def _learn(self, record: Record, generation: RoutedGeneration) -> None:
         """Only from requests that one prefill worker began: of others nobody knows whose time it was."""
@@ -51,6 +55,8 @@ class Account:
             uncached_tokens = record.prompt_tokens - sum(generation.cached_by_tier.values())
             member.learner.note_prefill(uncached_tokens, timeline.reported.get("compute", 0.0))
         if record.predicted_ttft_s is not None:
-            self.errors["ttft"].note(record.predicted_ttft_s, timeline.first_token_s - timeline.dispatched_s)
-        if record.predicted_tpot_s is not None and timeline.tpot_s is not None:
-            self.errors["tpot"].note(record.predicted_tpot_s, timeline.tpot_s)
+            dispatched = self.predictor.errors["ttft_dispatched"]
+            dispatched.note(record.predicted_ttft_s, timeline.first_token_s - timeline.dispatched_s)
+        # One that was to be refused, but was not, waits behind all others: as nobody foresaw.
+        verdict = generation.verdict
+        self.predictor.note(verdict.forecast if verdict is not None and verdict.reason is None else None, timeline)

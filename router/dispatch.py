@@ -12,6 +12,8 @@ from pdserve.protocol import worker_pb2 as pb
 from pdserve.request import Request
 from pdserve.timeline import Timeline
 from router.account import Account
+from router.admission import Mode
+from router.feeder import Feeder
 from router.fleet import Fleet
 from router.limits import RouterLimits
 from router.placement import Placer
@@ -29,9 +31,17 @@ class RouterDispatcher:
     `counts` only rise: rejected_tokens, refusals, redispatches, migrations, handoffs_without_room, spills.
     """
 
-    def __init__(self, fleet: Fleet, policy: Policy, limits: RouterLimits, records: Records | None = None) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        policy: Policy,
+        limits: RouterLimits,
+        records: Records | None = None,
+        mode: Mode = Mode.SHADOW,
+    ) -> None:
         self.counts: Counter[str] = Counter()
         self.account = Account(fleet, records if records is not None else Records())
+        self.feeder = Feeder(fleet, self.account.predictor, limits, mode)
         self._fleet = fleet
         self._policy = policy
         self._turns: Counter[Phase] = Counter()
@@ -53,7 +63,7 @@ class RouterDispatcher:
         record = self.account.open(request, wishes)
         placer = Placer(self._fleet, self._policy_of(wishes), self._turns, record.note)
         generation = RoutedGeneration(
-            request, timeline, wishes, self._fleet, placer, self._limits, self.counts, self._ended
+            request, timeline, wishes, self._fleet, placer, self.feeder, self._limits, self.counts, self._ended
         )
         self._active[request.request_id] = generation
         self._idle.clear()
@@ -85,7 +95,10 @@ class RouterDispatcher:
 
     def _ended(self, generation: RoutedGeneration, end: str) -> None:
         del self._active[generation.request.request_id]
-        self.account.close(generation, end)
+        self.feeder.ended(generation.request.request_id)
+        outcome = self.account.close(generation, end)
+        if generation.verdict is not None and outcome is not None and not generation.verdict.refused:
+            self.feeder.ledger.ran(condemned=generation.verdict.reason is not None, good=outcome)
         if not self._active:
             self._idle.set()
 

@@ -35,10 +35,14 @@ class Explainer:
     def slo(self) -> dict[str, Any]:
         account = self._dispatcher.account
         errors = {
-            name: {"p50": meter.quantile(0.5), "p90": meter.quantile(0.9)} for name, meter in account.errors.items()
+            name: {"p50": meter.quantile(0.5), "p90": meter.quantile(0.9)}
+            for name, meter in account.predictor.errors.items()
         }
         drift = {"false_hit_ratio": account.drift.false_hit_ratio, "false_miss_ratio": account.drift.false_miss_ratio}
-        return account.goodput.describe() | {"prediction_error": errors, "index_drift": drift}
+        feeder = self._dispatcher.feeder
+        admission = {"mode": feeder.mode.value, "queued": dict(feeder.depths()), **feeder.ledger.describe()}
+        described = {"prediction_error": errors, "index_drift": drift, "admission": admission}
+        return account.goodput.describe() | described
 
     def pairs(self) -> dict[str, Any]:
         """Each prefill worker with each decode worker; an address without a worker behind it is no part of a pair."""

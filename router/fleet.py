@@ -269,6 +269,14 @@ class Fleet:
         member = self._by_id.get(worker_id)
         return member is not None and member.link.send(message)
 
+    def in_use(self) -> list[Member]:
+        """Those that can be sent something."""
+        return [member for member in self._by_id.values() if not member.link.suspect]
+
+    def note_room(self) -> None:
+        """The dispatcher knows, before the worker reports it, that somewhere is room again."""
+        self._wake()
+
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()

@@ -33,8 +33,10 @@ class RouterLimits:
     """One request. The total deadline travels in the request itself."""
 
     active_requests: int = 1024
-    queue_wait_s: float = 5.0  # for a worker that can take it
-    first_token_s: float = 120.0  # queueing on the worker included; one that hangs is noticed by its pings long before
+    queue_wait_s: float = 5.0  # for a worker that can take it at all
+    queue_places: int = 1024
+    # Also how long one waits for its turn. A worker that hangs is noticed by its pings long before.
+    first_token_s: float = 120.0
     inter_token_s: float = 10.0
     reserve_s: float = 3.0  # for the answer to a reservation
     handoff_wait_s: float = 5.0  # for a decode worker with room; then prefill goes on by itself

@@ -29,6 +29,8 @@ from pdserve.errors import ConfigError, Overloaded
 from pdserve.models.config import load_config
 from pdserve.vllm_names import VllmNames
 from router.account_metrics import AccountCollector
+from router.admission import Mode
+from router.admission_metrics import AdmissionCollector
 from router.dispatch import RouterDispatcher
 from router.explain import Explainer
 from router.fleet import Fleet
@@ -36,6 +38,7 @@ from router.fleet_metrics import FleetCollector
 from router.grammar_check import GrammarCheck
 from router.http.app import make_app
 from router.http.service import ServedModel, Service
+from router.http.trust import Trust
 from router.limits import RouterLimits
 from router.metrics import RouterMetrics
 from router.policy import POLICIES
@@ -62,6 +65,8 @@ class RouterConfig:
     namespace: str
     policy: str
     drain_s: float
+    admission: str = Mode.SHADOW.value
+    admin_key_file: Path | None = None  # what is in it lets a caller choose the policy
     decision_log: Path | None = None  # one JSON line a request is appended
     vllm_names: bool = True  # metrics under the names of vLLM too
 
@@ -70,6 +75,8 @@ class RouterConfig:
             raise ConfigError("Say where the workers are: --redis URL, or --worker HOST:PORT once or more.")
         if self.policy not in POLICIES:
             raise ConfigError(f"No policy is named {self.policy}; there are {', '.join(POLICIES)}.")
+        if self.admission not in {mode.value for mode in Mode}:
+            raise ConfigError(f"--admission is one of {', '.join(mode.value for mode in Mode)}.")
         if self.drain_s < 0:
             raise ConfigError("--drain-s cannot be negative.")
 
@@ -101,6 +108,19 @@ def _records(log_file: Path | None) -> Records:
         raise ConfigError(f"The decision log {log_file} cannot be written ({error.strerror}).") from error
 
 
+def _trust(key_file: Path | None) -> Trust:
+    """Raises ConfigError."""
+    if key_file is None:
+        return Trust()
+    try:
+        key = key_file.read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(f"The admin key cannot be read from {key_file} ({error.strerror}).") from error
+    if not key:
+        raise ConfigError(f"{key_file} has no admin key in it.")
+    return Trust(key)
+
+
 class Router:
     """Everything of one router process but its sockets and signals. `start` and `close` run in the event loop."""
 
@@ -111,10 +131,13 @@ class Router:
         self.fleet = Fleet(config.discovery(), router_id, limits.fleet, vocab_size=model.vocab_size)
         self._records = _records(config.decision_log)
         self._grammars = GrammarCheck(config.model / "tokenizer.json", model.vocab_size, model.eos_token_ids)
-        self.dispatcher = RouterDispatcher(self.fleet, POLICIES[config.policy], limits, self._records)
+        self.dispatcher = RouterDispatcher(
+            self.fleet, POLICIES[config.policy], limits, self._records, Mode(config.admission)
+        )
         registry.register(FleetCollector(self.fleet, self.dispatcher))
         account = self.dispatcher.account
-        registry.register(AccountCollector(account.goodput, account.errors))
+        registry.register(AccountCollector(account.goodput, account.predictor.errors))
+        registry.register(AdmissionCollector(self.dispatcher.feeder))
         if config.vllm_names:
             registry.register(VllmNames(registry, vllm_names.ROUTER, model.name))
         self.app = make_app(
@@ -126,6 +149,7 @@ class Router:
                 topology=self._topology,
                 check_grammar=self._grammars.check,
                 routing=Explainer(self.fleet, self.dispatcher),
+                trust=_trust(config.admin_key_file),
             )
         )
         self._draining = False

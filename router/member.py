@@ -8,11 +8,13 @@ from typing import Any
 
 from kvstore.keys import KEY_BYTES
 from pdserve.protocol import worker_pb2 as pb
+from router.backlog import Backlog
 from router.columns import Columns, Seats
 from router.events import EventCursor
 from router.link import WorkerLink
 from router.policy import Candidate, LinkFacts, Links, LoadView, Role
 from router.speed import SpeedLearner
+from router.step_model import StepLearner
 
 _ROLES: Mapping[int, Role] = {pb.PREFILL: Role.PREFILL, pb.DECODE: Role.DECODE, pb.MIXED: Role.MIXED}
 
@@ -84,6 +86,9 @@ class Member:
     outstanding_tokens: int = 0  # uncached prompt tokens sent there and not yet answered by a token
     sequences: int = 0  # of this router, on it now
     learner: SpeedLearner = field(init=False)
+    backlog: Backlog = field(default_factory=Backlog)  # of the prompts that this router sent
+    planned_tokens: int = 0  # of requests that wait for it here, while the queue is looked through
+    steps: StepLearner = field(default_factory=StepLearner)
 
     def __post_init__(self) -> None:
         self.columns.reset(self.slot)
@@ -134,6 +139,10 @@ class Member:
         return replace(facts, up=False, error="a hand-over failed") if incarnation in self.distrusted else facts
 
     def note_load(self, load: pb.LoadReport) -> None:
+        """A step without prompts in it says how long one with so many sequences takes."""
+        prompts = load.waiting_tokens or self.load.waiting_tokens or self.backlog.tokens
+        if self.role is Role.DECODE or not prompts:
+            self.steps.note(load.running_sequences, load.context_tokens, load.step_s)
         self.load = load
         self._refresh()
 
@@ -152,12 +161,31 @@ class Member:
         self.sequences -= 1
         self._refresh()
 
+    def plan(self, tokens: int) -> None:
+        self.planned_tokens += tokens
+        self._refresh()
+
+    @property
+    def busy_sequences(self) -> int:
+        """The larger of what it reported and what this router sent."""
+        load = self.load
+        return max(load.running_sequences + load.waiting_sequences + load.pending_reservations, self.sequences)
+
+    def backlog_s(self, now_s: float) -> float:
+        """Until its prompts are computed: those of this router, planned ones included, and what it reported beyond."""
+        foreign = max(0, self.load.waiting_tokens - self.backlog.tokens)
+        more = foreign + self.planned_tokens
+        tokens = self.backlog.tokens + more
+        if not tokens:
+            return 0.0
+        return self.backlog.seconds(now_s, tokens / self.learner.speed.prefill_s(tokens), more)
+
     def _refresh(self) -> None:
         """The larger of what it reported and what this router knows to be on its way."""
         load = self.load
         view = LoadView(
-            waiting_tokens=max(load.waiting_tokens, self.outstanding_tokens),
-            sequences=max(load.running_sequences + load.waiting_sequences + load.pending_reservations, self.sequences),
+            waiting_tokens=max(load.waiting_tokens, self.outstanding_tokens) + self.planned_tokens,
+            sequences=self.busy_sequences,
             context_tokens=load.context_tokens,
             free_blocks=load.free_blocks,
         )

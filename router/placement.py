@@ -25,18 +25,24 @@ class Claim:
         self._member = member
         self._tokens = uncached_tokens
         self._held = True
+        self._ticket = member.backlog.sent(uncached_tokens, time.monotonic()) if uncached_tokens else -1
         member.take(uncached_tokens)
 
     def computed(self) -> None:
-        """The prompt's tokens wait no longer."""
-        self._member.computed(self._tokens)
-        self._tokens = 0
+        """The prompt's tokens wait no longer: its first token is there."""
+        self._member.backlog.computed(self._ticket, time.monotonic())
+        self._wait_no_longer()
 
     def release(self) -> None:
         if self._held:
             self._held = False
-            self.computed()
+            self._member.backlog.dropped(self._ticket, time.monotonic())
+            self._wait_no_longer()
             self._member.give_back()
+
+    def _wait_no_longer(self) -> None:
+        self._member.computed(self._tokens)
+        self._tokens = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,7 @@ class Placer:
         self._fleet = fleet
         self._policy = policy
         self._turns = turns
-        self._note = note
+        self.note = note
 
     def preview(self, need: Need, keys: Sequence[BlockKey]) -> Decision:
         """What `place_prompt` would decide now; changes nothing."""
@@ -65,11 +71,14 @@ class Placer:
 
         `need.phase` is PROMPT. A decision instead of a placement says why there is none.
         """
-        decision = self._decide(need, keys)
-        if decision.chosen is None:
-            decision = self._decide(replace(need, phase=Phase.WHOLE), keys)
-        if decision.chosen is None:
-            return decision
+        decision = self.preview(need, keys)
+        return self.settle(decision, need, keys) if decision.chosen is not None else decision
+
+    def settle(self, decision: Decision, need: Need, keys: Sequence[BlockKey]) -> Placed:
+        """As `preview` decided in the same turn of the event loop, and chose somebody."""
+        self._turns[decision.phase] += 1
+        self.note(decision)
+        assert decision.chosen is not None
         member = self._fleet.member(decision.chosen.worker_id)
         assert member is not None
         disaggregated = decision.phase is Phase.PROMPT and member.role is Role.PREFILL and need.max_tokens > 1
@@ -110,7 +119,7 @@ class Placer:
     def _decide(self, need: Need, keys: Sequence[BlockKey], linked_from: str | None = None) -> Decision:
         decision = self._look(need, keys, linked_from)
         self._turns[need.phase] += 1
-        self._note(decision)
+        self.note(decision)
         return decision
 
     def _look(self, need: Need, keys: Sequence[BlockKey], linked_from: str | None = None) -> Decision:

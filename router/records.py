@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pdserve.timeline import Timeline
+from router.admission import Verdict
 from router.policy import Considered, Decision, Phase
 from router.slo import SloClass
 
@@ -34,6 +35,7 @@ class Record:
     end: str | None = None  # finish reason or error; None while it runs
     actual: Mapping[str, Any] | None = None
     missed: str | None = None  # the stage that broke the objective
+    verdict: Verdict | None = None  # of admission, once the request has ended
 
     def note(self, decision: Decision) -> None:
         if len(self.decisions) >= _DECISIONS:
@@ -88,6 +90,7 @@ class Record:
             "prompt_tokens": self.prompt_tokens,
             "slo": asdict(self.slo),
             "decisions": [describe_decision(each) for each in self.decisions],
+            "admission": _describe_verdict(self.verdict),
             "predicted": {"ttft_s": self.predicted_ttft_s, "tpot_s": self.predicted_tpot_s},
             "actual": self.actual,
             "end": self.end,
@@ -100,6 +103,17 @@ def predicted_ttft_s(decision: Decision | None) -> float | None:
     if decision is None or decision.chosen is None or decision.phase in (Phase.DECODE, Phase.RESUME):
         return None
     return decision.chosen.uncached_s + decision.chosen.queued_s
+
+
+def _describe_verdict(verdict: Verdict | None) -> dict[str, Any] | None:
+    if verdict is None:
+        return None
+    return {
+        "reason": verdict.reason,
+        "refused": verdict.refused,
+        "retry_after_s": verdict.retry_after_s if verdict.reason is not None else None,
+        "forecast": {**asdict(verdict.forecast), "ttft_s": verdict.forecast.ttft_s},
+    }
 
 
 def describe_decision(decision: Decision) -> dict[str, Any]:

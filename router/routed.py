@@ -20,14 +20,16 @@ from pdserve.protocol import worker_pb2 as pb
 from pdserve.protocol.codec import finish_from_proto, sampling_to_proto
 from pdserve.request import FinishReason, Request
 from pdserve.timeline import Timeline
+from router.admission import Verdict
 from router.attempt import Attempt, AttemptFailed, Failed, HandoffWanted, Reserved, State
+from router.feeder import Feeder, Waiting
 from router.fleet import Fleet
 from router.generation import Tokens
 from router.handoff import TICK_S, HandOver
 from router.limits import RouterLimits
 from router.output import OutputBuffer, TokenOrder
 from router.placement import Placed, Placer
-from router.policy import Need, Phase
+from router.policy import Decision, Need, Phase
 from router.wishes import Wishes
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class RoutedGeneration:
         wishes: Wishes,
         fleet: Fleet,
         placer: Placer,
+        feeder: Feeder,
         limits: RouterLimits,
         counts: Counter[str],
         on_end: Callable[[RoutedGeneration, str], None],
@@ -51,9 +54,11 @@ class RoutedGeneration:
         self.timeline = timeline
         self.cached_by_tier: dict[str, int] = {}
         self.workers: list[str] = []  # that did a part, in order of first use
+        self.verdict: Verdict | None = None  # of admission, once there is one
         self._wishes = wishes
         self._fleet = fleet
         self._placer = placer
+        self._feeder = feeder
         self._limits = limits
         self._counts = counts
         self._on_end = on_end
@@ -144,6 +149,7 @@ class RoutedGeneration:
                     reported.update(reserve=times.reserve_s, transfer=times.transfer_s, commit=times.commit_s)
             return
         attempt.prompt.computed()
+        self._fleet.note_room()
         if not attempt.disaggregated:
             attempt.state = State.DECODING
         if not self._order.token_ids:
@@ -181,6 +187,8 @@ class RoutedGeneration:
             placed = self._placer.place_whole_on(stay_on, self._need(Phase.PROMPT), keys)
             if placed is not None:
                 return placed
+        if not self._order.token_ids:
+            return await self._place_in_turn(keys)
         until_s = self._queued_s + self._limits.queue_wait_s
         while True:
             choice = self._placer.place_prompt(self._need(Phase.PROMPT, frozenset(self._avoid)), keys)
@@ -194,6 +202,45 @@ class RoutedGeneration:
                 raise Overloaded("No worker can take the request now.")
             await self._fleet.wait_change(min(until_s - now_s, TICK_S))
             self._avoid.clear()  # better a worker that failed before than none
+
+    async def _place_in_turn(self, keys: KeyChain) -> Placed:
+        """Through the queue. A request with tokens does not wait in it: its client has begun to read."""
+        now_s = time.monotonic()
+        if self.timeline.queued_s is None:
+            self.timeline.queued_s = now_s
+        last: list[Decision] = []
+
+        def look() -> Decision:
+            decision = self._placer.preview(self._need(Phase.PROMPT, frozenset(self._avoid)), keys)
+            if decision.chosen is None:
+                self._avoid.clear()  # better a worker that failed before than none
+            last[:] = [decision]
+            return decision
+
+        try:
+            return await self._feeder.place(
+                Waiting(
+                    tenant=self._wishes.tenant,
+                    slo_class=self._wishes.slo.name,
+                    queued_s=now_s,
+                    request_id=self.request.request_id,
+                    slo=self._wishes.slo,
+                    received_s=self.timeline.received_s,
+                    deadline_s=self.request.deadline_s,
+                    look=look,
+                    settle=lambda decision: self._placer.settle(decision, self._need(Phase.PROMPT), keys),
+                    told=self._told,
+                    judged=self.verdict is not None,
+                )
+            )
+        except ServeError:
+            if last and last[0].chosen is None:
+                log.warning("request=%s not placed: %s", self.request.request_id, last[0].why_not())
+                self._placer.note(last[0])
+            raise
+
+    def _told(self, verdict: Verdict) -> None:
+        self.verdict = verdict
 
     async def _place_spilled(self, keys: KeyChain) -> Placed | None:
         """Wait for a decode worker with room; None if none has any in time."""
@@ -331,6 +378,7 @@ class RoutedGeneration:
             else:
                 self._leave(attempt)
         self._on_end(self, _name(end))
+        self._fleet.note_room()
         if asyncio.current_task() is not self._task:
             self._task.cancel()
 

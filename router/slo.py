@@ -1,7 +1,9 @@
 """Service level objectives and live goodput: a request is good if TTFT and TPOT both meet its class (design section 7).
 
-A miss is put down to one stage: of a missed TTFT the longest of the stages that sum to it, else of a missed TPOT the
-hand-over, if without its gap the mean would have met the class, or decode.
+A miss is put down to the first stage that broke the objective, not to the longest: what comes after it was late
+already. Of a missed TTFT that is the first stage at whose end the time so far was more than the class allows. Of a
+missed TPOT it is decode, if its gaps alone are more than all gaps may take; else the first stage of the hand-over at
+whose end they were.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,7 @@ from pdserve.timeline import Timeline
 STANDARD = "standard"
 CUSTOM = "custom"
 FAILED = "failed"
+REFUSED = "refused"  # by admission: no stage began
 _MAX_PAIRS = 1024  # label sets that are counted apart; the rest goes to one
 
 
@@ -61,15 +65,24 @@ def first_miss(slo: SloClass, timeline: Timeline) -> str | None:
     if ttft_s is None:
         return FAILED
     if not slo.objectives.meets_ttft(ttft_s):
-        stages = timeline.ttft_stages()
-        return max(stages, key=lambda stage: stages[stage])
+        return _first_over(timeline.ttft_stages(), slo.ttft_s)
     if tpot_s is None or slo.objectives.meets_tpot(tpot_s):
         return None
     handoff = timeline.handoff_stages()
     gaps = timeline.output_tokens - 1
-    if gaps > 1 and handoff and (tpot_s * gaps - sum(handoff.values())) / (gaps - 1) <= slo.tpot_s:
-        return max(handoff, key=lambda stage: handoff[stage])
-    return "decode"
+    decode_s = tpot_s * gaps - sum(handoff.values())
+    left_s = slo.tpot_s * gaps - decode_s
+    return _first_over(handoff, left_s) if handoff and left_s >= 0.0 else "decode"
+
+
+def _first_over(stages: Mapping[str, float], limit_s: float) -> str:
+    """Stages in their order; together they take longer than `limit_s`, but for rounding."""
+    passed_s = 0.0
+    for stage, seconds in stages.items():
+        passed_s += seconds
+        if passed_s > limit_s:
+            return stage
+    return stage
 
 
 class GoodputTracker:

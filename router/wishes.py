@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 
-from pdserve.errors import InvalidRequest
+from pdserve.errors import Forbidden, InvalidRequest
 from router.policy import POLICIES
 from router.slo import CLASSES, STANDARD, SloClass, parse_slo
 
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
+    tenant: str = "default"  # whom its turns are counted for; made from the API key that it came with
     label: str = ""  # the client's own id of the request; finds its record too
     target: str | None = None  # x-pdserve-worker
     policy: str | None = None  # x-pdserve-policy; None: the router's
@@ -19,19 +21,33 @@ class Wishes:
     slo: SloClass = CLASSES[STANDARD]  # x-pdserve-slo: a class, or {"ttft_ms": .., "tpot_ms": ..}
 
     @classmethod
-    def from_headers(cls, headers: Mapping[bytes, bytes], label: str = "") -> Wishes:
-        """Raises InvalidRequest for a policy or a class that does not exist."""
+    def from_headers(cls, headers: Mapping[bytes, bytes], label: str = "", *, trusted: bool = False) -> Wishes:
+        """`trusted`: may choose the policy.
+
+        Raises:
+            Forbidden: it may not, and wants to.
+            InvalidRequest: for a policy or a class that does not exist.
+        """
         policy = _text(headers, b"x-pdserve-policy")
+        if policy is not None and not trusted:
+            raise Forbidden("x-pdserve-policy is for operators: it needs the admin key, or a caller on this machine.")
         if policy is not None and policy not in POLICIES:
             raise InvalidRequest(f"No policy is named '{policy[:64]}'; there are {', '.join(POLICIES)}.")
         slo = _text(headers, b"x-pdserve-slo")
         return cls(
+            tenant=_tenant(headers),
             label=label,
             target=_text(headers, b"x-pdserve-worker"),
             policy=policy,
             session=_text(headers, b"x-pdserve-session"),
             slo=parse_slo(slo) if slo is not None else CLASSES[STANDARD],
         )
+
+
+def _tenant(headers: Mapping[bytes, bytes]) -> str:
+    """Keys are not checked and never kept: what names the tenant is a digest."""
+    key = headers.get(b"authorization")
+    return blake2b(key, digest_size=8).hexdigest() if key else "default"
 
 
 def _text(headers: Mapping[bytes, bytes], name: bytes) -> str | None:

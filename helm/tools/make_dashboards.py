@@ -68,7 +68,7 @@ def stage(family: str, name: str, count: str) -> str:
     return f"{seconds} / {rate(f'{count}_count')}"
 
 
-TTFT_STAGES = ("tokenise", "route", "queue", "compute", "deliver")
+TTFT_STAGES = ("tokenise", "route", "wait", "fetch", "queue", "compute", "deliver")
 HANDOFF_STAGES = ("reserve", "transfer", "commit", "resume")
 HANDOFF = "pdserve_handoff_stage_seconds"
 LOAD = {"{{component}}": gauge("pdserve_sequences", "component", 'state="waiting"')}

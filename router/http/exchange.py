@@ -34,13 +34,25 @@ class Exchange:
 
     Attributes:
         extra_headers: for the start of the response, set before it.
+        client_host: the peer's address, None on a Unix socket.
         gone: the client has closed the connection or does not read.
     """
 
-    __slots__ = ("_limits", "_receive", "_send", "_streaming", "extra_headers", "gone", "headers", "request_id")
+    __slots__ = (
+        "_limits",
+        "_receive",
+        "_send",
+        "_streaming",
+        "client_host",
+        "extra_headers",
+        "gone",
+        "headers",
+        "request_id",
+    )
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, limits: HttpLimits) -> None:
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.client_host: str | None = (scope.get("client") or (None,))[0]
         self.request_id: str = scope[REQUEST_ID_KEY]
         self.extra_headers: list[tuple[bytes, bytes]] = []
         self.gone = False

@@ -41,7 +41,8 @@ class DryRunEndpoint(JsonEndpoint):
             root_key=service.root_key(),
             deadline_s=service.clock() + service.limits.request_s,
         )
-        return self._routing.dry_run(request, Wishes.from_headers(exchange.headers))
+        trusted = service.trust.covers(exchange.client_host, exchange.headers)
+        return self._routing.dry_run(request, Wishes.from_headers(exchange.headers, trusted=trusted))
 
 
 def routing_routes(service: Service, routing: Routing) -> Sequence[BaseRoute]:

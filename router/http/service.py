@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from kvstore.keys import BlockKey
 from pdserve.request import Grammar, Request
 from router.generation import Dispatcher
+from router.http.trust import Trust
 from router.metrics import RouterMetrics
 from router.text.chat_template import ChatTemplate
 from router.text.tokenizer import Tokenizer
@@ -72,6 +73,7 @@ class Service:
         topology: the fleet, JSON-ready; its "ready" is what /readyz asks.
         check_grammar: raises `InvalidRequest` for one that cannot be used.
         routing: answers about choices; None leaves their endpoints out.
+        trust: whose wishes about policies are followed.
         clock: monotonic, in seconds; the clock of timelines and deadlines, so the dispatcher's too.
         wall_clock: Unix time in seconds, for `created` only.
     """
@@ -83,6 +85,7 @@ class Service:
     topology: Callable[[], dict[str, Any]]
     check_grammar: Callable[[Grammar], Awaitable[None]]
     routing: Routing | None = None
+    trust: Trust = field(default_factory=Trust)
     limits: HttpLimits = HttpLimits()
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time

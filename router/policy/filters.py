@@ -46,7 +46,7 @@ def eligible(filters: tuple[Filter, ...], need: Need, seen: Snapshot) -> Flags:
 def _without(seen: Snapshot, worker_ids: frozenset[str]) -> Flags | None:
     if not worker_ids:
         return None
-    return np.array([each not in worker_ids for each in seen.roster.worker_ids])
+    return np.array([each not in worker_ids for each in seen.roster.worker_ids], dtype=np.bool_)
 
 
 def _has_role(need: Need, seen: Snapshot) -> Flags | None:

@@ -18,9 +18,9 @@ MakeStack = Callable[..., Stack]
 def make_stack(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeStack:
     """Makes a stack, to be entered: keywords are numbers of workers by role; further options are the workers'."""
 
-    def make(*options: str, store: tuple[str, ...] | None = None, **roles: int) -> Stack:
+    def make(*options: str, store: tuple[str, ...] | None = None, router: tuple[str, ...] = (), **roles: int) -> Stack:
         worker_options = ("--dtype", "float32", *options)
-        return Stack(default_model, tmp_path_factory.mktemp("stack"), roles, worker_options, store)
+        return Stack(default_model, tmp_path_factory.mktemp("stack"), roles, worker_options, store, router)
 
     return make
 

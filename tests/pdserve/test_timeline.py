@@ -51,10 +51,12 @@ def test_stages_sum_to_what_was_measured_and_none_is_negative(
 
 
 def test_reported_stages_that_fit_are_kept_and_the_rest_is_the_routers_own() -> None:
-    timeline = Timeline(10.0, tokenised_s=10.5, dispatched_s=11.0, reported={"queue": 0.25, "compute": 2.0})
+    timeline = Timeline(
+        10.0, tokenised_s=10.5, queued_s=10.625, dispatched_s=11.0, reported={"queue": 0.25, "compute": 2.0}
+    )
     timeline.token(14.0)
     assert timeline.ttft_stages() == exactly(
-        {"tokenise": 0.5, "route": 0.5, "fetch": 0.0, "queue": 0.25, "compute": 2.0, "deliver": 0.75}
+        {"tokenise": 0.5, "route": 0.125, "wait": 0.375, "fetch": 0.0, "queue": 0.25, "compute": 2.0, "deliver": 0.75}
     )
 
 
@@ -70,7 +72,7 @@ def test_reported_nonsense_counts_as_nothing(value: float) -> None:
     timeline = Timeline(0.0, reported={"compute": value, "queue": 1.0})
     timeline.token(4.0)
     assert timeline.ttft_stages() == exactly(
-        {"tokenise": 0.0, "route": 0.0, "fetch": 0.0, "queue": 1.0, "compute": 0.0, "deliver": 3.0}
+        {"tokenise": 0.0, "route": 0.0, "wait": 0.0, "fetch": 0.0, "queue": 1.0, "compute": 0.0, "deliver": 3.0}
     )
 
 

@@ -82,7 +82,7 @@ async def test_speed_and_goodput_are_learned_from_what_ended() -> None:
         for _ in range(3):
             await run(cluster)
         account = cluster.dispatcher.account
-        assert account.errors["ttft"].quantile(0.5) is not None
+        assert account.predictor.errors["ttft"].quantile(0.5) is not None
         slo = Explainer(cluster.fleet, cluster.dispatcher).slo()
         assert slo["classes"]["standard"]["requests"] == 3
         assert sum(pair["requests"] for pair in slo["pairs"]) == 3

@@ -29,6 +29,8 @@ def timeline(queue_s: float = 0.1, compute_s: float = 0.2, gaps_s: tuple[float, 
         (timeline(gaps_s=()), None),
         (timeline(queue_s=2.0), "queue"),
         (timeline(compute_s=2.0), "compute"),
+        (timeline(queue_s=1.5, compute_s=2.0), "queue"),  # late already before the longer stage
+        (timeline(queue_s=0.9, compute_s=0.5), "compute"),
         (timeline(gaps_s=(0.2,) * 9), "decode"),
         (Timeline(received_s=0.0), "failed"),
     ],
@@ -43,6 +45,12 @@ def test_a_slow_hand_over_is_told_from_slow_decode() -> None:
     assert first_miss(SLO, made) == "decode"
     made.reported.update(reserve=0.1, transfer=1.8, commit=0.05)
     assert first_miss(SLO, made) == "transfer"
+
+
+def test_a_hand_over_is_put_down_to_the_stage_in_which_the_gaps_became_too_long() -> None:
+    made = timeline(gaps_s=(2.0, *(0.05,) * 9))
+    made.reported.update(reserve=0.9, transfer=1.0, commit=0.05)
+    assert first_miss(SLO, made) == "reserve"
 
 
 def test_classes_by_name_and_by_numbers() -> None:

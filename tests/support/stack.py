@@ -83,6 +83,7 @@ class Stack:
     roles: Mapping[str, int]  # for example {"prefill": 1, "decode": 1}
     worker_options: tuple[str, ...] = ("--dtype", "float32")
     store_options: tuple[str, ...] | None = None  # of the store node that all workers use; None: there is none
+    router_options: tuple[str, ...] = ()
     workers: dict[str, WorkerProcess] = field(default_factory=dict)
     store: StoreProcess | None = None
     router: subprocess.Popen[bytes] | None = None
@@ -165,6 +166,7 @@ class Stack:
         arguments = ["router", "--port", str(self.port), "--model", str(self.model)]
         for worker in self.workers.values():
             arguments += ["--worker", worker.address]
+        arguments += self.router_options
         self.router = self._spawn("router", arguments)
         self._await_links()
 

@@ -7,12 +7,14 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from pdserve.discovery import StaticDiscovery
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.protocol.codec import sampling_to_proto
 from pdserve.request import FinishReason, Request, SamplingParams
 from pdserve.timeline import Timeline
+from router.admission import Mode
 from router.bench.stub_worker import StubWorker, oracle_tokens
 from router.dispatch import RouterDispatcher
 from router.fleet import Fleet
@@ -35,17 +37,24 @@ LIMITS = RouterLimits(
 class StubCluster:
     """Use as an asynchronous context manager; `ready` links at entry, proof of emptiness at exit."""
 
-    def __init__(self, *workers: StubWorker, policy: str = "round_robin", limits: RouterLimits = LIMITS) -> None:
+    def __init__(
+        self,
+        *workers: StubWorker,
+        policy: str = "round_robin",
+        limits: RouterLimits = LIMITS,
+        mode: Mode = Mode.SHADOW,
+    ) -> None:
         self.workers = {worker.spec.worker_id: worker for worker in workers}
         self._policy = policy
         self._limits = limits
+        self._mode = mode
         self._ids = itertools.count()
 
     async def __aenter__(self) -> StubCluster:
         self._tasks_before = asyncio.all_tasks()
         addresses = [await worker.start() for worker in self.workers.values()]
         self.fleet = Fleet(StaticDiscovery(addresses), "test", self._limits.fleet)
-        self.dispatcher = RouterDispatcher(self.fleet, POLICIES[self._policy], self._limits)
+        self.dispatcher = RouterDispatcher(self.fleet, POLICIES[self._policy], self._limits, mode=self._mode)
         self.fleet.start(self.dispatcher)
         await until(
             lambda: sum(n for (_, state), n in self.fleet.counts().items() if state == "ready") == len(addresses)
@@ -77,20 +86,29 @@ class StubCluster:
         """Ours; gRPC may keep a task that waits for the status of a call whose last write failed."""
         return {task for task in asyncio.all_tasks() - self._tasks_before if "grpc/_cython" not in repr(task)}
 
-    def request(self, sampling: SamplingParams, prompt_tokens: int = 40, deadline_s: float = 20.0) -> Request:
+    def request(
+        self, sampling: SamplingParams, prompt_tokens: int = 40, deadline_s: float = 20.0, first_token: int = 0
+    ) -> Request:
+        """Prompts with the same first token share what they can."""
         return Request(
             request_id=f"r{next(self._ids)}",
-            prompt_token_ids=tuple(range(prompt_tokens)),
+            prompt_token_ids=tuple(range(first_token, first_token + prompt_tokens)),
             sampling=sampling,
             root_key=self.fleet.root_key(),
             deadline_s=time.monotonic() + deadline_s,
         )
 
     def start(
-        self, sampling: SamplingParams, prompt_tokens: int = 40, deadline_s: float = 20.0, target: str | None = None
+        self,
+        sampling: SamplingParams,
+        prompt_tokens: int = 40,
+        deadline_s: float = 20.0,
+        first_token: int = 0,
+        **wishes: Any,
     ) -> RoutedGeneration:
-        request = self.request(sampling, prompt_tokens, deadline_s)
-        return self.dispatcher.start(request, Timeline(received_s=time.monotonic()), Wishes(target=target))
+        """`wishes` as in `Wishes`."""
+        request = self.request(sampling, prompt_tokens, deadline_s, first_token)
+        return self.dispatcher.start(request, Timeline(received_s=time.monotonic()), Wishes(**wishes))
 
 
 GREEDY = SamplingParams(max_tokens=20, seed=11, temperature=0.0)

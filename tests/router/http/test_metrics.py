@@ -26,7 +26,7 @@ async def test_one_generation(client: httpx.AsyncClient, dispatcher: Any, servic
     assert value("pdserve_requests_in_flight") == 0
     for name, count in {"ttft": 1, "tpot": 1, "e2e": 1, "itl": 2}.items():
         assert value(f"pdserve_{name}_seconds_count") == count
-    stages = ("tokenise", "route", "queue", "compute", "deliver")
+    stages = ("tokenise", "route", "wait", "queue", "compute", "deliver")
     total = sum(value("pdserve_ttft_stage_seconds_sum", {"stage": stage}) or 0.0 for stage in stages)
     assert total == pytest.approx(value("pdserve_ttft_seconds_sum"))
     assert value("pdserve_handoff_stage_seconds_count", {"stage": "transfer"}) == 1

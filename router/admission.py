@@ -1,0 +1,96 @@
+"""Whether a request is taken: the forecast of its TTFT and TPOT against its SLO class. Pure.
+
+A refusal says that the request would have missed its class for the sake of those before it, and after how long that
+will be over. What would miss its class on an idle fleet too is taken: no retry would do better. It waits behind those
+that can still be good (`router.queue`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from pdserve.errors import Overloaded, TenantOverQuota
+from router.slo import SloClass
+
+LONGEST_RETRY_S = 60
+
+
+class Mode(Enum):
+    """What a verdict does. In all of them the queue is bounded, and refuses what it has no place for."""
+
+    OFF = "off"  # nothing is predicted
+    SHADOW = "shadow"  # decided and recorded, nothing is refused
+    ENFORCE = "enforce"
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Of a request that has just come, in seconds.
+
+    Attributes:
+        waited_s: since its receipt.
+        prompts_s: until what is before it is computed.
+        decode_s: until a decode batch has room for it, within the TPOT that the class allows; 0 when it will have.
+        compute_s: its own prompt, fetching included.
+        tpot_s: a decode step of the batch that it would be in.
+        margin_s: what TTFT is longer than that in one of ten; a request is judged with it.
+    """
+
+    waited_s: float
+    prompts_s: float
+    decode_s: float
+    compute_s: float
+    tpot_s: float
+    margin_s: float = 0.0
+
+    @property
+    def ttft_s(self) -> float:
+        return self.waited_s + max(self.prompts_s, self.decode_s) + self.compute_s
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    forecast: Forecast
+    reason: str | None  # why it is refused: the objective that the forecast misses, "ttft" or "tpot"; None: it is taken
+    retry_after_s: int = 0
+    enforced: bool = False
+
+    @property
+    def refused(self) -> bool:
+        """It was sent away, other than a request that is only said to miss its class."""
+        return self.reason is not None and self.enforced
+
+
+def judge(slo: SloClass, forecast: Forecast, mode: Mode) -> Verdict:
+    """`mode` is SHADOW or ENFORCE."""
+    alone_s = forecast.waited_s + forecast.compute_s
+    waits = forecast.prompts_s > 0.0 or forecast.decode_s > 0.0
+    late_s = forecast.ttft_s + forecast.margin_s - slo.ttft_s
+    if late_s <= 0.0 or not waits or alone_s > slo.ttft_s:
+        return Verdict(forecast, None)
+    reason = "tpot" if forecast.decode_s > forecast.prompts_s else "ttft"
+    retry_after_s = min(LONGEST_RETRY_S, max(1, math.ceil(late_s)))
+    return Verdict(forecast, reason, retry_after_s, enforced=mode is Mode.ENFORCE)
+
+
+def refusal(verdict: Verdict, slo: SloClass) -> Overloaded:
+    """What the client is told. `verdict.reason` is not None."""
+    if verdict.reason == "tpot":
+        why = f"no room to generate at {slo.tpot_s * 1e3:g} ms per token"
+    else:
+        ttft_s = verdict.forecast.ttft_s + verdict.forecast.margin_s
+        why = f"the first token may take {ttft_s:.1f} s instead of {slo.ttft_s:g} s"
+    return Overloaded(
+        f"The server is too busy for the class '{slo.name}': {why}.",
+        retry_after_s=verdict.retry_after_s,
+        code=f"slo_{verdict.reason}",
+    )
+
+
+def no_place(reason: str) -> Overloaded:
+    """Of a queue that has none. `reason` is what `RequestQueue.refuses` said."""
+    if reason == "tenant_share":
+        return TenantOverQuota("You have as many requests waiting as one client may.", code=reason)
+    return Overloaded("As many requests are waiting as can.", code=reason)

@@ -1,0 +1,303 @@
+"""The central queue at work: each worker gets what keeps it busy, the rest waits here for its turn.
+
+So a choice is made when its worker has room, with what is known then, and a worker that dies takes little with it.
+
+    place ─> look ─> judge (router.admission) ─> wait ─> turn (router.queue) ─> look again ─> placed
+                       └ refused                  └ deadline, no worker, client gone
+
+A worker is free while what it has of prompts will be computed before more could arrive: within one of its steps and
+one transit. A request waits for the worker that is best for it, if that is better than a free one: those before it that
+wait for the same worker count as its load. Only within the synchronous parts of this module, so nobody else sees them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+
+from prometheus_client import Histogram
+
+from pdserve.errors import DeadlineExceeded, Overloaded
+from router.admission import Forecast, Mode, Verdict, judge, no_place, refusal
+from router.decode_room import DecodeRoom, decode_room
+from router.fleet import Fleet
+from router.handoff import TICK_S
+from router.limits import RouterLimits
+from router.member import Member
+from router.metrics import STAGE_BUCKETS_S
+from router.placement import Placed
+from router.policy import Considered, Decision, Role
+from router.predictor import Predictor
+from router.queue import Queued, RequestQueue, ahead_of
+from router.refusals import RefusalLedger
+from router.slo import CLASSES, SloClass
+
+_STRICTEST_S = min(each.tpot_s for each in CLASSES.values())
+_LOOKS = 64  # decisions at a time, so that a long queue does not hold up the event loop
+
+
+@dataclass(slots=True, eq=False)
+class Waiting(Queued):
+    """What the queue holds of a request; times on the monotonic clock."""
+
+    _: KW_ONLY
+    request_id: str
+    slo: SloClass
+    received_s: float
+    deadline_s: float
+    look: Callable[[], Decision]  # where it would go now; changes nothing
+    settle: Callable[[Decision], Placed]  # it goes there
+    told: Callable[[Verdict], None]
+    judged: bool  # before, so that it is taken whatever is forecast now
+    answer: asyncio.Future[Placed] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    plan: tuple[str, int] | None = None  # the worker that it waits for, and the uncached tokens it will bring
+    stranded_s: float | None = None  # since when no worker can take it at all
+
+
+def wait_histogram() -> Histogram:
+    text = "How long requests waited in the router's queue for their turn."
+    return Histogram("pdserve_queue_seconds", text, ("slo_class",), registry=None, buckets=STAGE_BUCKETS_S)
+
+
+class Feeder:
+    def __init__(self, fleet: Fleet, predictor: Predictor, limits: RouterLimits, mode: Mode) -> None:
+        self.mode = mode
+        self.ledger = RefusalLedger()
+        self.wait_seconds = wait_histogram()
+        self._fleet = fleet
+        self._predictor = predictor
+        self._limits = limits
+        self._queue: RequestQueue[Waiting] = RequestQueue(limits.queue_places)
+        self._running: dict[str, SloClass] = {}  # by request: what was placed and has not ended
+        self._pump: asyncio.Task[None] | None = None
+
+    def depths(self) -> Mapping[str, int]:
+        """Requests that wait, by SLO class."""
+        return self._queue.depths()
+
+    def ended(self, request_id: str) -> None:
+        self._running.pop(request_id, None)
+
+    async def place(self, item: Waiting) -> Placed:
+        """Wait for its turn and a worker. Cancelling it leaves nothing behind.
+
+        Raises:
+            Overloaded: no place in the queue, or the forecast misses its class, or no worker in time.
+            DeadlineExceeded: its own.
+        """
+        now_s = time.monotonic()
+        if why := self._queue.refuses(item.tenant):
+            self.ledger.turned_away(item.slo, why)
+            raise no_place(why)
+        decision = item.look()
+        self._estimate(item, decision)
+        self._queue.add(item)
+        placed: Placed | None = None
+        try:
+            in_turn = self._judge(item, decision, now_s)
+            self._serve(now_s, {item: in_turn} if in_turn is not None else {})
+            placed = await self._turn(item)
+            return placed
+        finally:
+            self._queue.remove(item)
+            if placed is None and item.answer.done():
+                item.answer.result().claim.release()  # cancelled in the moment of its turn
+
+    # --- what is foreseen ---
+
+    def _estimate(self, item: Waiting, decision: Decision) -> None:
+        chosen = decision.chosen
+        compute_s = self._compute_s(chosen) if chosen is not None else 0.0
+        item.due_s = item.received_s + item.slo.ttft_s - compute_s - self._overrun_s(item.slo)
+        item.work_s = compute_s
+        self._note_look(item, decision, item.queued_s)
+
+    def _overrun_s(self, slo: SloClass) -> float:
+        """What is to be left for what goes wrong after its dispatch."""
+        return min(self._predictor.overrun_s, slo.ttft_s / 2)
+
+    def _horizon_s(self, member: Member) -> float:
+        """A worker with so much to compute is busy until more can have come."""
+        return member.load.step_s + self._predictor.transit_s
+
+    def _compute_s(self, chosen: Considered) -> float:
+        return self._predictor.prompt.factor * chosen.uncached_s
+
+    def _judge(self, item: Waiting, decision: Decision, now_s: float) -> Decision | None:
+        """Returns the decision behind those that have their turn before it, if one was made. Raises Overloaded."""
+        if item.judged or self.mode is Mode.OFF:
+            return decision if len(self._queue) == 1 else None
+        ahead = ahead_of(item, self._queue.order(now_s))
+        with _Plans(self._fleet) as plans:
+            plans.add(ahead)
+            if ahead:
+                decision = item.look()
+                self._note_look(item, decision, now_s)
+            if decision.chosen is None:
+                return decision
+            forecast = self._forecast(item, decision.chosen, len(ahead), now_s)
+        verdict = judge(item.slo, forecast, self.mode)
+        item.judged = True
+        item.told(verdict)
+        self.ledger.decided(item.slo, verdict.reason)
+        if verdict.refused and verdict.reason is not None:
+            self.ledger.turned_away(item.slo, verdict.reason, item.due_s)
+            self._start_pump()
+            raise refusal(verdict, item.slo)
+        return decision
+
+    def _forecast(self, item: Waiting, chosen: Considered, ahead: int, now_s: float) -> Forecast:
+        member = self._fleet.member(chosen.worker_id)
+        assert member is not None
+        room = decode_room(self._fleet.in_use(), member, self._predictor.step.factor)
+        tpot_s, stay_s = self._strictest_s(item.slo, ()), self._predictor.stay_s
+        prompts_s = self._predictor.prompt.factor * member.backlog_s(now_s)
+        sequences = room.sequences_after(prompts_s, ahead, stay_s)
+        return Forecast(
+            waited_s=now_s - item.received_s,
+            prompts_s=prompts_s,
+            decode_s=prompts_s + wait_s if (wait_s := room.wait_s(tpot_s, sequences, stay_s)) else 0.0,
+            compute_s=self._compute_s(chosen),
+            tpot_s=room.tpot_s(tpot_s, sequences),
+            # The wait on a worker is in both: in what is before it, and in what took longer after a dispatch.
+            margin_s=max(0.0, self._overrun_s(item.slo) - self._horizon_s(member)),
+        )
+
+    def _strictest_s(self, slo: SloClass, others: Iterable[SloClass]) -> float:
+        """TPOT of those that would share a batch with it. One client's own numbers slow down nobody else further than
+        the strictest of the named classes does."""
+        shared = [max(each.tpot_s, _STRICTEST_S) for each in {*others, *self._running.values()}]
+        return min(slo.tpot_s, *shared) if shared else slo.tpot_s
+
+    # --- turns ---
+
+    async def _turn(self, item: Waiting) -> Placed:
+        while not item.answer.done():
+            now_s = time.monotonic()
+            until_s = min(item.deadline_s, item.queued_s + self._limits.first_token_s)
+            if item.stranded_s is not None:
+                until_s = min(until_s, item.stranded_s + self._limits.queue_wait_s)
+            if now_s >= until_s:
+                raise self._give_up(item, now_s)
+            self._start_pump()
+            await asyncio.wait((item.answer,), timeout=min(until_s - now_s, self._limits.queue_wait_s))
+        return item.answer.result()
+
+    def _give_up(self, item: Waiting, now_s: float) -> Exception:
+        if now_s >= item.deadline_s:
+            return DeadlineExceeded("The request did not finish in time.")
+        reason = "no_worker" if item.stranded_s is not None else "waited"
+        self.ledger.turned_away(item.slo, reason)
+        return Overloaded("No worker can take the request now.", code=reason)
+
+    def _serve(self, now_s: float, known: Mapping[Waiting, Decision]) -> None:
+        """Turns, in order, while a worker is free. `known` are decisions that were made just now."""
+        workers = self._prompt_workers()
+        if workers and not any(self._free(worker, now_s) for worker in workers):
+            return
+        order = self._queue.order(now_s)
+        if not workers:
+            for item in order:
+                item.stranded_s = item.stranded_s if item.stranded_s is not None else now_s
+            return
+        fresh = dict(known)
+        waits: set[SloClass] = set()  # of those that wait before
+        with _Plans(self._fleet) as plans:
+            for item in order[:_LOOKS]:
+                if not any(self._free(worker, now_s) for worker in workers):
+                    return
+                decision = fresh.pop(item, None) or item.look()
+                self._note_look(item, decision, now_s)
+                if decision.chosen is not None and self._begins(item, decision.chosen, waits, now_s):
+                    self._begin(item, decision, now_s)
+                    fresh.clear()
+                else:
+                    waits.add(item.slo)
+                    plans.add([item])
+
+    def _begins(self, item: Waiting, chosen: Considered, waits: set[SloClass], now_s: float) -> bool:
+        """Whether its worker is free and, while that can still make it good, a decode batch has room for it."""
+        member = self._fleet.member(chosen.worker_id)
+        if member is None or not self._free(member, now_s):
+            return False
+        if self.mode is Mode.OFF or (self.mode is Mode.SHADOW and now_s > item.due_s):
+            return True
+        room = decode_room(self._fleet.in_use(), member, self._predictor.step.factor)
+        return room.has_place(self._strictest_s(item.slo, waits))
+
+    def _begin(self, item: Waiting, decision: Decision, now_s: float) -> None:
+        self._queue.take(item, now_s)
+        self._running[item.request_id] = item.slo
+        self.wait_seconds.labels(item.slo.name).observe(now_s - item.queued_s)
+        item.answer.set_result(item.settle(decision))
+
+    def _note_look(self, item: Waiting, decision: Decision, now_s: float) -> None:
+        chosen = decision.chosen
+        item.plan = (chosen.worker_id, chosen.uncached_tokens) if chosen is not None else None
+        if chosen is not None:
+            item.stranded_s = None
+        elif item.stranded_s is None:
+            item.stranded_s = now_s
+
+    def _prompt_workers(self) -> list[Member]:
+        """Those for prompts; while there are none, any is."""
+        workers = self._fleet.in_use()
+        return [each for each in workers if each.role is not Role.DECODE] or workers
+
+    def _free(self, member: Member, now_s: float) -> bool:
+        if member.busy_sequences >= member.hello.max_sequences:
+            return False
+        return member.backlog_s(now_s) <= self._horizon_s(member)
+
+    # --- the queue's own task, while somebody waits ---
+
+    def _start_pump(self) -> None:
+        if self._pump is None or self._pump.done():
+            self._pump = asyncio.create_task(self._run(), name="feeder")
+
+    async def _run(self) -> None:
+        while len(self._queue) or self.ledger.watching:
+            await self._fleet.wait_change(TICK_S)
+            now_s = time.monotonic()
+            self._serve(now_s, {})
+            if self.ledger.watching:
+                self.ledger.look(now_s, self._has_room)
+
+    def _has_room(self, slo: SloClass) -> bool:
+        """A request of that class would begin at once on a worker that has nothing to compute."""
+        now_s, tpot_s = time.monotonic(), self._strictest_s(slo, ())
+        idle = [each for each in self._prompt_workers() if each.backlog_s(now_s) == 0.0]
+        rooms: list[DecodeRoom] = [
+            decode_room(self._fleet.in_use(), each, self._predictor.step.factor) for each in idle[:1]
+        ]
+        return not len(self._queue) and any(room.has_place(tpot_s) for room in rooms)
+
+
+class _Plans:
+    """Within its block, those that wait count as load of the workers that they wait for."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._planned: Counter[str] = Counter()
+
+    def __enter__(self) -> _Plans:
+        return self
+
+    def add(self, waiting: Iterable[Waiting]) -> None:
+        more: defaultdict[str, int] = defaultdict(int)
+        for item in waiting:
+            if item.plan is not None:
+                worker_id, tokens = item.plan
+                more[worker_id] += tokens
+        for worker_id, tokens in more.items():
+            if (member := self._fleet.member(worker_id)) is not None:
+                member.plan(tokens)
+                self._planned[worker_id] += tokens
+
+    def __exit__(self, *_: object) -> None:
+        for worker_id, tokens in self._planned.items():
+            if (member := self._fleet.member(worker_id)) is not None:
+                member.plan(-tokens)

@@ -1,0 +1,32 @@
+"""Who may steer the router itself: whoever has the admin key; where none is configured, whoever is on this machine."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+ADMIN_KEY_HEADER = b"x-pdserve-admin-key"
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """`admin_key`: None if none is configured."""
+
+    admin_key: bytes | None = None
+
+    def covers(self, client_host: str | None, headers: Mapping[bytes, bytes]) -> bool:
+        """`client_host` is the peer's address; None on a Unix socket, which only this machine reaches."""
+        if self.admin_key is not None:
+            return hmac.compare_digest(headers.get(ADMIN_KEY_HEADER, b""), self.admin_key)
+        return client_host is None or _is_loopback(client_host)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback

@@ -1,0 +1,71 @@
+"""What forecasts are corrected by, and how far they were off: learned from the requests that ended."""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+
+from pdserve.timeline import Timeline
+from router.admission import Forecast
+from router.speed import ErrorMeter
+
+_WINDOW = 64
+_LEAST = 8  # before so many were seen nothing is corrected
+_FARTHEST = 4.0  # a correction by more says that the model is wrong, and would hide it
+
+
+class Correction:
+    """Multiplies predictions by the median of what happened over what was predicted without it."""
+
+    def __init__(self) -> None:
+        self._ratios: deque[float] = deque(maxlen=_WINDOW)
+        self.factor = 1.0
+
+    def note(self, predicted_s: float, actual_s: float) -> None:
+        """`predicted_s` as it was given, corrected by the factor of then, which has changed little since."""
+        if predicted_s <= 0.0 or actual_s <= 0.0:
+            return
+        self._ratios.append(self.factor * actual_s / predicted_s)
+        if len(self._ratios) >= _LEAST:
+            self.factor = min(_FARTHEST, max(1.0 / _FARTHEST, median(self._ratios)))
+
+
+class Predictor:
+    """
+    Attributes:
+        errors: of forecasts made when a request came (`ttft`, `tpot`), and of TTFT counted from its dispatch on.
+        stay_s: how long a request decodes, the median; 0 while unknown.
+        overrun_s: how much longer than foreseen requests take from their dispatch to their first token, in one of ten.
+        transit_s: from a worker's part of TTFT to the router's, there and back, the median.
+    """
+
+    def __init__(self) -> None:
+        self.errors = {"ttft": ErrorMeter(), "ttft_dispatched": ErrorMeter(), "tpot": ErrorMeter()}
+        self.prompt = Correction()
+        self.step = Correction()
+        self._stays_s: deque[float] = deque(maxlen=_WINDOW)
+        self._transits_s: deque[float] = deque(maxlen=_WINDOW)
+        self.stay_s = 0.0
+        self.transit_s = 0.05
+        self._overruns_s: deque[float] = deque(maxlen=_WINDOW)
+        self.overrun_s = 0.0
+
+    def note(self, forecast: Forecast | None, timeline: Timeline) -> None:
+        """A request ended that nothing disturbed; `forecast` as it came, of one that was taken for good."""
+        if timeline.first_token_s is None or timeline.last_token_s is None or timeline.ttft_s is None:
+            return
+        self._transits_s.append(timeline.ttft_stages()["deliver"])
+        self.transit_s = median(self._transits_s)
+        if timeline.output_tokens > 1:
+            self._stays_s.append(timeline.last_token_s - timeline.first_token_s)
+            self.stay_s = median(self._stays_s)
+        if forecast is None:
+            return
+        if timeline.dispatched_s is not None:
+            self._overruns_s.append(timeline.first_token_s - timeline.dispatched_s - forecast.compute_s)
+            self.overrun_s = max(0.0, sorted(self._overruns_s)[int(0.9 * len(self._overruns_s))])
+        self.errors["ttft"].note(forecast.ttft_s, timeline.ttft_s)
+        self.prompt.note(forecast.ttft_s - forecast.waited_s, timeline.ttft_s - forecast.waited_s)
+        if timeline.tpot_s is not None:
+            self.errors["tpot"].note(forecast.tpot_s, timeline.tpot_s)
+            self.step.note(forecast.tpot_s, timeline.tpot_s)
