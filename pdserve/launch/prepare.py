@@ -41,7 +41,8 @@ def prepare(folder: Path | None, dtype: KvDtype, kernels: str, progress: Progres
     progress("packing the weights", None)
     open_weights(folder, config, dtype, cache)
     progress("building the kernels", None)
-    return {"model": str(folder.resolve()), "kernels": choose(kernels).name}
+    chosen = choose(kernels, config.head_dim, config.num_heads // config.num_kv_heads)
+    return {"model": str(folder.resolve()), "kernels": chosen.name}
 
 
 def main() -> int:

@@ -36,16 +36,20 @@ _log = logging.getLogger(__name__)
 class LayerWeights:
     """One layer; H hidden, I intermediate, Q = num_heads * head_dim, K = num_kv_heads * head_dim."""
 
-    attention_norm: Tensor  # [H]
+    attention_norm: Tensor | None  # [H], of what attention reads
     qkv: Tensor  # [Q + 2 K, H], rows of q, then k, then v
     qkv_bias: Tensor | None  # [Q + 2 K]
+    q_norm: Tensor | None  # [head_dim] or [Q], as the config's qk_norm says
+    k_norm: Tensor | None  # [head_dim] or [K]
     output: Tensor  # [H, Q]
     output_bias: Tensor | None  # [H]
-    mlp_norm: Tensor  # [H]
+    attention_post_norm: Tensor | None  # [H], of what attention adds to the residual
+    mlp_norm: Tensor | None  # [H]
     gate_up: Tensor  # [2 I, H], rows of gate, then up
     gate_up_bias: Tensor | None  # [2 I]
     down: Tensor  # [H, I]
     down_bias: Tensor | None  # [H]
+    mlp_post_norm: Tensor | None  # [H]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,26 +114,45 @@ def random_weights(config: ModelConfig, dtype: KvDtype, seed: int) -> Weights:
 
 def _parts(config: ModelConfig) -> list[_Part]:
     """The packed tensors in file order, which is the order of use."""
-    hidden, q, kv, inner = config.hidden_size, config.q_size, config.kv_size, config.intermediate_size
+    hidden = config.hidden_size
     parts = [_Part("embedding", ("model.embed_tokens.weight",), (config.vocab_size,), hidden)]
     for i in range(config.num_layers):
-        attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-        projections = (
-            ("qkv", tuple(f"{attention}.{x}_proj" for x in "qkv"), (q, kv, kv), hidden, config.attention_bias),
-            ("output", (f"{attention}.o_proj",), (hidden,), q, config.attention_bias),
-            ("gate_up", (f"{mlp}.gate_proj", f"{mlp}.up_proj"), (inner, inner), hidden, config.mlp_bias),
-            ("down", (f"{mlp}.down_proj",), (hidden,), inner, config.mlp_bias),
-        )
-        for name, sources, rows, columns, bias in projections:
-            parts.append(_Part(f"layers.{i}.{name}", tuple(f"{s}.weight" for s in sources), rows, columns))
-            if bias:
-                parts.append(_Part(f"layers.{i}.{name}_bias", tuple(f"{s}.bias" for s in sources), rows, None))
-        for name, source in (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")):
-            parts.append(_Part(f"layers.{i}.{name}", (f"model.layers.{i}.{source}.weight",), (hidden,), None))
+        parts += _layer_parts(config, f"layers.{i}.", f"model.layers.{i}.")
     parts.append(_Part("final_norm", ("model.norm.weight",), (hidden,), None))
     if not config.tie_word_embeddings:
         parts.append(_Part("head", ("lm_head.weight",), (config.vocab_size,), hidden))
     return parts
+
+
+def _layer_parts(config: ModelConfig, name: str, source: str) -> list[_Part]:
+    """`name` and `source` begin the names of the layer's tensors in the packed file and in the checkpoint."""
+    hidden, q, kv, inner = config.hidden_size, config.q_size, config.kv_size, config.intermediate_size
+    fused = config.family.fused
+    parts = [
+        *_linear("qkv", ("qkv",) if fused else ("q", "k", "v"), "self_attn", (q, kv, kv), hidden, config.qkv_bias),
+        *_linear("output", ("o",), "self_attn", (hidden,), q, config.output_bias),
+        *_linear("gate_up", ("gate_up",) if fused else ("gate", "up"), "mlp", (inner, inner), hidden, config.mlp_bias),
+        *_linear("down", ("down",), "mlp", (hidden,), inner, config.mlp_bias),
+        *(_Part(norm, (f"{at}.weight",), (hidden,), None) for norm, at in config.family.norms.items()),
+    ]
+    if config.qk_norm is not None:
+        q_size, k_size = (config.head_dim, config.head_dim) if config.qk_norm == "head" else (q, kv)
+        parts.append(_Part("q_norm", ("self_attn.q_norm.weight",), (q_size,), None))
+        parts.append(_Part("k_norm", ("self_attn.k_norm.weight",), (k_size,), None))
+    return [
+        _Part(name + part.name, tuple(source + one for one in part.sources), part.rows, part.columns) for part in parts
+    ]
+
+
+def _linear(
+    name: str, projections: tuple[str, ...], at: str, rows: tuple[int, ...], columns: int, bias: bool
+) -> Iterator[_Part]:
+    """The weight of some projections that are laid one below the other, and its bias."""
+    if len(projections) == 1:
+        rows = (sum(rows),)
+    yield _Part(name, tuple(f"{at}.{x}_proj.weight" for x in projections), rows, columns)
+    if bias:
+        yield _Part(f"{name}_bias", tuple(f"{at}.{x}_proj.bias" for x in projections), rows, None)
 
 
 def _ensure_packed(path: Path, files: tuple[Path, ...], config: ModelConfig, dtype: torch.dtype) -> Packed:
