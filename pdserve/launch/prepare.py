@@ -20,17 +20,21 @@ from pdserve.launch.folders import cache_folder
 def prepare(folder: Path | None, dtype: KvDtype, kernels: str, progress: Progress) -> dict[str, str]:
     """
     Args:
-        folder: the model; None for the default one, fetched where it is missing.
+        folder: the model, in any form that `pdserve.models.source` knows; None for the default one.
 
     Raises:
         ConfigError: the model or the kernels cannot be used.
     """
     from pdserve.models.default_model import ensure_default_model
     from pdserve.models.folder import check_folder
+    from pdserve.models.source import resolve_model
 
     cache = cache_folder()
     if folder is None:
         folder = ensure_default_model(cache, progress)
+    else:
+        progress("looking for the model", None)
+        folder = resolve_model(folder, cache)
     check_folder(folder)
     progress("loading torch", None)
     from pdserve.kernels import choose

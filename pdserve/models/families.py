@@ -79,7 +79,10 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "MistralForCausalLM": Family(
-        "Mistral", gguf="mistral", options={"sliding_window": 4096, "max_position_embeddings": 4096 * 32}
+        "Mistral",
+        gguf="llama",
+        gguf_rotates_pairs=True,
+        options={"sliding_window": 4096, "max_position_embeddings": 4096 * 32},
     ),
     "Qwen2ForCausalLM": Family("Qwen2, Qwen2.5", gguf="qwen2", options=_QWEN_WINDOWS, qkv_bias=True),
     "Qwen3ForCausalLM": Family("Qwen3", gguf="qwen3", options={"head_dim": 128, **_QWEN_WINDOWS}, qk_norm="head"),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvstore.layout import KvDtype
 from pdserve.errors import ConfigError
-from pdserve.models.checkpoint import Checkpoint
+from pdserve.models.checkpoint import open_checkpoint
 from pdserve.models.config import ModelConfig
 from pdserve.models.folder import weight_files
 from pdserve.models.packed import Damaged, Packed, Shape, map_packed, tensor_bytes, write_packed
@@ -182,7 +182,7 @@ def _pack(path: Path, files: tuple[Path, ...], config: ModelConfig, dtype: torch
             digest.update(tensor_bytes(tensor))
             yield tensor
 
-    with Checkpoint(files) as checkpoint:
+    with open_checkpoint(files) as checkpoint:
         for part in parts:
             for i, name in enumerate(part.sources):
                 checkpoint.check(name, part.source_shape(i))

@@ -15,6 +15,8 @@ from kvstore.errors import KvError
 from kvstore.layout import KvDtype
 from pdserve.errors import ConfigError
 from pdserve.launch.announce import Announcer
+from pdserve.launch.folders import cache_folder
+from pdserve.models.source import resolve_model
 from pdserve.worker.config import Role, WorkerConfig
 
 # A thread that waits for the interpreter lock gets it this soon: asyncio must not hold up a step for the default 5 ms.
@@ -22,7 +24,7 @@ _SWITCH_INTERVAL_S = 0.0005
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Folder of a Hugging Face style model.")],
+    model: Annotated[Path, typer.Option(help="A Hugging Face style folder, a GGUF file, or ORG/NAME.")],
     role: Annotated[Role, typer.Option(help="What the router prefers this worker for.")] = Role.MIXED,
     worker_id: Annotated[str, typer.Option(help="Unique name; default: role and process id.")] = "",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -58,7 +60,7 @@ def main(
         config = WorkerConfig(
             role=role,
             worker_id=worker_id or f"{role.value}-{os.getpid()}",
-            model=model,
+            model=resolve_model(model, cache_folder()),
             host=host,
             port=port,
             admin_port=admin_port,

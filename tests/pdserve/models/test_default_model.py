@@ -153,7 +153,7 @@ def test_other_gguf_is_refused(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ConfigError, match="supported for conversion: llama"):
+    with pytest.raises(ConfigError, match="architecture 'gpt2'; supported: llama, "):
         convert(tmp_path / "other.gguf", tmp_path, lambda fraction: None)
 
 
