@@ -44,6 +44,7 @@ def register(app: typer.Typer) -> None:
             int | None, typer.Option(parser=parse_bytes, metavar="SIZE", help="KV pool of each worker: 512M, 2G.")
         ] = None,
         kernels: Annotated[Literal["auto", "native", "reference"], typer.Option()] = "auto",
+        weights: Annotated[Literal["dense", "int4"], typer.Option(help="int4: in 4 bits for decode.")] = "dense",
         policy: Annotated[str | None, typer.Option(help="How the router chooses workers.")] = None,
         redis: Annotated[str | None, typer.Option(metavar="URL", help="A running Redis; else one is embedded.")] = None,
         namespace: Annotated[str, typer.Option(help="Separates fleets that share a Redis.")] = "default",
@@ -71,6 +72,7 @@ def register(app: typer.Typer) -> None:
             threads=threads,
             kv_bytes=kv_bytes,
             kernels=kernels,
+            weights=weights,
             policy=policy,
             redis_url=redis,
             namespace=namespace,

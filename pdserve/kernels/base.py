@@ -29,6 +29,21 @@ class Batch:
     max_query_len: int
 
 
+INT4_GROUP = 32  # columns that share a scale
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Weight:
+    """A weight in 4 bits for few rows, and dense, as what they stand for, for many (pdserve.models.int4)."""
+
+    dense: Tensor  # [N, K] bfloat16
+    packed: Tensor  # [N, K / 2] uint8, in torch's layout
+    scales: Tensor  # [K / INT4_GROUP, N, 2] bfloat16
+
+
+Weight = Tensor | Int4Weight  # of a matrix product
+
+
 class Kernels(Protocol):
     """What a model needs beside matrix products. `tokens` is T, `Hq`/`Hkv` are heads, `D` is head_dim."""
 
@@ -73,7 +88,7 @@ class Kernels(Protocol):
         """
         ...
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x [..., K] times the transpose of weight [N, K], plus bias [N] -> [..., N]; summed in float32."""
         ...
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pdserve.kernels.base import Batch
+from pdserve.kernels.base import Batch, Int4Weight, Weight
 
 
 class ReferenceKernels:
@@ -68,8 +68,8 @@ class ReferenceKernels:
             out[rows] = _attend(q, k, v, scale, window or context_len, softcap).flatten(1)
         return out
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return functional.linear(x, weight, bias)
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        return functional.linear(x, weight.dense if isinstance(weight, Int4Weight) else weight, bias)
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
         gate, up = x.float().chunk(2, dim=-1)

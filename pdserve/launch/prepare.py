@@ -10,6 +10,7 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import Literal
 
 from kvstore.layout import KvDtype
 from pdserve.errors import ConfigError
@@ -17,7 +18,9 @@ from pdserve.launch.announce import Announcer, Progress
 from pdserve.launch.folders import cache_folder
 
 
-def prepare(folder: Path | None, dtype: KvDtype, kernels: str, progress: Progress) -> dict[str, str]:
+def prepare(
+    folder: Path | None, dtype: KvDtype, weights: Literal["dense", "int4"], kernels: str, progress: Progress
+) -> dict[str, str]:
     """
     Args:
         folder: the model, in any form that `pdserve.models.source` knows; None for the default one.
@@ -43,7 +46,7 @@ def prepare(folder: Path | None, dtype: KvDtype, kernels: str, progress: Progres
 
     config = load_config(folder)
     progress("packing the weights", None)
-    open_weights(folder, config, dtype, cache)
+    open_weights(folder, config, dtype, cache, weights)
     progress("building the kernels", None)
     chosen = choose(kernels, config.head_dim, config.num_heads // config.num_kv_heads)
     return {"model": str(folder.resolve()), "kernels": chosen.name}
@@ -53,13 +56,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pdserve.launch.prepare", description=__doc__)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--weights", choices=("dense", "int4"), default="dense")
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--ready-fd", type=int)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     announcer = Announcer(arguments.ready_fd)
     try:
-        result = prepare(arguments.model, arguments.dtype, arguments.kernels, announcer.progress)
+        result = prepare(arguments.model, arguments.dtype, arguments.weights, arguments.kernels, announcer.progress)
     except ConfigError as error:
         announcer.error(str(error))
         print(error, file=sys.stderr)

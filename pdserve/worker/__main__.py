@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -46,6 +46,7 @@ def main(
     max_model_len: Annotated[int, typer.Option(help="Tokens a request may have; 0: what model and pool allow.")] = 0,
     threads: Annotated[int, typer.Option(help="Compute threads.")] = 1,
     kernels: Annotated[str, typer.Option(help="auto, native or reference.")] = "auto",
+    weights: Annotated[Literal["dense", "int4"], typer.Option(help="int4: in 4 bits for decode.")] = "dense",
     store: Annotated[Path | None, typer.Option(help="Socket of this machine's store node (pdserve store).")] = None,
     vllm_names: Annotated[bool, typer.Option(help="Export metrics under the names of vLLM too.")] = True,
     ready_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
@@ -75,6 +76,7 @@ def main(
             max_model_len=max_model_len or None,
             threads=threads,
             kernels=kernels,
+            weights=weights,
             vllm_names=vllm_names,
             store=store,
         )

@@ -83,7 +83,7 @@ def build_engine(config: WorkerConfig, progress: Progress) -> Built:
     _keep_freed_memory()
     model = load_config(config.model)
     progress("loading weights")
-    weights = open_weights(config.model, model, config.dtype, cache_folder())
+    weights = open_weights(config.model, model, config.dtype, cache_folder(), config.weights)
     kernels = choose(config.kernels, model.head_dim, model.num_heads // model.num_kv_heads)
     geometry = BlockGeometry(config.block_size, model.num_layers, model.num_kv_heads, model.head_dim, config.dtype)
     num_blocks = config.kv_bytes // geometry.block_bytes
