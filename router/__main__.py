@@ -17,7 +17,7 @@ from router.policy import POLICIES
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Folder of the model that the workers serve.")],
+    model: Annotated[Path, typer.Option(help="The model that the workers serve: a folder, a GGUF file, or ORG/NAME.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="HTTP port.")] = 8000,
     redis: Annotated[

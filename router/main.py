@@ -26,7 +26,9 @@ from kvstore.keys import BlockKey
 from pdserve import vllm_names
 from pdserve.discovery import Discovery, RedisDiscovery, StaticDiscovery
 from pdserve.errors import ConfigError, Overloaded
+from pdserve.launch.folders import cache_folder
 from pdserve.models.config import load_config
+from pdserve.models.source import resolve_model
 from pdserve.vllm_names import VllmNames
 from router.account_metrics import AccountCollector
 from router.admission import Mode
@@ -202,7 +204,7 @@ def listen(host: str, port: int) -> socket.socket:
 async def run(config: RouterConfig) -> None:
     """Serve until a signal. Raises ConfigError."""
     with listen(config.host, config.port) as listening:
-        router = Router(config, load_model(config.model))
+        router = Router(config, load_model(resolve_model(config.model, cache_folder())))
         server = _Server(
             uvicorn.Config(
                 router.app,

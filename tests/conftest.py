@@ -44,20 +44,25 @@ def default_model(model_cache: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes a folder with config and random float32 weights; keywords are transformers' LlamaConfig's. No tokeniser."""
+    """Makes a folder with config and random float32 weights, without a tokeniser.
+
+    `family` is the prefix of transformers' class names (Qwen3, Gemma2, ...), keywords are its config's.
+    """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     made: dict[str, Path] = {}
 
-    def make(**overrides: Any) -> Path:
-        key = json.dumps(overrides, sort_keys=True)
+    def make(family: str = "Llama", **overrides: Any) -> Path:
+        key = json.dumps([family, overrides], sort_keys=True)
         if key in made:
             return made[key]
         small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-        settings = {**small, "num_key_value_heads": 2, "vocab_size": 131, "max_position_embeddings": 256, **overrides}
+        small |= {"num_key_value_heads": 2, "vocab_size": 131, "max_position_embeddings": 256}
+        small |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # many lie outside this vocabulary
+        config = getattr(transformers, f"{family}TextConfig", None) or getattr(transformers, f"{family}Config")
         torch.manual_seed(len(made))
-        model = LlamaForCausalLM(LlamaConfig(**settings))
+        model = getattr(transformers, f"{family}ForCausalLM")(config(**{**small, **overrides}))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 # Biases and norms differ from 0 and 1, or a missing one would go unnoticed.

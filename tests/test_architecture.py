@@ -26,6 +26,7 @@ LIGHT = {
     "pdserve.models.config",
     "pdserve.models.default_model",
     "pdserve.models.folder",
+    "pdserve.models.source",
     "pdserve.protocol",
     "pdserve.protocol.codec",
     "pdserve.protocol.worker_pb2",

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pdserve.models.supported import supported
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
@@ -17,6 +19,17 @@ def test_metrics_page_is_fresh() -> None:
     command = [sys.executable, "docs/make_metrics.py", "--check"]
     found = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": "."}, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
+
+
+def test_models_page_says_what_is_supported() -> None:
+    page = (ROOT / "docs" / "models.md").read_text().splitlines()
+    rows = [
+        f"| `{name}` | {text} |" if text else f"| `{name}` | |"
+        for names in supported().values()
+        for name, text in names.items()
+    ]
+    assert [row for row in rows if row not in page] == []
+    assert sum(line.startswith("| `") for line in page) == len(rows)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

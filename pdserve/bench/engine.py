@@ -16,11 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn.functional import linear
 
 from kvstore.keys import root_key
 from pdserve.engine.engine import Engine
 from pdserve.engine.sequence import Sequence
+from pdserve.kernels.base import Int4Weight, Weight
 from pdserve.launch.folders import cache_folder
 from pdserve.models.config import load_config
 from pdserve.models.default_model import ensure_default_model
@@ -32,21 +34,25 @@ from pdserve.worker.process import build_engine
 CONTEXT = 512
 
 
+def dense(weight: Weight) -> Tensor:
+    return weight.dense if isinstance(weight, Int4Weight) else weight
+
+
 def gemms(weights: Weights, rows: int, head_rows: int) -> Callable[[], None]:
     """All matrix products of a step over `rows` tokens of which `head_rows` are sampled from."""
     first = weights.layers[0]
-    x = torch.randn(rows, first.qkv.shape[1]).to(first.qkv.dtype)
-    attended = torch.randn(rows, first.output.shape[1]).to(x.dtype)
-    inner = torch.randn(rows, first.down.shape[1]).to(x.dtype)
+    x = torch.randn(rows, dense(first.qkv).shape[1]).to(weights.embedding.dtype)
+    attended = torch.randn(rows, dense(first.output).shape[1]).to(x.dtype)
+    inner = torch.randn(rows, dense(first.down).shape[1]).to(x.dtype)
 
     @torch.inference_mode()
     def run() -> None:
         for layer in weights.layers:
-            linear(x, layer.qkv)
-            linear(attended, layer.output)
-            linear(x, layer.gate_up)
-            linear(inner, layer.down)
-        linear(x[:head_rows], weights.head)
+            linear(x, dense(layer.qkv))
+            linear(attended, dense(layer.output))
+            linear(x, dense(layer.gate_up))
+            linear(inner, dense(layer.down))
+        linear(x[:head_rows], dense(weights.head))
 
     return run
 
@@ -108,15 +114,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="default: the default model")
     parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--weights", choices=("dense", "int4"), default="dense")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     folder = args.model or ensure_default_model(cache_folder(), lambda text, share: None)
     config = WorkerConfig(
-        role=Role.MIXED, worker_id="bench", model=folder, kv_bytes=1 << 30, max_model_len=4096, kernels=args.kernels
+        role=Role.MIXED,
+        worker_id="bench",
+        model=folder,
+        kv_bytes=1 << 30,
+        max_model_len=4096,
+        kernels=args.kernels,
+        weights=args.weights,
     )
     engine = build_engine(config, lambda text: None).engine
-    weights = open_weights(folder, load_config(folder), config.dtype, cache_folder())
+    weights = open_weights(folder, load_config(folder), config.dtype, cache_folder(), config.weights)
     result: dict[str, object] = {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -14,6 +14,7 @@ from pdserve.cli.forward import become
 BENCHMARKS = {
     "engine": ("pdserve.bench.engine", "engine step against the bare weight products of the same shape"),
     "sampling": ("pdserve.bench.sampling", "what sampling parameters and grammars add to a decode step"),
+    "quantised": ("pdserve.bench.quantised", "what 4-bit weights cost: perplexity of a TEXT file, greedy agreement"),
     "kernels": ("pdserve.bench.kernels", "kernels against torch"),
     "transfer": ("kvstore.transfer.bench", "KV push against memcpy, over shared memory and TCP"),
     "store": ("kvstore.store.bench", "KV store against memcpy, disk, transfer plane and Redis"),

@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from pdserve.errors import ConfigError
 from pdserve.launch.plan import UpOptions, counted
 from pdserve.launch.steps import Steps
 from pdserve.launch.supervisor import up as start_up
+from pdserve.models.source import check_model
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -33,7 +33,8 @@ def register(app: typer.Typer) -> None:
         decode: Annotated[int | None, typer.Option(help="Decode workers; 1 where no count is given.")] = None,
         mixed: Annotated[int | None, typer.Option(help="Workers that do both.")] = None,
         model: Annotated[
-            Path | None, typer.Option(help="A Hugging Face style folder; the default is SmolLM2-135M-Instruct.")
+            Path | None,
+            typer.Option(help="A Hugging Face style folder, a GGUF file, or ORG/NAME; default: SmolLM2-135M-Instruct."),
         ] = None,
         host: Annotated[str, typer.Option(help="Where the HTTP server listens.")] = "127.0.0.1",
         port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
@@ -43,6 +44,7 @@ def register(app: typer.Typer) -> None:
             int | None, typer.Option(parser=parse_bytes, metavar="SIZE", help="KV pool of each worker: 512M, 2G.")
         ] = None,
         kernels: Annotated[Literal["auto", "native", "reference"], typer.Option()] = "auto",
+        weights: Annotated[Literal["dense", "int4"], typer.Option(help="int4: in 4 bits for decode.")] = "dense",
         policy: Annotated[str | None, typer.Option(help="How the router chooses workers.")] = None,
         redis: Annotated[str | None, typer.Option(metavar="URL", help="A running Redis; else one is embedded.")] = None,
         namespace: Annotated[str, typer.Option(help="Separates fleets that share a Redis.")] = "default",
@@ -57,8 +59,8 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Start prefill and decode workers, the router and a Redis on this machine; Ctrl-C ends all of it."""
         prefill_count, decode_count, mixed_count = counted(prefill, decode, mixed)
-        if model is not None and not model.is_dir():
-            raise ConfigError(f"The model folder {model} does not exist or is not a folder.")
+        if model is not None:
+            check_model(model)
         options = UpOptions(
             prefill=prefill_count,
             decode=decode_count,
@@ -70,6 +72,7 @@ def register(app: typer.Typer) -> None:
             threads=threads,
             kv_bytes=kv_bytes,
             kernels=kernels,
+            weights=weights,
             policy=policy,
             redis_url=redis,
             namespace=namespace,

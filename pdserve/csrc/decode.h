@@ -35,9 +35,11 @@ struct DecodeState {
   }
 };
 
-// Turn the scores of a tile into weights and bring one head's state to its new maximum.
-PDS_INLINE void online_softmax(float* scores, int tokens, float scale_log2, float& max, float& sum, float* out,
-                               int dim) {
+// Turn the scores of a tile, of which the first `skip` and those past `tokens` do not count, into weights and bring one
+// head's state to its new maximum.
+PDS_INLINE void online_softmax(float* scores, int skip, int tokens, float scale_log2, float& max, float& sum,
+                               float* out, int dim) {
+  for (int j = 0; j < skip; j++) scores[j] = LOWEST;
   for (int j = tokens; j < KEYS; j++) scores[j] = LOWEST;
   float top = max;
 #pragma omp simd reduction(max : top)
@@ -61,17 +63,17 @@ PDS_INLINE void online_softmax(float* scores, int tokens, float scale_log2, floa
 template <class T, class Products>
 class Decode {
  public:
-  Decode(T* out, const T* qkv, const Batch& batch, const Pool& pool, int layer, int heads, float scale)
+  Decode(T* out, const T* qkv, const Batch& batch, const Pool& pool, const Shape& shape)
       : out_(out),
         qkv_(qkv),
         batch_(batch),
         pool_(pool),
-        layer_(layer),
-        heads_(heads),
-        group_(heads / pool.kv_heads),
+        shape_(shape),
+        heads_(shape.heads),
+        group_(heads_ / pool.kv_heads),
         padded_(ceil_div(group_, Products::HEADS) * Products::HEADS),
         dim_(pool.head_dim),
-        scale_log2_(scale * LOG2_E) {}
+        scale_log2_(shape.scale * LOG2_E) {}
 
   void run(const std::vector<int>& sequences, int threads) const {
     const int pairs = static_cast<int>(sequences.size()) * pool_.kv_heads;
@@ -96,18 +98,28 @@ class Decode {
     items.reserve(sequences.size() * pool_.kv_heads * parts);
     for (int s : sequences) {
       const int tokens = batch_.context_len[s];
-      const int share = ceil_div(ceil_div(tokens, parts), KEYS) * KEYS;
+      const int first = first_key(s) / KEYS * KEYS;  // whole tiles, whose blocks are whole too
+      const int share = ceil_div(ceil_div(tokens - first, parts), KEYS) * KEYS;
       for (int head = 0; head < pool_.kv_heads; head++) {
         for (int part = 0; part < parts; part++) {
-          items.push_back({s, head, smaller(part * share, tokens), smaller((part + 1) * share, tokens)});
+          const int begin = first + part * share;
+          items.push_back({s, head, smaller(begin, tokens), smaller(begin + share, tokens)});
         }
       }
     }
     return items;
   }
 
+  int first_key(int sequence) const { return shape_.first_key(batch_.context_len[sequence] - 1); }
+
   void fill(Tile<T>& tile, const DecodeItem& item, int begin) const {
-    tile.fill(PagedKv<T>(pool_, batch_, item.sequence, item.head, layer_), begin, item.end);
+    tile.fill(PagedKv<T>(pool_, batch_, item.sequence, item.head, shape_.layer), begin, item.end);
+  }
+
+  // Such that they come out soft-capped once they are scaled.
+  void soften_scores(Scores* scores) const {
+    const float inner = shape_.scale / shape_.softcap;
+    for (int h = 0; h < group_; h++) soften(scores[h], KEYS, inner, 1.0f / inner);
   }
 
   // Compute the states of [item, last), always with the tile that follows, perhaps of the next item, in view.
@@ -123,8 +135,10 @@ class Decode {
       state.reset(padded_, dim_);
       products.begin(qkv_ + query_row(*item) * (heads_ + 2 * pool_.kv_heads) * dim_ + item->head * group_ * dim_);
       int at = item->begin;
+      const int first = first_key(item->sequence);
       do {
         Tile<T>&tile = tiles[now], &next = tiles[1 - now];
+        const int skip = larger(first - at, 0);
         at += KEYS;
         next.num_runs = 0;
         if (at < item->end) {
@@ -133,8 +147,10 @@ class Decode {
           fill(next, item[1], item[1].begin);
         }
         products.score(scores, tile, next);
+        if (shape_.softcap != 0.0f) soften_scores(scores);
         for (int h = 0; h < group_; h++) {
-          online_softmax(scores[h], tile.tokens, scale_log2_, state.max[h], state.sum[h], state.out + h * dim_, dim_);
+          float* out = state.out + h * dim_;
+          online_softmax(scores[h], skip, tile.tokens, scale_log2_, state.max[h], state.sum[h], out, dim_);
         }
         products.weigh(state.out, scores, tile, next);
         now = 1 - now;
@@ -166,7 +182,7 @@ class Decode {
   const T* qkv_;
   const Batch& batch_;
   const Pool& pool_;
-  int layer_;
+  Shape shape_;
   int heads_;
   int group_;   // query heads of a kv head
   int padded_;  // the same, rounded up to what the products want

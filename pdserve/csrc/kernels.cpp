@@ -25,18 +25,16 @@ struct Attention {
   const T* qkv;
   const Batch& batch;
   const Pool& pool;
-  int layer;
-  int heads;
-  float scale;
+  Shape shape;
   int threads;
 
   template <class Products>
   void decode(const std::vector<int>& sequences) const {
-    Decode<T, Products>(out, qkv, batch, pool, layer, heads, scale).run(sequences, threads);
+    Decode<T, Products>(out, qkv, batch, pool, shape).run(sequences, threads);
   }
   template <class Chunk>
   void prefill(const std::vector<int>& sequences) const {
-    Prefill<T, Chunk>(out, qkv, batch, pool, layer, heads, scale).run(sequences, threads);
+    Prefill<T, Chunk>(out, qkv, batch, pool, shape).run(sequences, threads);
   }
 };
 
@@ -63,6 +61,7 @@ void decode(const Attention<T>& attention, const std::vector<int>& sequences) {
   switch (attention.pool.head_dim) {
     case 64: return decode_of_dim<64>(attention, sequences);
     case 128: return decode_of_dim<128>(attention, sequences);
+    case 256: return decode_of_dim<256>(attention, sequences);
     default: return decode_of_dim<0>(attention, sequences);
   }
 }
@@ -128,30 +127,37 @@ PDS_EXPORT int pds_batch_fits(const Batch* batch, const Pool* pool) {
   return 1;
 }
 
-#define PDS_KERNELS(T, NAME)                                                                                      \
-  PDS_EXPORT void pds_rms_norm_##NAME(T* out, const T* x, const T* weight, int rows, int hidden, float eps,       \
-                                      int threads) {                                                              \
-    rms_norm(out, x, weight, rows, hidden, eps, threads);                                                         \
-  }                                                                                                               \
-  PDS_EXPORT void pds_add_rms_norm_##NAME(T* out, const T* x, T* residual, const T* weight, int rows, int hidden, \
-                                          float eps, int threads) {                                               \
-    add_rms_norm(out, x, residual, weight, rows, hidden, eps, threads);                                           \
-  }                                                                                                               \
-  PDS_EXPORT void pds_silu_and_mul_##NAME(T* out, const T* x, int rows, int inter, int threads) {                 \
-    silu_and_mul(out, x, rows, inter, threads);                                                                   \
-  }                                                                                                               \
-  /* 0, and nothing done, where a position lies outside the table of max_position rows. */                        \
-  PDS_EXPORT int pds_rope_append_##NAME(T* qkv, const float* cos_sin, int max_position, const Batch* batch,       \
-                                        const Pool* pool, int layer, int heads, int threads) {                    \
-    for (int t = 0; t < batch->tokens; t++) {                                                                     \
-      if (batch->positions[t] < 0 || batch->positions[t] >= max_position) return 0;                               \
-    }                                                                                                             \
-    rope_append(qkv, cos_sin, *batch, *pool, layer, heads, threads);                                              \
-    return 1;                                                                                                     \
-  }                                                                                                               \
-  PDS_EXPORT void pds_attention_##NAME(T* out, const T* qkv, const Batch* batch, const Pool* pool, int layer,     \
-                                       int heads, float scale, int threads) {                                     \
-    attend(Attention<T>{out, qkv, *batch, *pool, layer, heads, scale, threads});                                  \
+#define PDS_KERNELS(T, NAME)                                                                                       \
+  PDS_EXPORT void pds_rms_norm_##NAME(T* out, const T* x, const T* weight, int rows, int hidden, float eps,        \
+                                      float offset, int threads) {                                                 \
+    rms_norm(out, x, NormWeight<T>{weight, offset, eps}, rows, hidden, threads);                                   \
+  }                                                                                                                \
+  PDS_EXPORT void pds_add_rms_norm_##NAME(T* out, const T* x, T* residual, const T* weight, int rows, int hidden,  \
+                                          float eps, float offset, int threads) {                                  \
+    add_rms_norm(out, x, residual, NormWeight<T>{weight, offset, eps}, rows, hidden, threads);                     \
+  }                                                                                                                \
+  PDS_EXPORT void pds_norm_slices_##NAME(T* x, const T* weight, int rows, int width, int begin, int count,         \
+                                         int size, float eps, float offset, int threads) {                         \
+    norm_slices(x, NormWeight<T>{weight, offset, eps}, rows, width, begin, count, size, threads);                  \
+  }                                                                                                                \
+  PDS_EXPORT void pds_silu_and_mul_##NAME(T* out, const T* x, int rows, int inter, int threads) {                  \
+    activate_and_mul<Silu>(out, x, rows, inter, threads);                                                          \
+  }                                                                                                                \
+  PDS_EXPORT void pds_gelu_and_mul_##NAME(T* out, const T* x, int rows, int inter, int threads) {                  \
+    activate_and_mul<GeluTanh>(out, x, rows, inter, threads);                                                      \
+  }                                                                                                                \
+  /* 0, and nothing done, where a position lies outside the table of max_position rows. */                         \
+  PDS_EXPORT int pds_rope_append_##NAME(T* qkv, const float* cos_sin, int max_position, int rotary,                \
+                                        const Batch* batch, const Pool* pool, int layer, int heads, int threads) { \
+    for (int t = 0; t < batch->tokens; t++) {                                                                      \
+      if (batch->positions[t] < 0 || batch->positions[t] >= max_position) return 0;                                \
+    }                                                                                                              \
+    rope_append(qkv, cos_sin, rotary, *batch, *pool, layer, heads, threads);                                       \
+    return 1;                                                                                                      \
+  }                                                                                                                \
+  PDS_EXPORT void pds_attention_##NAME(T* out, const T* qkv, const Batch* batch, const Pool* pool, int layer,      \
+                                       int heads, float scale, int window, float softcap, int threads) {           \
+    attend(Attention<T>{out, qkv, *batch, *pool, Shape{layer, heads, scale, softcap, window}, threads});           \
   }
 
 PDS_KERNELS(bf16, bf16)

@@ -38,6 +38,18 @@ struct Pool {
   int32_t head_dim;
 };
 
+// What a layer's attention looks like.
+struct Shape {
+  int32_t layer;
+  int32_t heads;
+  float scale;
+  float softcap;   // scores become softcap * tanh(score / softcap); 0: they stay
+  int32_t window;  // a token attends to so many, itself included; 0: to all before it
+
+  // The first token that the one at `position` attends to.
+  PDS_INLINE int first_key(int position) const { return window > 0 ? larger(position - window + 1, 0) : 0; }
+};
+
 // The pool as one (kv head, layer) of one sequence sees it.
 template <class T>
 struct PagedKv {

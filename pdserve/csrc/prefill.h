@@ -24,15 +24,15 @@ class Prefill {
   static constexpr int COLS = Chunk::COLS;
 
  public:
-  Prefill(T* out, const T* qkv, const Batch& batch, const Pool& pool, int layer, int heads, float scale)
+  Prefill(T* out, const T* qkv, const Batch& batch, const Pool& pool, const Shape& shape)
       : out_(out),
         qkv_(qkv),
         batch_(batch),
         pool_(pool),
-        layer_(layer),
-        heads_(heads),
-        group_(heads / pool.kv_heads),
-        scale_log2_(scale * LOG2_E) {}
+        shape_(shape),
+        heads_(shape.heads),
+        group_(heads_ / pool.kv_heads),
+        scale_log2_(shape.scale * LOG2_E) {}
 
   void run(const std::vector<int>& sequences, int threads) const {
     // Each part gathers K and V again, which is cheap beside a few hundred columns.
@@ -64,15 +64,19 @@ class Prefill {
     const Columns<T> out{out_ + row * out_width + first_dim, out_width, group_, dim, rows * group_};
 
     const int last_position = first_position + (item.end - 1) / group_;
-    chunk.gather(PagedKv<T>(pool_, batch_, item.sequence, item.head, layer_), last_position + 1);
+    const int first_key = shape_.first_key(first_position + item.begin / group_);
+    const PagedKv<T> kv(pool_, batch_, item.sequence, item.head, shape_.layer);
+    chunk.gather(kv, first_key, last_position + 1 - first_key);
     for (int c = item.begin; c < item.end; c += COLS) {
       chunk.take(queries, c);
-      sweep(chunk, first_position + c / group_, c % group_, smaller(COLS, item.end - c));
+      sweep(chunk, first_position + c / group_ - first_key, c % group_, smaller(COLS, item.end - c));
       chunk.finish(out, c, smaller(COLS, item.end - c));
     }
   }
 
-  // Columns c .. c + columns - 1 over all keys they may attend to; leaves the output in the chunk.
+  // Columns c .. c + columns - 1 over all keys they may attend to; leaves the output in the chunk. Positions and keys
+  // count from the first gathered key. A column whose keys so far are all masked has weighed them with 1: its first
+  // real score shrinks that to nothing.
   void sweep(Chunk& chunk, int position, int head, int columns) const {
     alignas(64) int32_t limits[COLS];  // the position of each column; spare columns repeat the last
     for (int c = 0; c < COLS; c++) limits[c] = position + (head + smaller(c, columns - 1)) / group_;
@@ -80,23 +84,45 @@ class Prefill {
     Floats max[COLS / LANES], sum[COLS / LANES];
     for (int v = 0; v < COLS / LANES; v++) max[v] = Floats{} + LOWEST, sum[v] = Floats{};
     std::memset(chunk.out, 0, sizeof(float) * pool_.head_dim * COLS);
-    for (int key = 0; key < end; key += KEY_BLOCK) {
+    const int begin = shape_.first_key(position) / KEY_BLOCK * KEY_BLOCK;
+    for (int key = begin; key < end; key += KEY_BLOCK) {
       const int count = smaller(KEY_BLOCK, ceil_div(end - key, KEY_PAD) * KEY_PAD);
       chunk.score(key, count);
-      if (key + count > position + 1) mask(chunk.scores, limits, key, count);
+      if (shape_.softcap != 0.0f) soften_scores(chunk.scores, count);
+      if (key + count > position + 1) mask_future(chunk.scores, limits, key, count);
+      if (key < shape_.first_key(end - 1)) mask_past(chunk.scores, limits, key, count);
       for (int v = 0; v < COLS / LANES; v++) softmax(chunk, v, count, max[v], sum[v]);
       chunk.weigh(key, count);
     }
     for (int v = 0; v < COLS / LANES; v++) scale_out(chunk, v, 1.0f / sum[v]);
   }
 
-  static void mask(float* scores, const int32_t* limits, int key, int count) {
+  // Such that they come out soft-capped once they are scaled.
+  void soften_scores(float* scores, int count) const {
+    const float inner = shape_.scale / shape_.softcap;
+    soften(scores, count * COLS, inner, 1.0f / inner);
+  }
+
+  static void mask_future(float* scores, const int32_t* limits, int key, int count) {
     for (int v = 0; v < COLS; v += LANES) {
       Integers limit;
       std::memcpy(&limit, limits + v, sizeof limit);
       for (int k = 0; k < count; k++) {
         float* at = scores + k * COLS + v;
         store_floats(at, key + k > limit ? Floats{} + LOWEST : load_floats(at));
+      }
+    }
+  }
+
+  // What has left the window.
+  void mask_past(float* scores, const int32_t* limits, int key, int count) const {
+    for (int v = 0; v < COLS; v += LANES) {
+      Integers limit;
+      std::memcpy(&limit, limits + v, sizeof limit);
+      limit -= shape_.window;
+      for (int k = 0; k < count; k++) {
+        float* at = scores + k * COLS + v;
+        store_floats(at, key + k <= limit ? Floats{} + LOWEST : load_floats(at));
       }
     }
   }
@@ -134,7 +160,7 @@ class Prefill {
   const T* qkv_;
   const Batch& batch_;
   const Pool& pool_;
-  int layer_;
+  Shape shape_;
   int heads_;
   int group_;
   float scale_log2_;

@@ -31,7 +31,8 @@ class PlainChunk {
   alignas(64) float scores[KEY_BLOCK * COLS];
   alignas(64) float out[MAX_HEAD_DIM * COLS];
 
-  void gather(const PagedKv<T>& kv, int tokens) {
+  // `tokens` of the context, from token `first` on.
+  void gather(const PagedKv<T>& kv, int first, int tokens) {
     dim_ = kv.head_dim;
     const int padded = ceil_div(tokens, KEY_PAD) * KEY_PAD;
     keys_ = keys_memory_.get<float>(size_t(padded) * dim_);
@@ -39,8 +40,8 @@ class PlainChunk {
     std::memset(keys_ + int64_t{tokens} * dim_, 0, sizeof(float) * (padded - tokens) * dim_);
     std::memset(values_ + int64_t{tokens} * dim_, 0, sizeof(float) * (padded - tokens) * dim_);
     for (int t = 0; t < tokens; t++) {
-      widen(keys_ + int64_t{t} * dim_, kv.key(t));
-      widen(values_ + int64_t{t} * dim_, kv.key(t) + kv.value_offset);
+      widen(keys_ + int64_t{t} * dim_, kv.key(first + t));
+      widen(values_ + int64_t{t} * dim_, kv.key(first + t) + kv.value_offset);
     }
   }
 

@@ -14,8 +14,8 @@ class TiledOperands {
   alignas(64) float scores[KEY_BLOCK * COLS];
   alignas(64) float out[MAX_HEAD_DIM * COLS];
 
-  // K as it is; V as tiles of the transpose, [KEY_PAD keys][16 dims] each 16 rows of 32 keys.
-  void gather(const PagedKv<bf16>& kv, int tokens) {
+  // `tokens` of the context, from token `first` on: K as it is; V as tiles of the transpose, [KEY_PAD keys][16 dims] each 16 rows of 32 keys.
+  void gather(const PagedKv<bf16>& kv, int first, int tokens) {
     dim_ = kv.head_dim;
     const int padded = ceil_div(tokens, KEY_PAD) * KEY_PAD;
     keys_ = keys_memory_.get<bf16>(size_t(padded) * dim_);
@@ -26,7 +26,7 @@ class TiledOperands {
         bf16* to = keys_ + int64_t{t + i} * dim_;
         values[i] = zeros_;
         if (t + i < tokens) {
-          const bf16* key = kv.key(t + i);
+          const bf16* key = kv.key(first + t + i);
           std::memcpy(to, key, dim_ * sizeof(bf16));
           values[i] = key + kv.value_offset;
         } else {

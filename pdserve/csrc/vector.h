@@ -127,3 +127,12 @@ PDS_INLINE void for_lanes(int count, Body body) {
   for (; i + LANES <= count; i += LANES) body(i, Floats{});
   for (; i < count; i++) body(i, 0.0f);
 }
+
+// scores[i] <- tanh(scores[i] * inner) * outer, for `count` a multiple of LANES. tanh(x) is 1 - 2 / (1 + e^2x).
+PDS_INLINE void soften(float* scores, int count, float inner, float outer) {
+  for (int i = 0; i < count; i += LANES) {
+    const Floats x = load_floats(scores + i) * inner;
+    const Floats power = exp2_fast(min_of(x * (2.0f * LOG2_E), Floats{} + 125.0f));
+    store_floats(scores + i, (1.0f - 2.0f * reciprocal(1.0f + power)) * outer);
+  }
+}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from pdserve.errors import ConfigError
+from pdserve.kernel_limits import native_refusal
 from pdserve.kernels.base import Kernels
 from pdserve.kernels.build import NativeUnavailable
 from pdserve.kernels.reference import ReferenceKernels
@@ -14,8 +15,12 @@ NAMES = ("auto", "native", "reference")
 log = logging.getLogger(__name__)
 
 
-def choose(name: str) -> Kernels:
+def choose(name: str, head_dim: int = 64, group: int = 1) -> Kernels:
     """The implementation of that name; `auto` is native where it can be built, else reference. One log line.
+
+    Args:
+        head_dim: of the model.
+        group: query heads of one kv head.
 
     Raises:
         ConfigError: no such name, or `native` was asked for and is not possible here.
@@ -28,6 +33,9 @@ def choose(name: str) -> Kernels:
     from pdserve.kernels import native
 
     try:
+        refusal = native_refusal(head_dim, group)
+        if refusal is not None:
+            raise NativeUnavailable(refusal)
         kernels = native.load()
     except NativeUnavailable as error:
         if name == "native":

@@ -29,34 +29,73 @@ class Batch:
     max_query_len: int
 
 
+INT4_GROUP = 32  # columns that share a scale
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Weight:
+    """A weight in 4 bits for few rows, and dense, as what they stand for, for many (pdserve.models.int4)."""
+
+    dense: Tensor  # [N, K] bfloat16
+    packed: Tensor  # [N, K / 2] uint8, in torch's layout
+    scales: Tensor  # [K / INT4_GROUP, N, 2] bfloat16
+
+
+Weight = Tensor | Int4Weight  # of a matrix product
+
+
 class Kernels(Protocol):
     """What a model needs beside matrix products. `tokens` is T, `Hq`/`Hkv` are heads, `D` is head_dim."""
 
     name: str
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x [..., H] -> a new tensor of the same shape; the mean is taken in float32."""
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+        """x [..., H] -> a new tensor of the same shape: x / rms(x) * (offset + weight), computed in float32."""
         ...
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         """residual += x in place, then the norm of residual as a new tensor; both [T, H]."""
+        ...
+
+    def norm_slices(self, x: Tensor, begin: int, count: int, weight: Tensor, eps: float, offset: float = 0.0) -> None:
+        """In place: the norm of `count` slices of each row of x [T, W], of the weight's size, the first at `begin`."""
         ...
 
     def rope_append(self, qkv: Tensor, cos_sin: Tensor, batch: Batch, pool: Tensor, layer: int, num_heads: int) -> None:
         """Rotate q and k of qkv [T, (Hq + 2 Hkv) * D] in place (half-split, as Llama), then write k and v to the pool.
 
-        cos_sin [max_position, D] float32: cos of D/2 frequencies, then sin.
+        cos_sin [max_position, R] float32: cos of R/2 frequencies, then sin; the first R <= D elements of a head are
+        rotated, none where R is 0.
         """
         ...
 
-    def attention(self, qkv: Tensor, batch: Batch, pool: Tensor, layer: int, num_heads: int, scale: float) -> Tensor:
-        """Causal attention of the rotated q in qkv over the pool -> [T, Hq * D]."""
+    def attention(
+        self,
+        qkv: Tensor,
+        batch: Batch,
+        pool: Tensor,
+        layer: int,
+        num_heads: int,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        """Causal attention of the rotated q in qkv over the pool -> [T, Hq * D].
+
+        Args:
+            window: a token attends to so many, itself included; 0: to all before it.
+            softcap: scores become softcap * tanh(score / softcap); 0: they stay.
+        """
         ...
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x [..., K] times the transpose of weight [N, K], plus bias [N] -> [..., N]; summed in float32."""
         ...
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
         """x [T, 2 I], gate first -> silu(gate) * up, [T, I]."""
+        ...
+
+    def gelu_and_mul(self, x: Tensor) -> Tensor:
+        """The same with gelu in its tanh approximation."""
         ...

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pdserve.kernels.base import Batch
+from pdserve.kernel_limits import MAX_GROUP, native_refusal
+from pdserve.kernels.base import INT4_GROUP, Batch, Int4Weight, Weight
 from pdserve.kernels.build import NativeUnavailable, build
 from pdserve.kernels.self_check import check
 from pdserve.launch.folders import cache_folder
 
-MAX_HEAD_DIM = 256
-MAX_GROUP = 64
+# Up to so many rows torch's product of 4-bit weights beats those of dense ones: 3.5 times at 1 row, 2.1 at 4, 1.2 at 8,
+# 0.9 at 16 (docs/results.md).
+INT4_ROWS = 8
 _AVX512_BF16, _AMX = 1, 2  # bits of pds_init's result
 _SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
@@ -56,11 +58,13 @@ class _Pool(ctypes.Structure):
 
 
 _SIGNATURES = {
-    "rms_norm": (None, (_P, _P, _P, _I, _I, _F, _I)),
-    "add_rms_norm": (None, (_P, _P, _P, _P, _I, _I, _F, _I)),
+    "rms_norm": (None, (_P, _P, _P, _I, _I, _F, _F, _I)),
+    "add_rms_norm": (None, (_P, _P, _P, _P, _I, _I, _F, _F, _I)),
+    "norm_slices": (None, (_P, _P, _I, _I, _I, _I, _I, _F, _F, _I)),
     "silu_and_mul": (None, (_P, _P, _I, _I, _I)),
-    "rope_append": (_I, (_P, _P, _I, _P, _P, _I, _I, _I)),
-    "attention": (None, (_P, _P, _P, _P, _I, _I, _F, _I)),
+    "gelu_and_mul": (None, (_P, _P, _I, _I, _I)),
+    "rope_append": (_I, (_P, _P, _I, _I, _P, _P, _I, _I, _I)),
+    "attention": (None, (_P, _P, _P, _P, _I, _I, _F, _I, _F, _I)),
 }
 
 
@@ -109,7 +113,9 @@ class NativeKernels:
         functions = {op: _by_dtype(library, op) for op in _SIGNATURES}
         self._rms_norm = functions["rms_norm"]
         self._add_rms_norm = functions["add_rms_norm"]
+        self._norm_slices = functions["norm_slices"]
         self._silu_and_mul = functions["silu_and_mul"]
+        self._gelu_and_mul = functions["gelu_and_mul"]
         self._rope_append = functions["rope_append"]
         self._attention = functions["attention"]
         self._linear = _bind(library, "pds_linear_bf16", None, (_P, _P, _P, _P, _I, _I, _I, _I))
@@ -124,53 +130,72 @@ class NativeKernels:
         names = ((_AVX512_BF16, "AVX-512 BF16"), (_AMX, "AMX"))
         return ", ".join(name for bit, name in names if self._features & bit) or "compiler vectors"
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         x = x.contiguous()
         hidden = _norm_size(x, weight)
         out = torch.empty_like(x)
-        function = _of(self._rms_norm, x)
-        function(out.data_ptr(), x.data_ptr(), weight.data_ptr(), x.numel() // hidden, hidden, eps, self._threads)
+        pointers = (out.data_ptr(), x.data_ptr(), weight.data_ptr())
+        _of(self._rms_norm, x)(*pointers, x.numel() // hidden, hidden, eps, offset, self._threads)
         return out
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         x = x.contiguous()
         hidden = _norm_size(x, weight)
         if residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous():
             raise ValueError("residual must be contiguous and of x's shape and dtype")
         out = torch.empty_like(x)
-        function = _of(self._add_rms_norm, x)
-        rows = x.numel() // hidden
         pointers = (out.data_ptr(), x.data_ptr(), residual.data_ptr(), weight.data_ptr())
-        function(*pointers, rows, hidden, eps, self._threads)
+        _of(self._add_rms_norm, x)(*pointers, x.numel() // hidden, hidden, eps, offset, self._threads)
         return out
 
+    def norm_slices(self, x: Tensor, begin: int, count: int, weight: Tensor, eps: float, offset: float = 0.0) -> None:
+        rows, width = x.shape
+        size = weight.shape[0]
+        if not x.is_contiguous() or begin < 0 or begin + count * size > width:
+            raise ValueError(f"{count} slices of {size} from {begin} on do not fit rows of {width}, contiguous")
+        if weight.dtype != x.dtype or not weight.is_contiguous():
+            raise ValueError(f"weight {weight.dtype} does not fit x {x.dtype}")
+        shape = (rows, width, begin, count, size)
+        _of(self._norm_slices, x)(x.data_ptr(), weight.data_ptr(), *shape, eps, offset, self._threads)
+
     def silu_and_mul(self, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        rows, double = x.shape
-        if double % 2:
-            raise ValueError("silu_and_mul takes gate and up of the same size")
-        out = x.new_empty(rows, double // 2)
-        _of(self._silu_and_mul, x)(out.data_ptr(), x.data_ptr(), rows, double // 2, self._threads)
-        return out
+        return self._activate(self._silu_and_mul, x)
+
+    def gelu_and_mul(self, x: Tensor) -> Tensor:
+        return self._activate(self._gelu_and_mul, x)
 
     def rope_append(self, qkv: Tensor, cos_sin: Tensor, batch: Batch, pool: Tensor, layer: int, num_heads: int) -> None:
         self._take(qkv, batch, pool, layer, num_heads)
-        max_position, size = cos_sin.shape
-        if cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous() or size != pool.shape[5]:
-            raise ValueError("cos_sin must be float32, contiguous, [max_position, head_dim]")
+        max_position, rotary = cos_sin.shape
+        if cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous() or rotary % 2 or rotary > pool.shape[5]:
+            raise ValueError("cos_sin must be float32, contiguous, [max_position, an even part of head_dim]")
         function = _of(self._rope_append, qkv)
-        pointers = (qkv.data_ptr(), cos_sin.data_ptr(), max_position, self._batch_pointer, self._pool_pointer)
+        pointers = (qkv.data_ptr(), cos_sin.data_ptr(), max_position, rotary, self._batch_pointer, self._pool_pointer)
         if not function(*pointers, layer, num_heads, self._threads):
             raise ValueError(f"a position of the batch lies outside the {max_position} of cos_sin")
 
-    def attention(self, qkv: Tensor, batch: Batch, pool: Tensor, layer: int, num_heads: int, scale: float) -> Tensor:
+    def attention(
+        self,
+        qkv: Tensor,
+        batch: Batch,
+        pool: Tensor,
+        layer: int,
+        num_heads: int,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+    ) -> Tensor:
         self._take(qkv, batch, pool, layer, num_heads)
         out = qkv.new_empty(qkv.shape[0], num_heads * pool.shape[5])
         pointers = (out.data_ptr(), qkv.data_ptr(), self._batch_pointer, self._pool_pointer)
-        _of(self._attention, qkv)(*pointers, layer, num_heads, scale, self._threads)
+        _of(self._attention, qkv)(*pointers, layer, num_heads, scale, window, softcap, self._threads)
         return out
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        if isinstance(weight, Int4Weight):
+            if 0 < x.shape[0] <= INT4_ROWS:
+                return _linear_int4(x, weight, bias)
+            weight = weight.dense
         size, depth = weight.shape
         rows = x.numel() // depth
         if not (0 < rows <= self.most_rows and _streams(x, weight, bias)):
@@ -179,6 +204,15 @@ class NativeKernels:
         bias_pointer = None if bias is None else bias.data_ptr()
         pointers = (out.data_ptr(), x.data_ptr(), weight.data_ptr(), bias_pointer)
         self._linear(*pointers, rows, size, depth, self._threads)
+        return out
+
+    def _activate(self, functions: dict[torch.dtype, Callable[..., Any]], x: Tensor) -> Tensor:
+        x = x.contiguous()
+        rows, double = x.shape
+        if double % 2:
+            raise ValueError("an activation takes gate and up of the same size")
+        out = x.new_empty(rows, double // 2)
+        _of(functions, x)(out.data_ptr(), x.data_ptr(), rows, double // 2, self._threads)
         return out
 
     def _take(self, qkv: Tensor, batch: Batch, pool: Tensor, layer: int, num_heads: int) -> None:
@@ -199,8 +233,9 @@ class NativeKernels:
         if pool.dim() != 6 or pool.shape[3] != 2 or not pool.is_contiguous() or pool.device.type != "cpu":
             raise ValueError("the pool must be contiguous, on the CPU, with six dimensions of which the fourth is 2")
         num_blocks, kv_heads, layers, _, block_size, head_dim = pool.shape
-        if head_dim % 8 or head_dim > MAX_HEAD_DIM:
-            raise ValueError(f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, not {head_dim}")
+        refusal = native_refusal(head_dim, group=1)
+        if refusal is not None:
+            raise ValueError(refusal)
         strides = pool.stride()
         sizes = (num_blocks, kv_heads, layers, block_size, head_dim)
         self._pool_struct = _Pool(pool.data_ptr(), strides[0], strides[1], *sizes)
@@ -246,6 +281,11 @@ def _streams(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and weight.is_contiguous()
         and (bias is None or (bias.dtype == torch.bfloat16 and bias.shape == (size,)))
     )
+
+
+def _linear_int4(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight.packed, INT4_GROUP, weight.scales)
+    return out if bias is None else out.add_(bias)
 
 
 def _norm_size(x: Tensor, weight: Tensor) -> int:

@@ -39,6 +39,10 @@ def _outputs(kernels: Kernels, dtype: torch.dtype) -> Iterator[tuple[str, Tensor
     yield "add_rms_norm", kernels.add_rms_norm(x, residual, weight, 1e-5)
     yield "residual", residual
     yield "silu_and_mul", kernels.silu_and_mul(x)
+    yield "gelu_and_mul", kernels.gelu_and_mul(x)
+    slices = x.clone()
+    kernels.norm_slices(slices, 32, 2, weight[:32].contiguous(), 1e-5, 1.0)
+    yield "norm_slices", slices
     yield "linear", kernels.linear(x, random(64, _HIDDEN) / 8, random(64))
 
     batch, num_blocks = _batch()
@@ -49,6 +53,7 @@ def _outputs(kernels: Kernels, dtype: torch.dtype) -> Iterator[tuple[str, Tensor
     yield "rope_append", qkv
     yield "the pool", pool
     yield "attention", kernels.attention(qkv, batch, pool, 1, _HEADS, _DIM**-0.5)
+    yield "attention in a window", kernels.attention(qkv, batch, pool, 1, _HEADS, _DIM**-0.5, 17, 2.0)
 
 
 def _batch() -> tuple[Batch, int]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from kvstore.layout import KvDtype
 from pdserve.errors import ConfigError
@@ -29,6 +30,7 @@ class UpOptions:
     threads: int = 1
     kv_bytes: int | None = None
     kernels: str = "auto"
+    weights: Literal["dense", "int4"] = "dense"
     policy: str | None = None
     redis_url: str | None = None  # None: an embedded server
     namespace: str = "default"
@@ -55,7 +57,8 @@ def counted(prefill: int | None, decode: int | None, mixed: int | None) -> tuple
 
 
 def prepare_command(options: UpOptions) -> Command:
-    arguments = _module("pdserve.launch.prepare", {"--dtype": options.dtype, "--kernels": options.kernels})
+    values = {"--dtype": options.dtype, "--kernels": options.kernels, "--weights": options.weights}
+    arguments = _module("pdserve.launch.prepare", values)
     if options.model is not None:
         arguments += ["--model", str(options.model)]
     return Command("prepare", arguments, _compute_environment(options.threads), announces=True)
@@ -102,6 +105,7 @@ def _worker_command(
         "--dtype": options.dtype,
         "--threads": str(options.threads),
         "--kernels": options.kernels,
+        "--weights": options.weights,
     }
     if store is not None:
         values["--store"] = str(store)

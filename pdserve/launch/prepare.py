@@ -10,6 +10,7 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import Literal
 
 from kvstore.layout import KvDtype
 from pdserve.errors import ConfigError
@@ -17,20 +18,26 @@ from pdserve.launch.announce import Announcer, Progress
 from pdserve.launch.folders import cache_folder
 
 
-def prepare(folder: Path | None, dtype: KvDtype, kernels: str, progress: Progress) -> dict[str, str]:
+def prepare(
+    folder: Path | None, dtype: KvDtype, weights: Literal["dense", "int4"], kernels: str, progress: Progress
+) -> dict[str, str]:
     """
     Args:
-        folder: the model; None for the default one, fetched where it is missing.
+        folder: the model, in any form that `pdserve.models.source` knows; None for the default one.
 
     Raises:
         ConfigError: the model or the kernels cannot be used.
     """
     from pdserve.models.default_model import ensure_default_model
     from pdserve.models.folder import check_folder
+    from pdserve.models.source import resolve_model
 
     cache = cache_folder()
     if folder is None:
         folder = ensure_default_model(cache, progress)
+    else:
+        progress("looking for the model", None)
+        folder = resolve_model(folder, cache)
     check_folder(folder)
     progress("loading torch", None)
     from pdserve.kernels import choose
@@ -39,22 +46,24 @@ def prepare(folder: Path | None, dtype: KvDtype, kernels: str, progress: Progres
 
     config = load_config(folder)
     progress("packing the weights", None)
-    open_weights(folder, config, dtype, cache)
+    open_weights(folder, config, dtype, cache, weights)
     progress("building the kernels", None)
-    return {"model": str(folder.resolve()), "kernels": choose(kernels).name}
+    chosen = choose(kernels, config.head_dim, config.num_heads // config.num_kv_heads)
+    return {"model": str(folder.resolve()), "kernels": chosen.name}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pdserve.launch.prepare", description=__doc__)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--weights", choices=("dense", "int4"), default="dense")
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--ready-fd", type=int)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     announcer = Announcer(arguments.ready_fd)
     try:
-        result = prepare(arguments.model, arguments.dtype, arguments.kernels, announcer.progress)
+        result = prepare(arguments.model, arguments.dtype, arguments.weights, arguments.kernels, announcer.progress)
     except ConfigError as error:
         announcer.error(str(error))
         print(error, file=sys.stderr)

@@ -1,11 +1,11 @@
-"""Reading the safetensors files of a model folder; every way they can be wrong becomes one sentence."""
+"""Reading the weight files of a model folder; every way they can be wrong becomes one sentence."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -13,6 +13,27 @@ from torch import Tensor
 from pdserve.errors import ConfigError
 
 _SUPPORTED_DTYPES = ("BF16", "F16", "F32")
+
+
+class Tensors(Protocol):
+    """What a checkpoint gives, whatever its files are; see the methods of `Checkpoint`."""
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+def open_checkpoint(files: tuple[Path, ...]) -> AbstractContextManager[Tensors]:
+    """The files of `pdserve.models.folder.weight_files`.
+
+    Raises:
+        ConfigError: here or on entering, a file is missing, truncated or corrupt.
+    """
+    if files[0].suffix != ".gguf":
+        return Checkpoint(files)
+    from pdserve.models.gguf_file import GgufFile  # gguf is imported where it is read
+
+    return GgufFile(files[0])
 
 
 class Checkpoint:

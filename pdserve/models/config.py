@@ -1,55 +1,71 @@
 """The numbers that shape a model, read from the config.json of a Hugging Face style folder.
 
-A family is described by differences in these numbers, not by a class of its own: another family is one more name in
-`SUPPORTED_ARCHITECTURES` and, where it differs, one more field here that the decoder reads.
+The decoder and the weights read all differences between families from here; where they come from is a row of
+`pdserve.models.families` and the file.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pdserve.errors import ConfigError
+from pdserve.models.families import FAMILIES, Family, QkNorm
+from pdserve.models.fields import Fields
 from pdserve.models.folder import CONFIG, GENERATION_CONFIG, read_json_object
+from pdserve.models.rope_config import Rope, read_ropes
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
-SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
-# Far above any real model: what lies beyond is a corrupt file.
-_MAX_INT = 2**31 - 1
-_MAX_NUMBER = 1e12
+Activation = Literal["silu", "gelu_tanh"]
+ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 @dataclass(frozen=True, slots=True)
-class RopeScaling:
-    """How rotary frequencies are stretched; see `pdserve.models.rope`. The last three are llama3's alone."""
+class LayerConfig:
+    """What may change from layer to layer."""
 
-    kind: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
+    window: int | None  # a token attends to so many, itself included; None: to all before it
+    rope: int | None  # which of the model's rotations; None: it is not rotated
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    architecture: str
+    architecture: str  # a key of FAMILIES
     hidden_size: int
     intermediate_size: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     vocab_size: int
-    rms_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None
+    layers: tuple[LayerConfig, ...]
+    ropes: tuple[Rope, ...]
     max_position_embeddings: int
+    rms_eps: float
+    norm_offset: float  # added to the weights of every norm
+    activation: Activation  # of gate
+    qk_norm: QkNorm | None
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
     tie_word_embeddings: bool
-    attention_bias: bool  # of q, k, v and o
-    mlp_bias: bool  # of gate, up and down
+    embedding_scale: float
+    residual_scale: float  # of what attention and MLP add to the residual
+    attention_scale: float
+    attention_softcap: float | None  # scores pass through softcap * tanh(score / softcap)
+    logit_scale: float
+    logit_softcap: float | None
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.architecture]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
     @property
     def q_size(self) -> int:
@@ -72,142 +88,147 @@ def load_config(folder: Path) -> ModelConfig:
     values = read_json_object(path)
     generation_path = folder / GENERATION_CONFIG
     generation = read_json_object(generation_path) if generation_path.is_file() else {}
-    config = _parse(_Fields(path, values), _Fields(generation_path, generation))
-    _check_heads(path, config)
-    return config
+    architecture = _architecture(path, values.get("architectures"))
+    options = FAMILIES[architecture].options
+    return _parse(Fields(path, {**options, **values}), architecture, Fields(generation_path, generation))
 
 
-def _parse(fields: _Fields, generation: _Fields) -> ModelConfig:
-    architecture = _architecture(fields)
+def _architecture(path: Path, names: object) -> str:
+    name = names[0] if isinstance(names, list) and names else None
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ConfigError(f"{path} asks for the architecture {name!r}; supported: {', '.join(FAMILIES)}.")
+    return name
+
+
+def _parse(fields: Fields, architecture: str, generation: Fields) -> ModelConfig:
+    family = FAMILIES[architecture]
     _refuse_unsupported(fields)
     num_heads = fields.count("num_attention_heads")
     hidden_size = fields.count("hidden_size")
     vocab_size = fields.count("vocab_size")
-    rope_theta, rope_scaling = _rope(fields)
+    head_dim = fields.count("head_dim", max(hidden_size // num_heads, 1))
     eos = dict.fromkeys(
         (*fields.token_ids("eos_token_id", vocab_size), *generation.token_ids("eos_token_id", vocab_size))
     )
     bos = fields.token_ids("bos_token_id", vocab_size)
+    num_kv_heads = fields.count("num_key_value_heads", num_heads)
+    _check_heads(fields.path, num_heads, num_kv_heads, head_dim)
+    ropes = read_ropes(fields, family, head_dim)
     # Defaults are those of transformers' LlamaConfig, which leaves them out of older files.
     return ModelConfig(
         architecture=architecture,
         hidden_size=hidden_size,
         intermediate_size=fields.count("intermediate_size"),
-        num_layers=fields.count("num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=fields.count("num_key_value_heads", num_heads),
-        head_dim=fields.count("head_dim", max(hidden_size // num_heads, 1)),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         vocab_size=vocab_size,
-        rms_eps=fields.number("rms_norm_eps", 1e-6),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
+        layers=_layers(fields, family, two_ropes=len(ropes) == 2),
+        ropes=ropes,
         max_position_embeddings=fields.count("max_position_embeddings", 2048),
-        tie_word_embeddings=fields.flag("tie_word_embeddings"),
-        attention_bias=fields.flag("attention_bias"),
+        rms_eps=fields.number("rms_norm_eps", 1e-6),
+        norm_offset=family.norm_offset,
+        activation=_activation(fields),
+        qk_norm=family.qk_norm,
+        qkv_bias=family.qkv_bias or fields.flag("attention_bias"),
+        output_bias=not family.qkv_bias and fields.flag("attention_bias"),
         mlp_bias=fields.flag("mlp_bias"),
+        tie_word_embeddings=fields.flag("tie_word_embeddings"),
+        embedding_scale=_embedding_scale(fields, family, hidden_size),
+        residual_scale=_option(fields, family, "residual_multiplier", 1.0),
+        attention_scale=_attention_scale(fields, family, head_dim),
+        attention_softcap=_cap(fields, family, "attn_logit_softcapping"),
+        logit_scale=1.0 / _option(fields, family, "logits_scaling", 1.0),
+        logit_softcap=_cap(fields, family, "final_logit_softcapping"),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=tuple(eos),
     )
 
 
-def _architecture(fields: _Fields) -> str:
-    names = fields.values.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    if name not in SUPPORTED_ARCHITECTURES:
-        raise ConfigError(
-            f"{fields.path} asks for the architecture {name!r}; supported: {', '.join(SUPPORTED_ARCHITECTURES)}."
-        )
-    return str(name)
-
-
-def _refuse_unsupported(fields: _Fields) -> None:
-    activation = fields.values.get("hidden_act", "silu")
-    if activation != "silu":
-        raise ConfigError(f"{fields.path} asks for hidden_act {activation!r}; supported: silu.")
+def _refuse_unsupported(fields: Fields) -> None:
     if fields.values.get("quantization_config"):
         raise ConfigError(
-            f"{fields.path} has a quantization_config; supported: weights in bfloat16, float16 or float32."
+            f"{fields.path} has a quantization_config; supported: weights in bfloat16, float16 or float32,"
+            " and quantised ones in GGUF files."
         )
+    if fields.flag("use_bidirectional_attention"):
+        raise ConfigError(f"{fields.path} asks for use_bidirectional_attention; supported: causal attention.")
 
 
-def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling, from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before)."""
-    rope = fields.section("rope_parameters") or fields.section("rope_scaling")
-    theta = rope.number("rope_theta", fields.number("rope_theta", 10_000.0))
-    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
-    if kind not in SUPPORTED_ROPE_TYPES:
-        raise ConfigError(f"{fields.path} asks for rope type {kind!r}; supported: {', '.join(SUPPORTED_ROPE_TYPES)}.")
-    if rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1.0:
-        raise ConfigError(f"{fields.path} asks for a partial_rotary_factor; supported: 1.0.")
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", rope.number("factor"))
-    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-    if high <= low:
-        raise ConfigError(f"{fields.path}: high_freq_factor ({high}) must be greater than low_freq_factor ({low}).")
-    return theta, RopeScaling(
-        "llama3", rope.number("factor"), low, high, rope.count("original_max_position_embeddings")
-    )
+def _activation(fields: Fields) -> Activation:
+    name = fields.values.get("hidden_activation") or fields.values.get("hidden_act") or "silu"
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise ConfigError(f"{fields.path} asks for hidden_act {name!r}; supported: {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[name]
 
 
-def _check_heads(path: Path, config: ModelConfig) -> None:
-    if config.num_heads % config.num_kv_heads:
+def _option(fields: Fields, family: Family, name: str, default: float) -> float:
+    return fields.number(name, default) if name in family.options else default
+
+
+def _cap(fields: Fields, family: Family, name: str) -> float | None:
+    return fields.number_or_none(name) if name in family.options else None
+
+
+def _embedding_scale(fields: Fields, family: Family, hidden_size: int) -> float:
+    return hidden_size**0.5 if family.embedding_scaled else _option(fields, family, "embedding_multiplier", 1.0)
+
+
+def _attention_scale(fields: Fields, family: Family, head_dim: int) -> float:
+    if "attention_multiplier" in family.options:
+        return fields.number("attention_multiplier")
+    return 1.0 / math.sqrt(_option(fields, family, "query_pre_attn_scalar", head_dim))
+
+
+def _layers(fields: Fields, family: Family, two_ropes: bool) -> tuple[LayerConfig, ...]:
+    num_layers = fields.count("num_hidden_layers")
+    rotated = _rotated(fields, family, num_layers)
+    windows = _windows(fields, family, rotated)
+
+    def rope(layer: int) -> int | None:
+        if not rotated[layer]:
+            return None
+        return 1 if two_ropes and windows[layer] is not None else 0
+
+    return tuple(LayerConfig(windows[layer], rope(layer)) for layer in range(num_layers))
+
+
+def _rotated(fields: Fields, family: Family, num_layers: int) -> list[bool]:
+    if "no_rope_layers" not in family.options:
+        return [True] * num_layers
+    listed = fields.per_layer("no_rope_layers", num_layers, (0, 1))  # 1 is rotated, whatever the name says
+    if listed is not None:
+        return [bool(one) for one in listed]
+    interval = fields.count("no_rope_layer_interval")
+    return [(layer + 1) % interval != 0 for layer in range(num_layers)]
+
+
+def _windows(fields: Fields, family: Family, rotated: list[bool]) -> list[int | None]:
+    """The window of each layer: as `layer_types` lists them, else by the pattern of the family."""
+    options, num_layers = family.options, len(rotated)
+    unused = "use_sliding_window" in options and not fields.flag("use_sliding_window")
+    if "sliding_window" not in options or fields.values.get("sliding_window") is None or unused:
+        return [None] * num_layers
+    window = fields.count("sliding_window")
+    listed = fields.per_layer("layer_types", num_layers, (_SLIDING, _FULL)) if "layer_types" in options else None
+    if listed is not None:
+        sliding = [kind == _SLIDING for kind in listed]
+    elif "sliding_window_pattern" in options:
+        pattern = fields.count("sliding_window_pattern")
+        sliding = [(layer + 1) % pattern != 0 for layer in range(num_layers)]
+    elif "max_window_layers" in options:
+        sliding = [layer >= fields.count("max_window_layers", least=0) for layer in range(num_layers)]
+    elif "no_rope_layers" in options:
+        sliding = [not one for one in rotated]
+    else:
+        sliding = [True] * num_layers
+    return [window if one else None for one in sliding]
+
+
+def _check_heads(path: Path, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    if num_heads % num_kv_heads:
         raise ConfigError(
-            f"{path}: num_attention_heads ({config.num_heads}) must be a multiple of"
-            f" num_key_value_heads ({config.num_kv_heads})."
+            f"{path}: num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads ({num_kv_heads})."
         )
-    if config.head_dim % 2:
-        raise ConfigError(f"{path}: head_dim ({config.head_dim}) must be even.")
-
-
-@dataclass(frozen=True, slots=True)
-class _Fields:
-    """Typed access to a JSON object of `path`; every error names the file and the field."""
-
-    path: Path
-    values: dict[str, Any]
-
-    def __bool__(self) -> bool:
-        return bool(self.values)
-
-    def section(self, name: str) -> _Fields:
-        value = self.values.get(name)
-        if value is not None and not isinstance(value, dict):
-            raise ConfigError(f"{self.path}: {name} must be an object, got {value!r}.")
-        return _Fields(self.path, value or {})
-
-    def count(self, name: str, default: int | None = None) -> int:
-        value = self._get(name, default)
-        if type(value) is not int or not 0 < value <= _MAX_INT:
-            raise ConfigError(f"{self.path}: {name} must be a positive integer, got {value!r}.")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self._get(name, default)
-        if type(value) not in (int, float) or not 0 < value <= _MAX_NUMBER:
-            raise ConfigError(f"{self.path}: {name} must be a positive number, got {value!r}.")
-        return float(value)
-
-    def flag(self, name: str) -> bool:
-        value = self._get(name, False)
-        if type(value) is not bool:
-            raise ConfigError(f"{self.path}: {name} must be true or false, got {value!r}.")
-        return value
-
-    def token_ids(self, name: str, vocab_size: int) -> list[int]:
-        """A token id or a list of them; none is an empty list."""
-        value = self.values.get(name)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        for token_id in ids:
-            if type(token_id) is not int or not 0 <= token_id < vocab_size:
-                raise ConfigError(f"{self.path}: {name} must be token ids in [0, {vocab_size}), got {value!r}.")
-        return ids
-
-    def _get(self, name: str, default: object) -> Any:
-        value = self.values.get(name)
-        if value is None:
-            value = default
-        if value is None:
-            raise ConfigError(f"{self.path} lacks {name}.")
-        return value
+    if head_dim % 2:
+        raise ConfigError(f"{path}: head_dim ({head_dim}) must be even.")

@@ -1,10 +1,12 @@
 """The decoder: token ids of a batch in, hidden states and logits out, KV appended to the pool on the way.
 
-Pre-norm transformer with rotary attention and a gated MLP (Llama, arXiv 2302.13971). All but the look-up of embeddings
-goes through the kernel seam.
+A transformer with rotary attention and a gated MLP (Llama, arXiv 2302.13971). How a family differs from that is in the
+config's numbers and in which weights there are. All but the look-up of embeddings goes through the kernel seam.
 """
 
 from __future__ import annotations
+
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -13,24 +15,38 @@ from torch.nn.functional import embedding
 from pdserve.kernels.base import Batch, Kernels
 from pdserve.models.config import ModelConfig
 from pdserve.models.rope import rope_table
-from pdserve.models.weights import Weights
+from pdserve.models.weights import LayerWeights, Weights
 
 
 class Decoder:
     """One model on one device; stateless between calls, so any batch may follow any other.
 
     Args:
-        max_positions: positions that sequences may reach; sizes the rotary table.
+        max_positions: positions that sequences may reach; sizes the rotary tables.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, kernels: Kernels, max_positions: int) -> None:
         self.config = config
         self.weights = weights
         self.kernels = kernels
-        self._cos_sin = rope_table(config, max_positions).to(weights.embedding.device)
-        self._scale = config.head_dim**-0.5
+        self._max_positions = max_positions
+        tables = [rope_table(rope, max_positions).to(weights.embedding.device) for rope in config.ropes]
+        unrotated = tables[0][:, :0].contiguous()
+        self._cos_sin = [unrotated if layer.rope is None else tables[layer.rope] for layer in config.layers]
+        # Both as the kernels take them: 0 is none.
+        self._windows = [layer.window or 0 for layer in config.layers]
+        self._softcap = config.attention_softcap or 0.0
+        self._activate = kernels.silu_and_mul if config.activation == "silu" else kernels.gelu_and_mul
         # The norm that follows layer i is that of layer i + 1, fused with the residual add of layer i.
         self._next_norms = (*(layer.attention_norm for layer in weights.layers[1:]), weights.final_norm)
+
+    @property
+    def kv_identity(self) -> str:
+        """Names the KV that a sequence of tokens gets; equal where two decoders can use each other's."""
+        stretches = [rope.stretches_at(self._max_positions) for rope in self.config.ropes]
+        if not any(stretches):
+            return self.weights.identity
+        return sha256(f"{self.weights.identity} {stretches}".encode()).hexdigest()
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, batch: Batch, pool: Tensor) -> Tensor:
@@ -43,22 +59,51 @@ class Decoder:
         Returns:
             Hidden states after the final norm, [T, hidden].
         """
-        kernels, eps, num_heads = self.kernels, self.config.rms_eps, self.config.num_heads
-        linear = kernels.linear
+        linear = self.kernels.linear
         residual = embedding(token_ids, self.weights.embedding)
-        x = kernels.rms_norm(residual, self.weights.layers[0].attention_norm, eps)
+        if self.config.embedding_scale != 1.0:
+            residual *= torch.tensor(self.config.embedding_scale).to(residual.dtype)  # rounded as in training
+        first = self.weights.layers[0].attention_norm
+        x = residual if first is None else self._norm(residual, first)
         for i, (layer, next_norm) in enumerate(zip(self.weights.layers, self._next_norms, strict=True)):
-            qkv = linear(x, layer.qkv, layer.qkv_bias)
-            kernels.rope_append(qkv, self._cos_sin, batch, pool, i, num_heads)
-            attended = kernels.attention(qkv, batch, pool, i, num_heads, self._scale)
+            attended = self._attend(linear(x, layer.qkv, layer.qkv_bias), layer, batch, pool, i)
             x = linear(attended, layer.output, layer.output_bias)
-            x = kernels.add_rms_norm(x, residual, layer.mlp_norm, eps)
-            x = kernels.silu_and_mul(linear(x, layer.gate_up, layer.gate_up_bias))
+            x = self._add(x, residual, layer.attention_post_norm, layer.mlp_norm)
+            x = self._activate(linear(x, layer.gate_up, layer.gate_up_bias))
             x = linear(x, layer.down, layer.down_bias)
-            x = kernels.add_rms_norm(x, residual, next_norm, eps)
+            x = self._add(x, residual, layer.mlp_post_norm, next_norm)
         return x
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Rows of `forward`'s result, [R, hidden] -> [R, vocab] float32."""
-        return self.kernels.linear(hidden, self.weights.head).float()
+        logits = self.kernels.linear(hidden, self.weights.head).float()
+        if self.config.logit_scale != 1.0:
+            logits *= self.config.logit_scale
+        cap = self.config.logit_softcap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+    def _attend(self, qkv: Tensor, layer: LayerWeights, batch: Batch, pool: Tensor, i: int) -> Tensor:
+        """qkv [T, q_size + 2 kv_size] -> [T, q_size]."""
+        kernels, config = self.kernels, self.config
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q_count, k_count = (config.num_heads, config.num_kv_heads) if config.qk_norm == "head" else (1, 1)
+            kernels.norm_slices(qkv, 0, q_count, layer.q_norm, config.rms_eps, config.norm_offset)
+            kernels.norm_slices(qkv, config.q_size, k_count, layer.k_norm, config.rms_eps, config.norm_offset)
+        kernels.rope_append(qkv, self._cos_sin[i], batch, pool, i, config.num_heads)
+        scale, window = config.attention_scale, self._windows[i]
+        return kernels.attention(qkv, batch, pool, i, config.num_heads, scale, window, self._softcap)
+
+    def _add(self, x: Tensor, residual: Tensor, post_norm: Tensor | None, next_norm: Tensor | None) -> Tensor:
+        """Add what a block gives to the residual; returns what the next block reads. All [T, hidden]."""
+        if post_norm is not None:
+            x = self._norm(x, post_norm)
+        if self.config.residual_scale != 1.0:
+            x *= self.config.residual_scale
+        if next_norm is not None:
+            return self.kernels.add_rms_norm(x, residual, next_norm, self.config.rms_eps, self.config.norm_offset)
+        residual += x
+        return residual
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.kernels.rms_norm(x, weight, self.config.rms_eps, self.config.norm_offset)

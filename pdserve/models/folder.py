@@ -1,4 +1,4 @@
-"""What a usable model folder holds: config.json, tokenizer.json, and weights in safetensors, whole or sharded.
+"""What a usable model folder holds: config.json, tokenizer.json, and weights in safetensors, whole or sharded, or GGUF.
 
 Weights in pickle-based formats (`*.bin`, `*.pt`) are never read: loading one runs code from the file.
 """
@@ -18,6 +18,8 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+WEIGHTS_GGUF = "model.gguf"
+CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def check_folder(folder: Path) -> None:
@@ -35,7 +37,7 @@ def check_folder(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of `folder`, in the order of their names.
+    """The safetensors files of `folder`, in the order of their names, or its one GGUF file.
 
     Raises:
         ConfigError: there are none, or the index is invalid or names a file that is not there.
@@ -43,11 +45,13 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     whole = folder / WEIGHTS
     if whole.is_file():
         return (whole,)
+    if (folder / WEIGHTS_GGUF).is_file():
+        return (folder / WEIGHTS_GGUF,)
     index = folder / WEIGHTS_INDEX
     if not index.is_file():
         raise ConfigError(
             f"The model folder {folder} has neither {WEIGHTS} nor {WEIGHTS_INDEX};"
-            " only weights in safetensors are supported."
+            " only weights in safetensors and GGUF are supported."
         )
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -24,12 +24,13 @@ from pdserve.models.folder import sync
 
 _LENGTH = struct.Struct("<Q")
 _ALIGN_BYTES = 64
-_CODES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+_CODES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.uint8: "U8"}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _CHECKSUM = "data_xxh3_64"
 _NO_CHECKSUM = "0" * 16
 
 Shape = tuple[int, ...]
+Entries = Mapping[str, tuple[Shape, torch.dtype]]  # by name, in file order
 
 
 class Damaged(Exception):
@@ -46,12 +47,11 @@ class Packed:
 
 def write_packed(
     path: Path,
-    shapes: Mapping[str, Shape],
-    dtype: torch.dtype,
+    entries: Entries,
     tensors: Iterable[Tensor],
     metadata: Callable[[], dict[str, str]],
 ) -> None:
-    """Write `tensors`, in the order of `shapes`, to `path`; atomic.
+    """Write `tensors`, in the order of `entries`, to `path`; atomic.
 
     Args:
         metadata: called before and after the tensors were taken; the result may differ in its values but not in its
@@ -63,14 +63,14 @@ def write_packed(
     temporary = path.with_name(path.name + ".partial")  # one name: what a killed writer left is overwritten
     checksum = xxhash.xxh3_64()
     with temporary.open("wb") as file:
-        head = _header(shapes, dtype, {**metadata(), _CHECKSUM: _NO_CHECKSUM})
+        head = _header(entries, {**metadata(), _CHECKSUM: _NO_CHECKSUM})
         file.write(head)
-        for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
-            assert (tensor.shape, tensor.dtype) == (shape, dtype), name
+        for (name, entry), tensor in zip(entries.items(), tensors, strict=True):
+            assert (tensor.shape, tensor.dtype) == entry, name
             data = tensor_bytes(tensor)
             checksum.update(data)
             file.write(data)
-        final = _header(shapes, dtype, {**metadata(), _CHECKSUM: checksum.hexdigest()})
+        final = _header(entries, {**metadata(), _CHECKSUM: checksum.hexdigest()})
         assert len(final) == len(head), "metadata must keep its size"
         file.seek(0)
         file.write(final)
@@ -110,10 +110,10 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
-def _header(shapes: Mapping[str, Shape], dtype: torch.dtype, metadata: dict[str, str]) -> bytes:
+def _header(entries: Entries, metadata: dict[str, str]) -> bytes:
     header: dict[str, object] = {"__metadata__": metadata}
     begin = 0
-    for name, shape in shapes.items():
+    for name, (shape, dtype) in entries.items():
         end = begin + dtype.itemsize * torch.Size(shape).numel()
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         begin = end

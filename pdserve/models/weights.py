@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 
 import torch
 from filelock import FileLock, Timeout
@@ -20,14 +21,18 @@ from torch import Tensor
 
 from kvstore.layout import KvDtype
 from pdserve.errors import ConfigError
-from pdserve.models.checkpoint import Checkpoint
+from pdserve.kernels.base import Int4Weight, Weight
+from pdserve.models import int4
+from pdserve.models.checkpoint import open_checkpoint
 from pdserve.models.config import ModelConfig
 from pdserve.models.folder import weight_files
-from pdserve.models.packed import Damaged, Packed, Shape, map_packed, tensor_bytes, write_packed
+from pdserve.models.packed import Damaged, Entries, Packed, Shape, map_packed, tensor_bytes, write_packed
 
+WeightFormat = Literal["dense", "int4"]
 TORCH_DTYPES: dict[KvDtype, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PACK_TIMEOUT_S = 1800.0
 _FORMAT = 1
+_PACKED, _SCALES = ".packed", ".scales"  # of a weight in 4 bits, after its name
 
 _log = logging.getLogger(__name__)
 
@@ -36,16 +41,20 @@ _log = logging.getLogger(__name__)
 class LayerWeights:
     """One layer; H hidden, I intermediate, Q = num_heads * head_dim, K = num_kv_heads * head_dim."""
 
-    attention_norm: Tensor  # [H]
-    qkv: Tensor  # [Q + 2 K, H], rows of q, then k, then v
+    attention_norm: Tensor | None  # [H], of what attention reads
+    qkv: Weight  # [Q + 2 K, H], rows of q, then k, then v
     qkv_bias: Tensor | None  # [Q + 2 K]
-    output: Tensor  # [H, Q]
+    q_norm: Tensor | None  # [head_dim] or [Q], as the config's qk_norm says
+    k_norm: Tensor | None  # [head_dim] or [K]
+    output: Weight  # [H, Q]
     output_bias: Tensor | None  # [H]
-    mlp_norm: Tensor  # [H]
-    gate_up: Tensor  # [2 I, H], rows of gate, then up
+    attention_post_norm: Tensor | None  # [H], of what attention adds to the residual
+    mlp_norm: Tensor | None  # [H]
+    gate_up: Weight  # [2 I, H], rows of gate, then up
     gate_up_bias: Tensor | None  # [2 I]
-    down: Tensor  # [H, I]
+    down: Weight  # [H, I]
     down_bias: Tensor | None  # [H]
+    mlp_post_norm: Tensor | None  # [H]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +63,7 @@ class Weights:
     embedding: Tensor  # [vocab, H]
     layers: tuple[LayerWeights, ...]
     final_norm: Tensor  # [H]
-    head: Tensor  # [vocab, H]; the embedding itself where the config ties them
+    head: Weight  # [vocab, H]; where the config ties them the embedding itself, if it is dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +83,23 @@ class _Part:
         return (self.rows[index],) if self.columns is None else (self.rows[index], self.columns)
 
 
-def open_weights(folder: Path, config: ModelConfig, dtype: KvDtype, cache_dir: Path) -> Weights:
+def open_weights(
+    folder: Path, config: ModelConfig, dtype: KvDtype, cache_dir: Path, weight_format: WeightFormat = "dense"
+) -> Weights:
     """Map the packed weights of `folder`, packing them first where that has not been done.
 
     Raises:
         ConfigError: a weight file is missing, truncated or corrupt; a tensor is missing or has another shape or an
-            unsupported dtype; the cache cannot be written.
+            unsupported dtype; the cache cannot be written; 4 bits with another dtype than bfloat16.
     """
+    if weight_format == "int4" and dtype != "bfloat16":
+        raise ConfigError(f"Weights in int4 go with the dtype bfloat16, not {dtype}.")
     files = weight_files(folder)
     name = sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    path = cache_dir / "weights" / f"{name}-{dtype}.safetensors"
+    suffix = "" if weight_format == "dense" else f"-{weight_format}"
+    path = cache_dir / "weights" / f"{name}-{dtype}{suffix}.safetensors"
     try:
-        packed = _ensure_packed(path, files, config, TORCH_DTYPES[dtype])
+        packed = _ensure_packed(path, files, config, TORCH_DTYPES[dtype], weight_format)
     except Timeout as error:
         raise ConfigError(f"Another process has held the lock of {path} for {PACK_TIMEOUT_S:.0f} s.") from error
     except Damaged as error:
@@ -108,32 +122,55 @@ def random_weights(config: ModelConfig, dtype: KvDtype, seed: int) -> Weights:
     return _assemble(config, tensors, identity)
 
 
-def _parts(config: ModelConfig) -> list[_Part]:
+def _parts(config: ModelConfig, weight_format: WeightFormat = "dense") -> list[_Part]:
     """The packed tensors in file order, which is the order of use."""
-    hidden, q, kv, inner = config.hidden_size, config.q_size, config.kv_size, config.intermediate_size
+    hidden = config.hidden_size
     parts = [_Part("embedding", ("model.embed_tokens.weight",), (config.vocab_size,), hidden)]
     for i in range(config.num_layers):
-        attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-        projections = (
-            ("qkv", tuple(f"{attention}.{x}_proj" for x in "qkv"), (q, kv, kv), hidden, config.attention_bias),
-            ("output", (f"{attention}.o_proj",), (hidden,), q, config.attention_bias),
-            ("gate_up", (f"{mlp}.gate_proj", f"{mlp}.up_proj"), (inner, inner), hidden, config.mlp_bias),
-            ("down", (f"{mlp}.down_proj",), (hidden,), inner, config.mlp_bias),
-        )
-        for name, sources, rows, columns, bias in projections:
-            parts.append(_Part(f"layers.{i}.{name}", tuple(f"{s}.weight" for s in sources), rows, columns))
-            if bias:
-                parts.append(_Part(f"layers.{i}.{name}_bias", tuple(f"{s}.bias" for s in sources), rows, None))
-        for name, source in (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")):
-            parts.append(_Part(f"layers.{i}.{name}", (f"model.layers.{i}.{source}.weight",), (hidden,), None))
+        parts += _layer_parts(config, f"layers.{i}.", f"model.layers.{i}.")
     parts.append(_Part("final_norm", ("model.norm.weight",), (hidden,), None))
     if not config.tie_word_embeddings:
         parts.append(_Part("head", ("lm_head.weight",), (config.vocab_size,), hidden))
+    elif weight_format == "int4":
+        parts.append(_Part("head", parts[0].sources, (config.vocab_size,), hidden))
     return parts
 
 
-def _ensure_packed(path: Path, files: tuple[Path, ...], config: ModelConfig, dtype: torch.dtype) -> Packed:
-    source = _source_stamp(files, config)
+def _layer_parts(config: ModelConfig, name: str, source: str) -> list[_Part]:
+    """`name` and `source` begin the names of the layer's tensors in the packed file and in the checkpoint."""
+    hidden, q, kv, inner = config.hidden_size, config.q_size, config.kv_size, config.intermediate_size
+    fused = config.family.fused
+    parts = [
+        *_linear("qkv", ("qkv",) if fused else ("q", "k", "v"), "self_attn", (q, kv, kv), hidden, config.qkv_bias),
+        *_linear("output", ("o",), "self_attn", (hidden,), q, config.output_bias),
+        *_linear("gate_up", ("gate_up",) if fused else ("gate", "up"), "mlp", (inner, inner), hidden, config.mlp_bias),
+        *_linear("down", ("down",), "mlp", (hidden,), inner, config.mlp_bias),
+        *(_Part(norm, (f"{at}.weight",), (hidden,), None) for norm, at in config.family.norms.items()),
+    ]
+    if config.qk_norm is not None:
+        q_size, k_size = (config.head_dim, config.head_dim) if config.qk_norm == "head" else (q, kv)
+        parts.append(_Part("q_norm", ("self_attn.q_norm.weight",), (q_size,), None))
+        parts.append(_Part("k_norm", ("self_attn.k_norm.weight",), (k_size,), None))
+    return [
+        _Part(name + part.name, tuple(source + one for one in part.sources), part.rows, part.columns) for part in parts
+    ]
+
+
+def _linear(
+    name: str, projections: tuple[str, ...], at: str, rows: tuple[int, ...], columns: int, bias: bool
+) -> Iterator[_Part]:
+    """The weight of some projections that are laid one below the other, and its bias."""
+    if len(projections) == 1:
+        rows = (sum(rows),)
+    yield _Part(name, tuple(f"{at}.{x}_proj.weight" for x in projections), rows, columns)
+    if bias:
+        yield _Part(f"{name}_bias", tuple(f"{at}.{x}_proj.bias" for x in projections), rows, None)
+
+
+def _ensure_packed(
+    path: Path, files: tuple[Path, ...], config: ModelConfig, dtype: torch.dtype, weight_format: WeightFormat
+) -> Packed:
+    source = _source_stamp(files, config, weight_format)
     packed = _map_current(path, source)
     if packed is not None:
         return packed
@@ -143,28 +180,57 @@ def _ensure_packed(path: Path, files: tuple[Path, ...], config: ModelConfig, dty
         if packed is not None:
             return packed
         _log.info("packing %s into %s, once for this machine", files[0].parent, path)
-        _pack(path, files, config, dtype, source)
+        _pack(path, files, config, dtype, weight_format, source)
         return map_packed(path)
 
 
-def _pack(path: Path, files: tuple[Path, ...], config: ModelConfig, dtype: torch.dtype, source: str) -> None:
-    parts = _parts(config)
+def _pack(
+    path: Path,
+    files: tuple[Path, ...],
+    config: ModelConfig,
+    dtype: torch.dtype,
+    weight_format: WeightFormat,
+    source: str,
+) -> None:
+    parts = _parts(config, weight_format)
+    quantised = {part.name for part in parts if weight_format == "int4" and _in_4_bits(part)}
     digest = sha256(_config_stamp(config).encode())
 
     def fused() -> Iterator[Tensor]:
         for part in parts:
             pieces = [checkpoint.read(name).to(dtype) for name in part.sources]
             tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0].contiguous()
+            four_bits = int4.quantise(tensor) if part.name in quantised else None
+            if four_bits is not None:
+                tensor = four_bits.dense  # says it all: the layout of the rest differs between machines
             digest.update(f"{part.name} {dtype} {tensor.shape}".encode())
             digest.update(tensor_bytes(tensor))
             yield tensor
+            if four_bits is not None:
+                yield from (four_bits.packed, four_bits.scales)
 
-    with Checkpoint(files) as checkpoint:
+    with open_checkpoint(files) as checkpoint:
         for part in parts:
             for i, name in enumerate(part.sources):
                 checkpoint.check(name, part.source_shape(i))
-        shapes = {part.name: part.shape for part in parts}
-        write_packed(path, shapes, dtype, fused(), lambda: {"source": source, "identity": digest.hexdigest()})
+        entries = _entries(parts, quantised, dtype)
+        write_packed(path, entries, fused(), lambda: {"source": source, "identity": digest.hexdigest()})
+
+
+def _in_4_bits(part: _Part) -> bool:
+    """Weights of products; the table of embeddings is read a row a token."""
+    return part.name != "embedding" and int4.fits(part.shape)
+
+
+def _entries(parts: list[_Part], quantised: set[str], dtype: torch.dtype) -> Entries:
+    entries: dict[str, tuple[Shape, torch.dtype]] = {}
+    for part in parts:
+        entries[part.name] = (part.shape, dtype)
+        if part.name in quantised:
+            packed, scales = int4.shapes(part.shape)
+            entries[part.name + _PACKED] = (packed, torch.uint8)
+            entries[part.name + _SCALES] = (scales, dtype)
+    return entries
 
 
 def _map_current(path: Path, source: str) -> Packed | None:
@@ -177,19 +243,24 @@ def _map_current(path: Path, source: str) -> Packed | None:
 
 
 def _assemble(config: ModelConfig, tensors: dict[str, Tensor], identity: str) -> Weights:
+    def weight(name: str) -> Weight | None:
+        dense, packed = tensors.get(name), tensors.get(name + _PACKED)
+        return dense if dense is None or packed is None else Int4Weight(dense, packed, tensors[name + _SCALES])
+
     fields = LayerWeights.__dataclass_fields__
     layers = tuple(
-        LayerWeights(**{field: tensors.get(f"layers.{i}.{field}") for field in fields})  # type: ignore[arg-type]
+        LayerWeights(**{field: weight(f"layers.{i}.{field}") for field in fields})  # type: ignore[arg-type]
         for i in range(config.num_layers)
     )
-    embedding = tensors["embedding"]
-    return Weights(identity, embedding, layers, tensors["final_norm"], tensors.get("head", embedding))
+    embedding, head = tensors["embedding"], weight("head")
+    return Weights(identity, embedding, layers, tensors["final_norm"], embedding if head is None else head)
 
 
-def _source_stamp(files: tuple[Path, ...], config: ModelConfig) -> str:
+def _source_stamp(files: tuple[Path, ...], config: ModelConfig, weight_format: WeightFormat) -> str:
     stats = [(str(file.resolve()), file.stat()) for file in files]
     listed = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    return json.dumps([_FORMAT, listed, _config_stamp(config)])
+    layout = [] if weight_format == "dense" else [weight_format, int4.layout()]
+    return json.dumps([_FORMAT, listed, _config_stamp(config), *layout])
 
 
 def _config_stamp(config: ModelConfig) -> str:

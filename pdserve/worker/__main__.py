@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,6 +15,8 @@ from kvstore.errors import KvError
 from kvstore.layout import KvDtype
 from pdserve.errors import ConfigError
 from pdserve.launch.announce import Announcer
+from pdserve.launch.folders import cache_folder
+from pdserve.models.source import resolve_model
 from pdserve.worker.config import Role, WorkerConfig
 
 # A thread that waits for the interpreter lock gets it this soon: asyncio must not hold up a step for the default 5 ms.
@@ -22,7 +24,7 @@ _SWITCH_INTERVAL_S = 0.0005
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Folder of a Hugging Face style model.")],
+    model: Annotated[Path, typer.Option(help="A Hugging Face style folder, a GGUF file, or ORG/NAME.")],
     role: Annotated[Role, typer.Option(help="What the router prefers this worker for.")] = Role.MIXED,
     worker_id: Annotated[str, typer.Option(help="Unique name; default: role and process id.")] = "",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -44,6 +46,7 @@ def main(
     max_model_len: Annotated[int, typer.Option(help="Tokens a request may have; 0: what model and pool allow.")] = 0,
     threads: Annotated[int, typer.Option(help="Compute threads.")] = 1,
     kernels: Annotated[str, typer.Option(help="auto, native or reference.")] = "auto",
+    weights: Annotated[Literal["dense", "int4"], typer.Option(help="int4: in 4 bits for decode.")] = "dense",
     store: Annotated[Path | None, typer.Option(help="Socket of this machine's store node (pdserve store).")] = None,
     vllm_names: Annotated[bool, typer.Option(help="Export metrics under the names of vLLM too.")] = True,
     ready_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
@@ -58,7 +61,7 @@ def main(
         config = WorkerConfig(
             role=role,
             worker_id=worker_id or f"{role.value}-{os.getpid()}",
-            model=model,
+            model=resolve_model(model, cache_folder()),
             host=host,
             port=port,
             admin_port=admin_port,
@@ -73,6 +76,7 @@ def main(
             max_model_len=max_model_len or None,
             threads=threads,
             kernels=kernels,
+            weights=weights,
             vllm_names=vllm_names,
             store=store,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import Literal
 
 from kvstore.layout import KvDtype
 from pdserve.protocol import worker_pb2 as pb
@@ -69,6 +70,7 @@ class WorkerConfig:
     max_model_len: int | None = None  # None: what the model allows, as far as the pool holds it
     threads: int = 1
     kernels: str = "auto"
+    weights: Literal["dense", "int4"] = "dense"
     vllm_names: bool = True  # metrics under the names of vLLM too
     store: Path | None = None  # socket of the store node of this machine
     limits: WorkerLimits = field(default_factory=WorkerLimits)

@@ -83,8 +83,8 @@ def build_engine(config: WorkerConfig, progress: Progress) -> Built:
     _keep_freed_memory()
     model = load_config(config.model)
     progress("loading weights")
-    weights = open_weights(config.model, model, config.dtype, cache_folder())
-    kernels = choose(config.kernels)
+    weights = open_weights(config.model, model, config.dtype, cache_folder(), config.weights)
+    kernels = choose(config.kernels, model.head_dim, model.num_heads // model.num_kv_heads)
     geometry = BlockGeometry(config.block_size, model.num_layers, model.num_kv_heads, model.head_dim, config.dtype)
     num_blocks = config.kv_bytes // geometry.block_bytes
     if num_blocks < 1:
@@ -104,7 +104,7 @@ def build_engine(config: WorkerConfig, progress: Progress) -> Built:
     engine = Engine(engine_config, BlockPool(num_blocks, config.block_size), Runner(decoder, pool))
     progress("warming up")
     engine.warm_up()
-    return Built(engine, geometry, geometry.fingerprint(weights.identity), model.eos_token_ids, model.vocab_size)
+    return Built(engine, geometry, geometry.fingerprint(decoder.kv_identity), model.eos_token_ids, model.vocab_size)
 
 
 def _keep_freed_memory() -> None:

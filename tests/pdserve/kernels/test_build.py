@@ -128,6 +128,14 @@ def test_native_that_was_asked_for_must_be_possible(tmp_path: Path, monkeypatch:
         kernels.choose("native")
 
 
+def test_a_model_that_native_cannot_run_has_the_reference() -> None:
+    assert kernels.choose("auto", head_dim=100).name == "reference"
+    with pytest.raises(ConfigError, match="multiple of 8 up to 256, not 100"):
+        kernels.choose("native", head_dim=100)
+    with pytest.raises(ConfigError, match="at most 64 heads a kv head, not 65"):
+        kernels.choose("native", head_dim=128, group=65)
+
+
 def test_an_unknown_name_says_which_there_are() -> None:
     with pytest.raises(ConfigError, match="auto, native, reference"):
         kernels.choose("fastest")

@@ -111,7 +111,7 @@ def raw(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-def expected_attention(case: Case, scale: float) -> FloatArray:
+def expected_attention(case: Case, scale: float, window: int, softcap: float) -> FloatArray:
     """One query row and one head at a time, in float64."""
     heads, pool = case.heads, exact(case.pool)
     q = exact(case.qkv).reshape(len(case.qkv), -1, heads.dim)
@@ -119,32 +119,37 @@ def expected_attention(case: Case, scale: float) -> FloatArray:
     row = 0
     for table, (cached, tokens) in zip(case.batch.block_tables.tolist(), case.chunks, strict=True):
         for position in range(cached, cached + tokens):
+            first = max(position - window + 1, 0) if window else 0
             for head in range(heads.query):
                 kv_head = head // (heads.query // heads.kv)
-                cells = [(table[p // case.block_size], p % case.block_size) for p in range(position + 1)]
+                cells = [(table[p // case.block_size], p % case.block_size) for p in range(first, position + 1)]
                 keys = np.array([pool[block, kv_head, LAYER, 0, slot] for block, slot in cells])
                 values = np.array([pool[block, kv_head, LAYER, 1, slot] for block, slot in cells])
                 scores = keys @ q[row, head] * scale
+                if softcap:
+                    scores = softcap * np.tanh(scores / softcap)
                 weights = np.exp(scores - scores.max())
                 out[row, head] = weights @ values / weights.sum()
             row += 1
     return out.reshape(len(case.qkv), -1)
 
 
-def check_attention(kernels: Kernels, case: Case, scale: float | None = None) -> None:
+def check_attention(
+    kernels: Kernels, case: Case, scale: float | None = None, window: int = 0, softcap: float = 0.0
+) -> None:
     scale = case.heads.dim**-0.5 if scale is None else scale
     pool_before, qkv_before = case.pool.clone(), case.qkv.clone()
-    got = kernels.attention(case.qkv, case.batch, case.pool, LAYER, case.heads.query, scale)
+    got = kernels.attention(case.qkv, case.batch, case.pool, LAYER, case.heads.query, scale, window, softcap)
     assert got.shape == (len(case.qkv), case.heads.query * case.heads.dim)
     # Scores are held in float32: what their rounding does to the weights grows with them.
     extra = 1e-6 * scale * case.heads.dim**0.5
-    assert_near(got, expected_attention(case, scale), case.qkv.dtype, extra)
+    assert_near(got, expected_attention(case, scale, window, softcap), case.qkv.dtype, extra)
     assert torch.equal(raw(case.pool), raw(pool_before))
     assert torch.equal(raw(case.qkv), raw(qkv_before))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("dim", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize(("query", "kv"), [(2, 2), (3, 1), (9, 3), (8, 2), (8, 1)])
 def test_attention_over_head_shapes(kernels: Kernels, query: int, kv: int, dim: int, dtype: torch.dtype) -> None:
     block_size = BLOCK_SIZES[(query + kv + dim // 32) % len(BLOCK_SIZES)]
@@ -185,10 +190,31 @@ def test_attention_neither_overflows_nor_flattens(kernels: Kernels, scale: float
     check_attention(kernels, make_case(MIXED, 16, Heads(4, 2, 64), dtype), scale)
 
 
+WINDOWED = ((0, 1), (37, 1), (0, 130), (200, 45), (199, 1), (64, 64), (63, 2), (127, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [1, 2, 17, 63, 64, 65, 128, 2**31 - 1])
+@pytest.mark.parametrize(("block_size", "dim"), [(1, 32), (4, 64), (16, 64), (16, 96), (32, 128), (16, 256)])
+def test_attention_in_a_window(kernels: Kernels, window: int, block_size: int, dim: int, dtype: torch.dtype) -> None:
+    """Shorter than the context, than a tile and than a chunk, and longer than all of them."""
+    check_attention(kernels, make_case(WINDOWED, block_size, Heads(6, 2, dim), dtype), window=window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize(("softcap", "scale"), [(50.0, 0.125), (1.0, 1.0), (30.0, 40.0)])
+def test_attention_with_capped_scores(
+    kernels: Kernels, softcap: float, scale: float, window: int, dtype: torch.dtype
+) -> None:
+    """Barely capped, and so much that most scores are at the cap."""
+    check_attention(kernels, make_case(WINDOWED, 16, Heads(4, 2, 64), dtype), scale, window, softcap)
+
+
 def expected_rotation(x: FloatArray, table: FloatArray) -> FloatArray:
-    """x [D] at the position whose cosines and sines are `table` [D]."""
-    half = len(x) // 2
-    out = np.empty_like(x)
+    """x [D] at the position whose cosines and sines are `table` [R]; what lies behind the first R stays."""
+    half = len(table) // 2
+    out = x.copy()
     for i in range(half):
         cos, sin = table[i], table[half + i]
         out[i] = x[i] * cos - x[i + half] * sin
@@ -198,13 +224,22 @@ def expected_rotation(x: FloatArray, table: FloatArray) -> FloatArray:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("block_size", "query", "kv", "dim"),
-    [(1, 3, 1, 32), (4, 2, 2, 64), (8, 8, 2, 96), (16, 9, 3, 64), (32, 8, 1, 128)],
+    ("block_size", "query", "kv", "dim", "rotary"),
+    [
+        (1, 3, 1, 32, 32),
+        (4, 2, 2, 64, 64),
+        (8, 8, 2, 96, 96),
+        (16, 9, 3, 64, 48),
+        (32, 8, 1, 128, 0),
+        (16, 2, 1, 32, 2),
+    ],
 )
-def test_rope_append(kernels: Kernels, block_size: int, query: int, kv: int, dim: int, dtype: torch.dtype) -> None:
+def test_rope_append(
+    kernels: Kernels, block_size: int, query: int, kv: int, dim: int, rotary: int, dtype: torch.dtype
+) -> None:
     """q and k are rotated in place, k and v land in their slots, and no other byte changes anywhere."""
     case = make_case(MIXED, block_size, Heads(query, kv, dim), dtype)
-    angles = torch.outer(torch.arange(65.0), 10_000.0 ** -(torch.arange(0, dim, 2) / dim))
+    angles = torch.outer(torch.arange(65.0), 10_000.0 ** -(torch.arange(0, rotary, 2) / max(rotary, 1)))
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)  # MIXED ends at position 64, the table's last
     before = exact(case.qkv).reshape(len(case.qkv), -1, dim)
     pool_before, v_before = case.pool.clone(), case.qkv.clone()[:, (query + kv) * dim :]
@@ -274,6 +309,41 @@ def test_add_rms_norm(kernels: Kernels, shape: Sequence[int], dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_offset_is_added_to_the_weights_of_a_norm(kernels: Kernels, dtype: torch.dtype) -> None:
+    """In float: 1 + 0.001 is no number of bfloat16."""
+    rng = torch.Generator().manual_seed(1)
+    x, residual = (torch.randn(5, 96, generator=rng).to(dtype) for _ in range(2))
+    weight = (0.001 * torch.randn(96, generator=rng)).to(dtype)
+    expected = expected_norm(exact(x), 1.0 + exact(weight), 1e-5)
+    assert_near(kernels.rms_norm(x, weight, 1e-5, 1.0), expected, dtype)
+    expected = expected_norm(exact(x) + exact(residual), 1.0 + exact(weight), 1e-5)
+    assert_near(kernels.add_rms_norm(x, residual, weight, 1e-5, 1.0), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("begin", "count", "size"), [(0, 3, 32), (64, 1, 64), (5, 2, 19), (0, 1, 128)])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norm_slices(kernels: Kernels, begin: int, count: int, size: int, offset: float, dtype: torch.dtype) -> None:
+    rng = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(7, 128, generator=rng).to(dtype), torch.randn(size, generator=rng).to(dtype)
+    expected = exact(x).copy()
+    for start in range(begin, begin + count * size, size):
+        part = expected[:, start : start + size]
+        part[:] = expected_norm(part, offset + exact(weight), 1e-5)
+    kernels.norm_slices(x, begin, count, weight, 1e-5, offset)
+    assert_near(x, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "size"), [(1, 16), (5, 100), (33, 1536)])
+def test_gelu_and_mul(kernels: Kernels, rows: int, size: int, dtype: torch.dtype) -> None:
+    x = (3 * torch.randn(rows, 2 * size, generator=torch.Generator().manual_seed(2))).to(dtype)
+    gate, up = np.split(exact(x), 2, axis=1)
+    gelu = 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+    assert_near(kernels.gelu_and_mul(x), gelu * up, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "size"), [(1, 16), (5, 100), (33, 1536)])
 def test_silu_and_mul(kernels: Kernels, rows: int, size: int, dtype: torch.dtype) -> None:
     x = (3 * torch.randn(rows, 2 * size, generator=torch.Generator().manual_seed(2))).to(dtype)
@@ -282,7 +352,8 @@ def test_silu_and_mul(kernels: Kernels, rows: int, size: int, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_silu_and_mul_of_extremes_is_finite(kernels: Kernels, dtype: torch.dtype) -> None:
-    gate = torch.tensor([-1e4, -200.0, -88.0, 0.0, 88.0, 200.0, 1e4] * 5, dtype=dtype)
-    got = kernels.silu_and_mul(torch.cat((gate, torch.ones_like(gate))).unsqueeze(0))
+@pytest.mark.parametrize("name", ["silu_and_mul", "gelu_and_mul"])
+def test_an_activation_of_extremes_is_finite(kernels: Kernels, name: str, dtype: torch.dtype) -> None:
+    gate = torch.tensor([-1e30, -1e4, -200.0, -88.0, 0.0, 88.0, 200.0, 1e4, 1e30] * 5, dtype=dtype)
+    got = getattr(kernels, name)(torch.cat((gate, torch.ones_like(gate))).unsqueeze(0))
     torch.testing.assert_close(got[0], gate.clamp(min=0.0))

@@ -58,8 +58,9 @@ def test_more_threads_compute_the_same(kernels: NativeKernels, threads: int, dty
     """More threads than (sequence, kv head) pairs split a context into parts, some of them empty."""
     many, batch, pool, qkv = NativeKernels(open_library(), threads), make_batch(), make_pool(dtype), make_qkv(dtype)
     bound = 1e-5 if dtype == torch.float32 else 1e-2
-    got, expected = (k.attention(qkv, batch, pool, 1, HEADS, 0.125) for k in (many, kernels))
-    torch.testing.assert_close(got, expected, atol=bound, rtol=bound)
+    for window in (0, 20):
+        got, expected = (k.attention(qkv, batch, pool, 1, HEADS, 0.125, window) for k in (many, kernels))
+        torch.testing.assert_close(got, expected, atol=bound, rtol=bound)
 
     x, weight = qkv[:, :96].contiguous(), torch.randn(96).to(dtype)
     assert torch.equal(many.rms_norm(x, weight, 1e-5), kernels.rms_norm(x, weight, 1e-5))
@@ -116,6 +117,12 @@ def test_a_refused_batch_leaves_no_trace(kernels: NativeKernels) -> None:
         lambda k: k.rms_norm(torch.rand(3, 64), torch.rand(32), 1e-5),
         lambda k: k.rms_norm(torch.rand(3, 64), torch.rand(64).bfloat16(), 1e-5),
         lambda k: k.add_rms_norm(torch.rand(3, 64), torch.rand(64, 3).t(), torch.rand(64), 1e-5),
+        lambda k: k.norm_slices(torch.rand(3, 64), 1, 2, torch.rand(32), 1e-5),
+        lambda k: k.norm_slices(torch.rand(3, 64), -1, 1, torch.rand(32), 1e-5),
+        lambda k: k.norm_slices(torch.rand(64, 3).t(), 0, 1, torch.rand(32), 1e-5),
+        lambda k: k.norm_slices(torch.rand(3, 64), 0, 1, torch.rand(32).bfloat16(), 1e-5),
+        lambda k: k.rope_append(make_qkv(), torch.rand(200, DIM + 2), make_batch(), make_pool(), 0, HEADS),
+        lambda k: k.rope_append(make_qkv(), torch.rand(200, 3), make_batch(), make_pool(), 0, HEADS),
         lambda k: k.silu_and_mul(torch.rand(3, 63)),
         lambda k: k.silu_and_mul(torch.rand(3, 64).half()),
     ],

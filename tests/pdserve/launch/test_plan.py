@@ -61,18 +61,21 @@ def test_options_reach_the_processes() -> None:
         kv_bytes=1 << 20,
         policy="random",
         namespace="ns",
+        weights="int4",
         worker_arguments=("--max-sequences", "4"),
     )
     worker = worker_commands(options, MODEL, "redis://h", None)[0]
     arguments = list(worker.arguments)
     assert arguments[-2:] == ["--max-sequences", "4"]
     expected = {"--dtype": "float32", "--threads": "2", "--kv-bytes": "1048576", "--namespace": "ns"}
+    expected |= {"--weights": "int4"}
     assert {name: option(arguments, name) for name in expected} == expected
     assert worker.environment["OMP_NUM_THREADS"] == "2"
     router = list(router_command(options, MODEL, "redis://h").arguments)
     expected = {"--port": "9000", "--policy": "random", "--namespace": "ns", "--model": str(MODEL)}
     assert {name: option(router, name) for name in expected} == expected
-    assert option(list(prepare_command(options).arguments), "--model") == str(MODEL)
+    prepare = list(prepare_command(options).arguments)
+    assert (option(prepare, "--model"), option(prepare, "--weights")) == (str(MODEL), "int4")
 
 
 def test_the_default_model_is_left_to_prepare() -> None:

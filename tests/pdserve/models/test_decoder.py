@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,31 +11,92 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pdserve.kernels.base import Batch
+from pdserve.kernels.base import Batch, Kernels
 from pdserve.kernels.reference import ReferenceKernels
 from pdserve.models.config import ModelConfig, load_config
 from pdserve.models.decoder import Decoder
 from pdserve.models.weights import open_weights, random_weights
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "gqa": {},
-    "mha": {"num_key_value_heads": 4},
-    "mqa_wide_heads": {"num_key_value_heads": 1, "head_dim": 32},
-    "tied": {"tie_word_embeddings": True},
-    "biased": {"attention_bias": True, "mlp_bias": True},
-    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}},
-    "llama3": {
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 10000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        }
-    },
+THETA = {"rope_theta": 5000.0}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, **THETA}
+FACTORS = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + 0.5 * i for i in range(8)]}
+POSITIONS = 160  # that our decoder allows, and longer than any prompt below
+
+# Each is a family of transformers and what differs from its defaults; prompts are longer than the windows.
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gqa": ("Llama", {}),
+    "mha": ("Llama", {"num_key_value_heads": 4}),
+    "mqa_wide_heads": ("Llama", {"num_key_value_heads": 1, "head_dim": 32}),
+    "tied": ("Llama", {"tie_word_embeddings": True}),
+    "biased": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, **THETA}}),
+    "llama3": ("Llama", {"rope_parameters": {"rope_type": "llama3", **LLAMA3, **THETA}}),
+    "dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, **THETA}}),
+    "yarn": ("Llama", {"rope_parameters": YARN}),
+    "yarn_tuned": (
+        "Qwen3",
+        {"rope_parameters": {**YARN, "beta_fast": 8.0, "beta_slow": 0.5, "truncate": False, "attention_factor": 1.2}},
+    ),
+    "yarn_mscale": ("Llama", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4}}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 5}),
+    "smollm3_windows": (
+        "SmolLM3",
+        {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 20, "tie_word_embeddings": False},
+    ),
+    "mistral": ("Mistral", {"sliding_window": 20}),
+    "mistral_wide": ("Mistral", {"sliding_window": None, "head_dim": 32}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2_windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 33, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "qwen3_windows": (
+        "Qwen3",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0, "attention_bias": True},
+    ),
+    "phi3": ("Phi3", {"sliding_window": 64}),
+    "phi3_partial": (
+        "Phi3",
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 5000.0}},
+    ),
+    "phi3_longrope": (
+        "Phi3",
+        {
+            "max_position_embeddings": 2 * POSITIONS,
+            "original_max_position_embeddings": POSITIONS,
+            "rope_parameters": {"rope_type": "longrope", **FACTORS, **THETA},
+        },
+    ),
+    "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 20, "query_pre_attn_scalar": 24}),
+    "gemma2_caps": (
+        "Gemma2",
+        {"head_dim": 32, "sliding_window": 70, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": ("Gemma3", {"head_dim": 16, "sliding_window": 20, "num_hidden_layers": 7, "query_pre_attn_scalar": 24}),
+    "gemma3_linear": (
+        "Gemma3",
+        {
+            "head_dim": 16,
+            "sliding_window": 20,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "olmo2": ("Olmo2", {}),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.1,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.0,
+            "mlp_bias": True,
+        },
+    ),
 }
 
 
@@ -73,23 +135,42 @@ def prompts_of(config: ModelConfig, lengths: tuple[int, ...]) -> list[list[int]]
     return [[rng.randrange(config.vocab_size) for _ in range(length)] for length in lengths]
 
 
+@pytest.fixture(params=["reference", "native"], scope="module")
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    if request.param == "reference":
+        return ReferenceKernels()
+    if shutil.which("g++") is None:
+        pytest.skip("the native kernels need g++")
+    from pdserve.kernels import native
+
+    return native.load()
+
+
 @pytest.fixture(params=SHAPES, scope="module")
+def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path]) -> Path:
+    family, changes = SHAPES[request.param]
+    return make_checkpoint(family, **changes)
+
+
+@pytest.fixture(scope="module")
 def models(
-    request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Decoder, LlamaForCausalLM]:
-    folder = make_checkpoint(**SHAPES[request.param])
-    config = load_config(folder)
-    weights = open_weights(folder, config, "float32", tmp_path_factory.mktemp("cache"))
-    truth = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    return Decoder(config, weights, ReferenceKernels(), config.max_position_embeddings), truth
+    checkpoint: Path, kernels: Kernels, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Decoder, PreTrainedModel]:
+    config = load_config(checkpoint)
+    weights = open_weights(checkpoint, config, "float32", tmp_path_factory.mktemp("cache"))
+    return Decoder(config, weights, kernels, POSITIONS), open_truth(checkpoint)
 
 
-def truth_logits(truth: LlamaForCausalLM, prompt: list[int]) -> Tensor:
+def open_truth(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
+def truth_logits(truth: PreTrainedModel, prompt: list[int]) -> Tensor:
     with torch.inference_mode():
         return truth(torch.tensor([prompt])).logits[0]
 
 
-def test_whole_prefill_equals_transformers(models: tuple[Decoder, LlamaForCausalLM]) -> None:
+def test_whole_prefill_equals_transformers(models: tuple[Decoder, PreTrainedModel]) -> None:
     decoder, truth = models
     prompts = prompts_of(decoder.config, (1, 150, 16, 33))
     logits = Paged(decoder, prompts, 16, torch.float32).run({s: len(p) for s, p in enumerate(prompts)})
@@ -98,7 +179,7 @@ def test_whole_prefill_equals_transformers(models: tuple[Decoder, LlamaForCausal
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])
-def test_mixed_chunks_and_decodes_equal_transformers(models: tuple[Decoder, LlamaForCausalLM], block_size: int) -> None:
+def test_mixed_chunks_and_decodes_equal_transformers(models: tuple[Decoder, PreTrainedModel], block_size: int) -> None:
     decoder, truth = models
     prompts = prompts_of(decoder.config, (70, 5, 48, 31))
     paged = Paged(decoder, prompts, block_size, torch.float32)
@@ -112,6 +193,35 @@ def test_mixed_chunks_and_decodes_equal_transformers(models: tuple[Decoder, Llam
         torch.testing.assert_close(torch.cat(got[s]), truth_logits(truth, prompt), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("Llama", {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "dynamic", "factor": 3.0, **THETA}}),
+        (
+            "Phi3",
+            {
+                "original_max_position_embeddings": 64,
+                "rope_parameters": {"rope_type": "longrope", **FACTORS, "rope_theta": 5000.0},
+            },
+        ),
+    ],
+    ids=["dynamic", "longrope"],
+)
+def test_length_beyond_training_stretches_the_rotation(
+    family: str, changes: dict[str, Any], make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of all positions, by the longest that is served, so that keys stay valid: transformers for a prompt that long."""
+    folder = make_checkpoint(family, **changes)
+    config = load_config(folder)
+    weights = open_weights(folder, config, "float32", tmp_path)
+    near, far, farther = (Decoder(config, weights, ReferenceKernels(), length) for length in (64, 150, 151))
+    (prompt,) = prompts_of(config, (150,))
+    logits = Paged(far, [prompt], 16, torch.float32).run({0: 150})[0]
+    torch.testing.assert_close(logits, truth_logits(open_truth(folder), prompt), atol=1e-4, rtol=0)
+    assert near.kv_identity == weights.identity != far.kv_identity
+    assert (far.kv_identity == farther.kv_identity) == (family == "Phi3")
+
+
 def test_default_model_greedy_text_equals_transformers(default_model: Path, model_cache: Path) -> None:
     from tokenizers import Tokenizer
 
@@ -119,7 +229,7 @@ def test_default_model_greedy_text_equals_transformers(default_model: Path, mode
     decoder = Decoder(config, open_weights(default_model, config, "float32", model_cache), ReferenceKernels(), 256)
     tokenizer = Tokenizer.from_file(str(default_model / "tokenizer.json"))
     prompt = tokenizer.encode("<|im_start|>user\nCount from 1 to 9.<|im_end|>\n<|im_start|>assistant\n").ids
-    truth = LlamaForCausalLM.from_pretrained(default_model, dtype=torch.float32)
+    truth = AutoModelForCausalLM.from_pretrained(default_model, dtype=torch.float32)
     expected = truth.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0].tolist()
 
     tokens = list(prompt)

@@ -135,7 +135,12 @@ def test_converted_folder_is_usable(gguf: Path, tmp_path: Path) -> None:
     convert(gguf, tmp_path, lambda fraction: None)
     check_folder(tmp_path)
     config = load_config(tmp_path)
-    assert (config.head_dim, config.rms_eps, config.rope_theta, config.tie_word_embeddings) == (DIM, 1e-5, 1e5, True)
+    assert (config.head_dim, config.rms_eps, config.ropes[0].theta, config.tie_word_embeddings) == (
+        DIM,
+        1e-5,
+        1e5,
+        True,
+    )
     assert (config.bos_token_id, config.eos_token_ids) == (1, (2,))
     tokenizer_config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert tokenizer_config["chat_template"] == "{{ messages[0]['content'] }}"
@@ -148,7 +153,7 @@ def test_other_gguf_is_refused(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ConfigError, match="supported for conversion: llama"):
+    with pytest.raises(ConfigError, match="architecture 'gpt2'; supported: llama, "):
         convert(tmp_path / "other.gguf", tmp_path, lambda fraction: None)
 
 

@@ -106,7 +106,7 @@ def test_identity_follows_tensors_and_the_numbers_that_shape_kv(
         return open_weights(folder, config, "float32", tmp_path).identity
 
     first = identity(config)
-    assert identity(replace(config, rope_theta=config.rope_theta * 2)) != first
+    assert identity(replace(config, ropes=(replace(config.ropes[0], theta=5.0),))) != first
     assert identity(replace(config, eos_token_ids=(5,))) == first
     rewrite(folder, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][3, 4].add_(1.0))
     assert identity(config) != first
