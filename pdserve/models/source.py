@@ -67,21 +67,23 @@ def _described(path: Path, cache_dir: Path) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / "lock", timeout=_TIMEOUT_S):
-            if not folder.is_dir():  # another process may have made it meanwhile
-                shutil.rmtree(staging, ignore_errors=True)
-                staging.mkdir()
+            if folder.is_dir():  # another process has made it meanwhile
+                return folder
+            shutil.rmtree(staging, ignore_errors=True)  # a killed process's
+            staging.mkdir()
+            try:
                 describe(path, staging)
                 for made in staging.iterdir():
                     if made.name != WEIGHTS_GGUF:
                         sync(made)
                 staging.rename(folder)
-                sync(folder.parent)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+            sync(folder.parent)
     except Timeout as error:
         raise ConfigError(f"Another process has been reading {path} for {_TIMEOUT_S:.0f} s.") from error
     except OSError as error:
         raise ConfigError(f"What {path} says cannot be kept in {folder.parent}: {error.strerror}.") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
