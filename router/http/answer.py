@@ -15,7 +15,7 @@ from router.text.tokenizer import Tokenizer
 from router.text.tool_calls import ToolCallParser, ToolCallText
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # one a token: freezing it would cost as much as making it
 class Piece:
     """What some tokens add to an answer.
 
