@@ -33,6 +33,7 @@ class Queued:
     queued_s: float  # since when
     due_s: float = 0.0  # latest start that meets its objective, as predicted
     work_s: float = 0.0  # that it will take of a worker, as predicted
+    priority_s: float = 0.0  # by which the client wants it to count as due later
 
 
 Item = TypeVar("Item", bound=Queued)
@@ -95,7 +96,7 @@ class RequestQueue(Generic[Item]):
 
         def rank(item: Item) -> tuple[bool, float]:
             late = item.due_s < now_s
-            return late, (item.queued_s if late else item.due_s) + lead_s[item.tenant]
+            return late, (item.queued_s if late else item.due_s) + item.priority_s + lead_s[item.tenant]
 
         self._items.sort(key=rank)
         if self._due_turns + 1 >= LATE_TURNS:

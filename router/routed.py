@@ -224,6 +224,7 @@ class RoutedGeneration:
                     slo_class=self._wishes.slo.name,
                     queued_s=now_s,
                     request_id=self.request.request_id,
+                    priority_s=self._wishes.priority,
                     slo=self._wishes.slo,
                     received_s=self.timeline.received_s,
                     deadline_s=self.request.deadline_s,

@@ -19,6 +19,7 @@ class Wishes:
     policy: str | None = None  # x-pdserve-policy; None: the router's
     session: str | None = None  # x-pdserve-session
     slo: SloClass = CLASSES[STANDARD]  # x-pdserve-slo: a class, or {"ttft_ms": .., "tpot_ms": ..}
+    priority: int = 0  # seconds by which its turn counts as due later; below 0 earlier. From the request's body
 
     @classmethod
     def from_headers(cls, headers: Mapping[bytes, bytes], label: str = "", *, trusted: bool = False) -> Wishes:

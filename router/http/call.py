@@ -34,6 +34,7 @@ class Call:
         tells_logprobs: with the answer's tokens. Log probabilities may be computed without being told.
         tells_prompt_logprobs: in vLLM's shape, beside the choice.
         echo_only: the answer is the prompt alone.
+        priority: as of `router.wishes.Wishes`.
         writes_special: special tokens stand in the text as they are written.
     """
 
@@ -51,6 +52,7 @@ class Call:
     keeps_stop_string: bool = False
     writes_special: bool = False
     tooling: Tooling | None = None
+    priority: int = 0
 
 
 def completion_call(body: bytes, model: ServedModel, drawn_seed: int) -> Call:
@@ -191,6 +193,7 @@ def _call(
         return_token_ids=bool(request.return_token_ids),
         keeps_stop_string=bool(request.include_stop_str_in_output),
         writes_special=request.skip_special_tokens is False,
+        priority=request.priority or 0,
     )
 
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.types import Receive, Scope, Send
 
@@ -104,6 +104,7 @@ class GenerateEndpoint:
         response_id = self._api.id_prefix + secrets.token_hex(16)
         trusted = service.trust.covers(exchange.client_host, exchange.headers)
         wishes = Wishes.from_headers(exchange.headers, label=exchange.request_id, trusted=trusted)
+        wishes = replace(wishes, priority=call.priority)
         choices = Choices(call, service, response_id, timeline, wishes)
         shape = self._api.shape(response_id, int(service.wall_clock()), service.model.name, call)
         delivery = Delivery(exchange, call, choices, shape, service.model.tokenizer, service.routing)

@@ -34,6 +34,7 @@ from router.http.fields import (
 MAX_MESSAGES = 1024
 MAX_TOOLS = 128
 MAX_N = 8
+MAX_PRIORITY = 100
 _NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 
 
@@ -88,6 +89,7 @@ class Generating(Strict):
     skip_special_tokens: bool | None = None
     prompt_logprobs: TopLogprobs | None = None
     return_token_ids: bool | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: JsonSchema | None = None

@@ -17,7 +17,6 @@ Neutral = Mapping[str, tuple[object, ...]]
 _COMMON: Neutral = {
     # extensions of other servers
     "length_penalty": (1,),
-    "priority": (0,),
     "spaces_between_special_tokens": (True,),
     "use_beam_search": (False,),
 }

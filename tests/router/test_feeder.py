@@ -84,6 +84,21 @@ async def test_a_busy_worker_gets_no_more_than_keeps_it_busy_and_the_rest_by_sla
         assert worker.began == [ids[0], ids[2], ids[4], ids[1], ids[3]]
 
 
+async def test_priority_changes_the_order_of_turns() -> None:
+    worker = mixed()
+    async with StubCluster(worker, limits=PATIENT) as cluster:
+        started = [await fill(cluster, worker)]
+        for number, priority in enumerate((0, 50, -3)):
+            started.append(
+                cluster.start(GREEDY, prompt_tokens=LONG, first_token=1 + number, slo=slo("batch"), priority=priority)
+            )
+            await waiting(cluster, number + 1)
+        worker.open()
+        await asyncio.gather(*(assert_exact(each) for each in started))
+        ids = [each.request.request_id for each in started]
+        assert worker.began == [ids[0], ids[3], ids[1], ids[2]]
+
+
 async def test_what_waited_is_in_the_timeline_in_explain_and_in_the_metrics() -> None:
     worker = mixed()
     async with StubCluster(worker, limits=PATIENT) as cluster:

@@ -37,6 +37,15 @@ def test_the_one_with_the_least_slack_goes_first() -> None:
     assert turns(queue, 0.3, 3) == [interactive, standard, batch]
 
 
+def test_priority_is_seconds_of_slack() -> None:
+    queue: RequestQueue[Queued] = RequestQueue(PLACES)
+    plain, later, sooner = queued(at_s=0.0), queued(at_s=0.0), queued(at_s=0.5)
+    later.priority_s, sooner.priority_s = 1, -1
+    for item in (later, plain, sooner):
+        queue.add(item)
+    assert turns(queue, 0.6, 3) == [sooner, plain, later]
+
+
 def test_batch_that_has_waited_long_is_not_overtaken_any_more() -> None:
     queue: RequestQueue[Queued] = RequestQueue(PLACES)
     batch = queued("batch", 0.0)

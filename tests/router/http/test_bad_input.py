@@ -94,6 +94,8 @@ COMPLETIONS: list[tuple[dict[str, Any], str | None, str | None, str]] = [
     ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", None, "cannot be streamed"),
     ({"prompt_logprobs": 1, "echo": True}, "prompt_logprobs", None, "tells of the prompt too"),
     ({"suffix": "end"}, "suffix", UNSUPPORTED, "not supported"),
+    ({"priority": 101}, "priority", None, "less than or equal to 100"),
+    ({"priority": -101}, "priority", None, "greater than or equal to -100"),
     ({"min_p": 1.1}, "min_p", None, "less than or equal to 1"),
     ({"presence_penalty": 2.1}, "presence_penalty", None, "less than or equal to 2"),
     ({"frequency_penalty": -2.1}, "frequency_penalty", None, "greater than or equal to -2"),
