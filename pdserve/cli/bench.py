@@ -14,6 +14,7 @@ from pdserve.cli.forward import become
 BENCHMARKS = {
     "engine": ("pdserve.bench.engine", "engine step against the bare weight products of the same shape"),
     "sampling": ("pdserve.bench.sampling", "what sampling parameters and grammars add to a decode step"),
+    "speculation": ("pdserve.bench.speculation", "decode with and without prompt look-up"),
     "quantised": ("pdserve.bench.quantised", "what 4-bit weights cost: perplexity of a TEXT file, greedy agreement"),
     "kernels": ("pdserve.bench.kernels", "kernels against torch"),
     "transfer": ("kvstore.transfer.bench", "KV push against memcpy, over shared memory and TCP"),
@@ -34,7 +35,7 @@ def register(app: typer.Typer) -> None:
         """Run a benchmark; what follows NAME goes to it (try --help there)."""
         if name is None:
             for listed, (_, text) in available().items():
-                print(f"{listed:<10} {text}")
+                print(f"{listed:<12} {text}")
             return
         if name not in available():
             print(f"pdserve: no benchmark is named {name}; there are {', '.join(available())}.", file=sys.stderr)
