@@ -71,8 +71,9 @@ proto: $(VENV)/.dev ## generate *_pb2* from the .proto files
 		$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $$source; done
 
 .PHONY: docs
-docs: $(VENV)/.serve ## write METRICS.md, the dashboards and the chart's README from the code
+docs: $(VENV)/.serve ## write METRICS.md, docs/configuration.md, the dashboards and the chart's README from the code
 	@PYTHONPATH=. $(BIN)/python docs/make_metrics.py
+	@PYTHONPATH=. $(BIN)/python docs/make_configuration.py
 	@$(BIN)/python helm/tools/make_dashboards.py
 	@$(BIN)/python helm/tools/make_readme.py
 

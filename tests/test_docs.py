@@ -15,8 +15,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
-def test_metrics_page_is_fresh() -> None:
-    command = [sys.executable, "docs/make_metrics.py", "--check"]
+@pytest.mark.parametrize("script", ["make_metrics.py", "make_configuration.py"])
+def test_generated_page_is_fresh(script: str) -> None:
+    command = [sys.executable, f"docs/{script}", "--check"]
     found = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": "."}, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
 
