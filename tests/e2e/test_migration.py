@@ -103,9 +103,9 @@ def busy(stack: Stack, role: str, state: str) -> WorkerProcess:
 
 @in_both
 def test_prefill_killed_with_requests_queued(stack: Stack, client: ApiClient, undisturbed: Ask, encode: Encode) -> None:
-    # A long prompt occupies each prefill worker, and a short one waits behind it.
+    # Long prompts occupy the prefill workers, and short ones wait for their turn.
     workers = len(stack.with_role("prefill"))
-    lengths = [800] * workers + [50] * workers
+    lengths = [800] * workers + [50] * 4 * workers
     bodies = [{"prompt": passage_tokens(encode, 500 + n, length)} for n, length in enumerate(lengths)]
     expected = [undisturbed(body) for body in bodies]
     long = Background(client, bodies[:workers])
@@ -113,14 +113,8 @@ def test_prefill_killed_with_requests_queued(stack: Stack, client: ApiClient, un
         lambda: all(worker.blocks("held") for worker in stack.with_role("prefill")), BOUND_S, lambda: "one is not busy"
     )
     short = Background(client, bodies[workers:])
-    queued: list[WorkerProcess] = []
-
-    def look() -> bool:
-        queued[:] = [w for w in stack.with_role("prefill") if w.metric("pdserve_sequences", state="waiting")]
-        return bool(queued)
-
-    wait_for(look, BOUND_S, lambda: "nothing is queued")
-    queued[0].kill()
+    wait_for(lambda: stack.queued() > 0, BOUND_S, lambda: "nothing is queued")
+    stack.with_role("prefill")[0].kill()
     assert long.texts() + short.texts() == expected
 
 

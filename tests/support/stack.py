@@ -187,6 +187,10 @@ class Stack:
         """The router's count of one kind of retry."""
         return metric(f"{self.url}/metrics", "pdserve_router_events_total", event=event)
 
+    def queued(self) -> float:
+        """Requests that wait in the router for their turn."""
+        return metric(f"{self.url}/metrics", "pdserve_queue_requests")
+
     def log(self, name: str) -> str:
         return (self.log_dir / f"{name}.log").read_text(errors="replace")[-4000:]
 
