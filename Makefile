@@ -26,6 +26,9 @@ define need
 	fi
 endef
 
+# Status 5 is that PYTEST="-k ..." chose none of these.
+pytest = $(BIN)/pytest -q $(1) $(PYTEST) || [ $$? = 5 ]
+
 .PHONY: help
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -38,7 +41,9 @@ serve: $(VENV)/.serve ## install what is missing, then serve the default model o
 test: lint types helm-tools ## every check: lint, types, tests (PYTEST="-k pool" adds options)
 	@$(call need,command -v c++ >/dev/null,g++,The tests of the native kernels need a C++ compiler,exit 1)
 	@$(call need,command -v chromium >/dev/null,chromium,The tests of the console need a browser,true)
-	@$(BIN)/pytest -q $(PYTEST)
+	@# End-to-end tests have the machine to themselves; the others share its cores, file by file.
+	@$(call pytest,-n 2 --dist loadfile --ignore tests/e2e)
+	@$(call pytest,tests/e2e)
 
 .PHONY: lint
 lint: $(VENV)/.dev ## ruff: rules and format
