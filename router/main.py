@@ -15,7 +15,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,8 @@ def listen(host: str, port: int) -> socket.socket:
 async def run(config: RouterConfig) -> None:
     """Serve until a signal. Raises ConfigError."""
     with listen(config.host, config.port) as listening:
-        router = Router(config, load_model(resolve_model(config.model, cache_folder())))
+        config = replace(config, model=resolve_model(config.model, cache_folder()))
+        router = Router(config, load_model(config.model))
         server = _Server(
             uvicorn.Config(
                 router.app,

@@ -20,7 +20,7 @@ from pdserve.errors import InvalidRequest, ModelNotFound, ServeError
 from pdserve.protocol.codec import MAX_GRAMMAR_BYTES, MAX_LOGIT_BIAS, MAX_LOGPROBS
 from router.http.call import MAX_CHOICES
 from router.http.console import console_routes
-from router.http.conversation import has_tools
+from router.http.conversation import tool_format_of
 from router.http.errors import HeadersTooLarge, as_serve_error, error_headers, error_payload
 from router.http.exchange import REQUEST_ID_KEY
 from router.http.fields import MAX_PROMPTS, MAX_STOP_STRINGS
@@ -102,7 +102,7 @@ def _model_routes(model: ServedModel) -> list[Route]:
         "capabilities": {
             "completions": True,
             "chat": model.chat_template is not None,
-            "tools": model.chat_template is not None and has_tools(model.chat_template),
+            "tools": model.chat_template is not None and tool_format_of(model.chat_template) is not None,
             "structured_outputs": True,
             "logprobs": True,
         },

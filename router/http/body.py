@@ -27,13 +27,15 @@ def decode_body(body: bytes) -> dict[str, Any]:
         raise _too_deep() from error
     if not isinstance(value, dict):
         raise InvalidRequest("The request body must be a JSON object.")
-    _check_depth(value)
+    if deeper_than(value, MAX_JSON_DEPTH):
+        raise _too_deep()
     return value
 
 
-def _check_depth(value: dict[str, Any]) -> None:
+def deeper_than(value: dict[str, Any], levels: int) -> bool:
+    """Whether objects and arrays are nested in more than so many levels, `value` itself counted."""
     level: list[Any] = [value]
-    for _ in range(MAX_JSON_DEPTH):
+    for _ in range(levels):
         level = [
             child
             for node in level
@@ -41,8 +43,8 @@ def _check_depth(value: dict[str, Any]) -> None:
             if isinstance(child, dict | list)
         ]
         if not level:
-            return
-    raise _too_deep()
+            return False
+    return True
 
 
 def _too_deep() -> InvalidRequest:

@@ -118,7 +118,6 @@ def chat_call(body: bytes, model: ServedModel, drawn_seed: int) -> Call:
     return replace(
         call,
         sampling=replace(call.sampling, logprobs=logprobs),
-        best_of=call.n,
         tells_logprobs=bool(request.logprobs),
         tooling=tooling,
     )
@@ -181,14 +180,15 @@ def _call(
     check_token_ids([token_id for token_id, _ in logit_bias], model, "logit_bias")
     if request.prompt_logprobs is not None and request.stream:
         raise InvalidRequest("'prompt_logprobs' cannot be streamed.", param="prompt_logprobs")
-    options = request.stream_options
+    options, n = request.stream_options, request.n or 1
     return Call(
         prompts=prompts,
         sampling=_sampling(request, max_tokens, (*_eos(request, model), *stop_token_ids), drawn_seed),
         stop_strings=request.stop or (),
         stream=bool(request.stream),
         include_usage=bool(options is not None and options.include_usage),
-        n=request.n or 1,
+        n=n,
+        best_of=n,
         tells_prompt_logprobs=request.prompt_logprobs is not None,
         return_token_ids=bool(request.return_token_ids),
         keeps_stop_string=bool(request.include_stop_str_in_output),

@@ -24,9 +24,9 @@ class Tooling:
     grammar: Grammar | None
 
 
-def has_tools(template: ChatTemplate) -> bool:
-    """The model was taught to call tools, in a format that is known here."""
-    return template.takes_tools and find_format(template.source) is not None
+def tool_format_of(template: ChatTemplate) -> ToolFormat | None:
+    """How the model was taught to call tools; None if it was not, or in a format that is not known here."""
+    return find_format(template.source) if template.takes_tools else None
 
 
 def tooling_of(request: ChatRequest, model: ServedModel) -> Tooling | None:
@@ -39,7 +39,7 @@ def tooling_of(request: ChatRequest, model: ServedModel) -> Tooling | None:
     if choice == "none":
         return None
     assert model.chat_template is not None
-    tool_format = find_format(model.chat_template.source) if model.chat_template.takes_tools else None
+    tool_format = tool_format_of(model.chat_template)
     if tool_format is None:
         raise InvalidRequest(
             f"The model '{model.name}' was not taught to call tools: its chat template has no format for them.",

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from pdserve.protocol.codec import MAX_GRAMMAR_BYTES, MAX_LOGIT_BIAS, MAX_LOGPROBS
+from router.http.body import deeper_than
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_BYTES = 256
@@ -88,15 +89,7 @@ def _schema(value: Any) -> str:
     """A JSON schema as text."""
     if not isinstance(value, dict):
         raise PydanticCustomError("schema", "must be a JSON schema: an object")
-    level: list[Any] = [value]
-    for _ in range(MAX_SCHEMA_DEPTH):
-        level = [
-            child
-            for node in level
-            for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, dict | list)
-        ]
-    if level:
+    if deeper_than(value, MAX_SCHEMA_DEPTH):
         raise PydanticCustomError("schema", f"must not be nested deeper than {MAX_SCHEMA_DEPTH} levels")
     return _grammar(json.dumps(value, separators=(",", ":")))
 

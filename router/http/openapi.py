@@ -100,7 +100,7 @@ def _operation(summary: str, path: str, bodies: list[type[BaseModel]] | None, *,
             **{status: {"description": text, **error} for status, text in _ANSWERS.items()},
         },
     }
-    if path == "/readyz" or path == "/health":
+    if path in ("/readyz", "/health"):
         operation["responses"]["503"] = {"description": "Not ready", "content": content}
     names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
     if names:

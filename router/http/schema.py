@@ -65,7 +65,7 @@ class StructuredOutputs(Strict):
     json_schema: Annotated[JsonSchema | None, Field(alias="json")] = None
     regex: GrammarText | None = None
     choice: GuidedChoices | None = None
-    grammar: GrammarText | None = None  # Lark as llguidance reads it, or GBNF
+    grammar: GrammarText | None = None  # Lark as llguidance reads it
 
 
 class Generating(Strict):

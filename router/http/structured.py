@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from pdserve.errors import InvalidRequest
-from pdserve.request import Grammar
+from pdserve.request import Grammar, GrammarKind
 from router.http.schema import ChatRequest, CompletionRequest, ResponseFormat, StructuredOutputs
 
 _ANY_OBJECT = '{"type":"object"}'
@@ -14,12 +14,19 @@ _ANY_OBJECT = '{"type":"object"}'
 def requested_grammar(request: CompletionRequest | ChatRequest) -> Grammar | None:
     """Raises InvalidRequest when more than one is asked for."""
     outputs = request.structured_outputs or StructuredOutputs()
+    texts: tuple[tuple[str, GrammarKind, str | None], ...] = (
+        ("json", "json_schema", outputs.json_schema),
+        ("guided_json", "json_schema", request.guided_json),
+        ("regex", "regex", outputs.regex),
+        ("guided_regex", "regex", request.guided_regex),
+        ("choice", "lark", _one_of(outputs.choice)),
+        ("guided_choice", "lark", _one_of(request.guided_choice)),
+        ("grammar", "lark", outputs.grammar),
+        ("guided_grammar", "lark", request.guided_grammar),
+    )
     asked = [
         ("response_format", _of_format(request.response_format)),
-        *((name, _json(text)) for name, text in (("json", outputs.json_schema), ("guided_json", request.guided_json))),
-        *((name, _regex(text)) for name, text in (("regex", outputs.regex), ("guided_regex", request.guided_regex))),
-        *((name, _choice(all)) for name, all in (("choice", outputs.choice), ("guided_choice", request.guided_choice))),
-        *((name, _lark(text)) for name, text in (("grammar", outputs.grammar), ("grammar", request.guided_grammar))),
+        *((name, Grammar(kind, text)) for name, kind, text in texts if text is not None),
     ]
     given = [(name, grammar) for name, grammar in asked if grammar is not None]
     if len(given) > 1:
@@ -37,17 +44,6 @@ def _of_format(response_format: ResponseFormat | None) -> Grammar | None:
     return Grammar("json_schema", response_format.json_schema.json_schema)
 
 
-def _json(schema: str | None) -> Grammar | None:
-    return None if schema is None else Grammar("json_schema", schema)
-
-
-def _regex(regex: str | None) -> Grammar | None:
-    return None if regex is None else Grammar("regex", regex)
-
-
-def _choice(choices: tuple[str, ...] | None) -> Grammar | None:
-    return None if choices is None else Grammar("lark", f"start: {' | '.join(map(json.dumps, choices))}")
-
-
-def _lark(text: str | None) -> Grammar | None:
-    return None if text is None else Grammar("lark", text)
+def _one_of(choices: tuple[str, ...] | None) -> str | None:
+    """As Lark, whose strings are written as JSON's are."""
+    return None if choices is None else f"start: {' | '.join(map(json.dumps, choices))}"
