@@ -8,7 +8,6 @@ noisy.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from array import array
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from kvstore.keys import root_key
+from pdserve.bench.result import tell
 from pdserve.engine.engine import Engine
 from pdserve.engine.sequence import Sequence
 from pdserve.kernels.base import Int4Weight, Weight
@@ -139,10 +139,7 @@ def main() -> None:
     for batch in (1, 8, 16):
         result[f"decode_batch_{batch}"] = decode(engine, weights, batch, args.rounds)
     result["prefill_512"] = prefill(engine, weights, 512, args.rounds)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    tell(result, args.json)
 
 
 if __name__ == "__main__":

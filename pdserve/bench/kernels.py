@@ -8,7 +8,6 @@ cache that a real step would not find them in.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pdserve.bench.result import tell
 from pdserve.kernels import choose
 from pdserve.kernels.base import Batch, Kernels
 from pdserve.kernels.reference import ReferenceKernels
@@ -198,10 +198,7 @@ def main() -> None:
             },
             "step": compare_steps(kernels, args.rounds),
         }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    tell(result, args.json)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ Whole engine steps, greedy and with everything on, in turn; medians of CPU time 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
 
 from pdserve.bench.engine import CONTEXT, add, step
+from pdserve.bench.result import tell
 from pdserve.engine.engine import Engine
 from pdserve.engine.grammar import TokenGrammar
 from pdserve.grammars import Grammars
@@ -93,10 +93,7 @@ def main() -> None:
         "step_ms": {name: round(value, 2) for name, value in medians.items()},
         "of_greedy": {name: round(value / medians["greedy"], 3) for name, value in medians.items()},
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    tell(result, args.json)
 
 
 if __name__ == "__main__":

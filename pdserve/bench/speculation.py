@@ -5,7 +5,6 @@ one that does not. Whole engine steps of one sequence, greedy, in turn; CPU time
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from array import array
@@ -14,6 +13,7 @@ from pathlib import Path
 import tokenizers
 
 from kvstore.keys import root_key
+from pdserve.bench.result import tell
 from pdserve.engine.engine import Engine
 from pdserve.engine.sequence import Sequence
 from pdserve.launch.folders import cache_folder
@@ -107,10 +107,7 @@ def main() -> None:
             # bf16 rounds a batch of rows otherwise than one row: a near tie may fall the other way.
             "same_tokens": outputs[0] == outputs[1],
         }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    tell(result, args.json)
 
 
 if __name__ == "__main__":

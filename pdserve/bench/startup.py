@@ -16,6 +16,7 @@ import urllib.request
 from pathlib import Path
 
 from pdserve.bench.deployment import TOPOLOGIES, Deployment, deployed
+from pdserve.bench.result import tell
 
 _PROMPT_TOKENS, _OUTPUT_TOKENS = 512, 8
 
@@ -75,10 +76,7 @@ def main() -> None:
             complete_one(server)
             processes = {"supervisor": server.pid, **descendants(server.pid)}
             memory = {name: memory_mib(pid) for name, pid in processes.items()}
-    text = json.dumps({"cold": args.cold, "ready_s": round(ready_s, 1), "memory": memory}, indent=1)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    tell({"cold": args.cold, "ready_s": round(ready_s, 1), "memory": memory}, args.json)
 
 
 if __name__ == "__main__":

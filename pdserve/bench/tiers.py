@@ -32,6 +32,7 @@ from kvstore.store import store_pb2 as pb
 from kvstore.store.config import operator_socket
 from kvstore.store.store_pb2_grpc import StoreOperatorStub
 from kvstore.store.tier import Tier
+from pdserve.bench.result import tell
 from pdserve.launch.announce import Progress, await_ready
 from pdserve.launch.child import Child, Command
 from pdserve.launch.folders import cache_folder
@@ -192,10 +193,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    text = json.dumps(asyncio.run(_main(args.tokens, args.rounds)), indent=2)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n")
+    tell(asyncio.run(_main(args.tokens, args.rounds)), args.json)
 
 
 if __name__ == "__main__":
