@@ -2,6 +2,7 @@
 
 ServeError               status  type                    code
 ├── InvalidRequest       400     invalid_request_error   names the field in `param`
+├── Unauthorized         401     invalid_request_error   invalid_api_key
 ├── ModelNotFound        404     invalid_request_error   model_not_found
 ├── PayloadTooLarge      413     invalid_request_error   payload_too_large
 ├── Forbidden            403     permission_error        forbidden
@@ -47,6 +48,12 @@ class PayloadTooLarge(ServeError):
     status = 413
     type = "invalid_request_error"
     code = "payload_too_large"
+
+
+class Unauthorized(ServeError):
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
 
 
 class Forbidden(ServeError):

@@ -85,3 +85,4 @@ class Request:
     sampling: SamplingParams
     root_key: BlockKey
     deadline_s: float
+    tenant: str = ""  # whose quota in the store its blocks count against; "" has none

@@ -41,6 +41,13 @@ def main(
             help="The admin key is in it; without one, callers on this machine are trusted.",
         ),
     ] = None,
+    tenants_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="PDSERVE_TENANTS_FILE",
+            help="Tenants, their API keys and limits (`pdserve key`); without one everybody is let in.",
+        ),
+    ] = None,
     decision_log: Annotated[Path | None, typer.Option(help="Append each decision's record to this file.")] = None,
     vllm_names: Annotated[bool, typer.Option(help="Export metrics under the names of vLLM too.")] = True,
 ) -> None:
@@ -58,6 +65,7 @@ def main(
             drain_s=drain_s,
             admission=admission,
             admin_key_file=admin_key_file,
+            tenants_file=tenants_file,
             decision_log=decision_log,
             vllm_names=vllm_names,
         )

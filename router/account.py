@@ -22,7 +22,7 @@ class Account:
         self._open: dict[str, Record] = {}  # bounded by the requests that are active
 
     def open(self, request: Request, wishes: Wishes) -> Record:
-        record = Record(request.request_id, wishes.label, len(request.prompt_token_ids), wishes.slo)
+        record = Record(request.request_id, wishes.label, len(request.prompt_token_ids), wishes.slo, wishes.tenant)
         self._open[request.request_id] = record
         return self.records.open(record)
 

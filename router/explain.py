@@ -18,12 +18,12 @@ class Explainer:
         self._fleet = fleet
         self._dispatcher = dispatcher
 
-    def explain(self, request_id: str) -> dict[str, Any] | None:
+    def explain(self, request_id: str, tenant: str | None = None) -> dict[str, Any] | None:
         record = self._dispatcher.account.records.find(request_id)
-        return record.describe() if record is not None else None
+        return record.describe() if record is not None and tenant in (None, record.tenant) else None
 
-    def recent(self, limit: int) -> list[dict[str, Any]]:
-        return [record.describe() for record in self._dispatcher.account.records.recent(limit)]
+    def recent(self, limit: int, tenant: str | None = None) -> list[dict[str, Any]]:
+        return [record.describe() for record in self._dispatcher.account.records.recent(limit, tenant)]
 
     def decision_header(self, request_id: str) -> str | None:
         record = self._dispatcher.account.records.find(request_id)

@@ -298,9 +298,9 @@ class Fleet:
         longest = max(contexts, default=self._facts.max_model_len)
         return replace(self._facts, max_model_len=longest)
 
-    def root_key(self) -> BlockKey:
+    def root_key(self, salt: bytes) -> BlockKey:
         """What the first blocks of all requests chain from. Raises Overloaded before any worker connected."""
-        return root_key(self.facts().fingerprint)
+        return root_key(self.facts().fingerprint, salt)
 
     @property
     def ready(self) -> bool:

@@ -29,6 +29,7 @@ from pdserve.errors import ConfigError, Overloaded
 from pdserve.launch.folders import cache_folder
 from pdserve.models.config import load_config
 from pdserve.models.source import resolve_model
+from pdserve.tenants import TenantsFile
 from pdserve.vllm_names import VllmNames
 from router.account_metrics import AccountCollector
 from router.admission import Mode
@@ -38,6 +39,7 @@ from router.explain import Explainer
 from router.fleet import Fleet
 from router.fleet_metrics import FleetCollector
 from router.grammar_check import GrammarCheck
+from router.http.access import Access
 from router.http.app import make_app
 from router.http.service import ServedModel, Service
 from router.http.trust import Trust
@@ -45,6 +47,7 @@ from router.limits import RouterLimits
 from router.metrics import RouterMetrics
 from router.policy import POLICIES
 from router.records import Records
+from router.slo import check_slo
 from router.text.chat_template import ChatTemplate
 from router.text.tokenizer import Tokenizer
 
@@ -68,7 +71,8 @@ class RouterConfig:
     policy: str
     drain_s: float
     admission: str = Mode.SHADOW.value
-    admin_key_file: Path | None = None  # what is in it lets a caller choose the policy
+    admin_key_file: Path | None = None  # whoever has what is in it is an operator
+    tenants_file: Path | None = None  # as `pdserve.tenants` has it; None lets everybody in
     decision_log: Path | None = None  # one JSON line a request is appended
     vllm_names: bool = True  # metrics under the names of vLLM too
 
@@ -123,6 +127,12 @@ def _trust(key_file: Path | None) -> Trust:
     return Trust(key)
 
 
+def _access(config: RouterConfig) -> Access:
+    """Raises ConfigError."""
+    tenants = TenantsFile(config.tenants_file, check_slo) if config.tenants_file is not None else None
+    return Access(_trust(config.admin_key_file), tenants)
+
+
 class Router:
     """Everything of one router process but its sockets and signals. `start` and `close` run in the event loop."""
 
@@ -151,7 +161,7 @@ class Router:
                 topology=self._topology,
                 check_grammar=self._grammars.check,
                 routing=Explainer(self.fleet, self.dispatcher),
-                trust=_trust(config.admin_key_file),
+                access=_access(config),
             )
         )
         self._draining = False
@@ -175,10 +185,10 @@ class Router:
         await self._grammars.close()
         self._records.close()
 
-    def _root_key(self) -> BlockKey:
+    def _root_key(self, salt: bytes) -> BlockKey:
         if self._draining:
             raise Overloaded("The server is ending.")
-        return self.fleet.root_key()
+        return self.fleet.root_key(salt)
 
     def _topology(self) -> dict[str, Any]:
         topology = self.fleet.topology()

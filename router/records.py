@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from pdserve.timeline import Timeline
 from router.admission import Verdict
+from router.caller import ANYBODY
 from router.policy import Considered, Decision, Phase
 from router.slo import SloClass
 
@@ -30,6 +31,7 @@ class Record:
     label: str
     prompt_tokens: int
     slo: SloClass
+    tenant: str = ANYBODY.turns
     wall_s: float = field(default_factory=time.time)
     decisions: list[Decision] = field(default_factory=list)
     end: str | None = None  # finish reason or error; None while it runs
@@ -86,6 +88,7 @@ class Record:
         return {
             "request_id": self.request_id,
             "client_id": self.label,
+            "tenant": self.tenant,
             "received_unix_s": round(self.wall_s, 3),
             "prompt_tokens": self.prompt_tokens,
             "slo": asdict(self.slo),
@@ -174,9 +177,10 @@ class Records:
     def find(self, request_id: str) -> Record | None:
         return self._by_id.get(request_id) or self._by_label.get(request_id)
 
-    def recent(self, limit: int) -> list[Record]:
-        """The last ones, newest first."""
-        return list(islice(reversed(self._by_id.values()), limit))
+    def recent(self, limit: int, tenant: str | None = None) -> list[Record]:
+        """The last ones, of one tenant or of all, newest first."""
+        theirs = (each for each in reversed(self._by_id.values()) if tenant in (None, each.tenant))
+        return list(islice(theirs, limit))
 
     def closed(self, record: Record) -> None:
         """It is finished: one line for the log."""

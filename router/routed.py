@@ -323,6 +323,7 @@ class RoutedGeneration:
             output_token_ids=self._order.token_ids[: attempt.resumed_tokens],
             sampling=sampling_to_proto(self.request.sampling),
             root_key=self.request.root_key,
+            tenant=self.request.tenant,
             disaggregated=attempt.disaggregated,
             remaining_s=max(0.0, self.request.deadline_s - time.monotonic()),
         )

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pdserve.errors import InvalidRequest
+from pdserve.errors import ConfigError, InvalidRequest
 from pdserve.slo import Slo
 from pdserve.timeline import Timeline
 
@@ -57,6 +57,14 @@ def parse_slo(text: str) -> SloClass:
         names = ", ".join(CLASSES)
         raise InvalidRequest(f'x-pdserve-slo is one of {names}, or {{"ttft_ms": 500, "tpot_ms": 50}}.')
     return SloClass(CUSTOM, ttft_s, tpot_s)
+
+
+def check_slo(text: str) -> None:
+    """Raises ConfigError for a tenant's class that does not exist; "" is the default."""
+    try:
+        parse_slo(text or STANDARD)
+    except InvalidRequest as error:
+        raise ConfigError(f"slo: '{text[:64]}' is none of {', '.join(CLASSES)}, nor an object of objectives") from error
 
 
 def first_miss(slo: SloClass, timeline: Timeline) -> str | None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 
 from pdserve.errors import Forbidden, InvalidRequest
+from router.caller import ANYBODY, Caller
 from router.policy import POLICIES
 from router.slo import CLASSES, STANDARD, SloClass, parse_slo
 
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    tenant: str = "default"  # whom its turns are counted for; made from the API key that it came with
+    tenant: str = ANYBODY.turns  # whom its turns are counted for
     label: str = ""  # the client's own id of the request; finds its record too
     target: str | None = None  # x-pdserve-worker
     policy: str | None = None  # x-pdserve-policy; None: the router's
@@ -22,33 +22,26 @@ class Wishes:
     priority: int = 0  # seconds by which its turn counts as due later; below 0 earlier. From the request's body
 
     @classmethod
-    def from_headers(cls, headers: Mapping[bytes, bytes], label: str = "", *, trusted: bool = False) -> Wishes:
-        """`trusted`: may choose the policy.
-
+    def from_headers(cls, headers: Mapping[bytes, bytes], caller: Caller, label: str = "") -> Wishes:
+        """
         Raises:
-            Forbidden: it may not, and wants to.
+            Forbidden: for a policy, which only operators choose.
             InvalidRequest: for a policy or a class that does not exist.
         """
         policy = _text(headers, b"x-pdserve-policy")
-        if policy is not None and not trusted:
+        if policy is not None and not caller.operator:
             raise Forbidden("x-pdserve-policy is for operators: it needs the admin key, or a caller on this machine.")
         if policy is not None and policy not in POLICIES:
             raise InvalidRequest(f"No policy is named '{policy[:64]}'; there are {', '.join(POLICIES)}.")
-        slo = _text(headers, b"x-pdserve-slo")
+        slo = _text(headers, b"x-pdserve-slo") or caller.tenant.slo
         return cls(
-            tenant=_tenant(headers),
+            tenant=caller.turns,
             label=label,
             target=_text(headers, b"x-pdserve-worker"),
             policy=policy,
             session=_text(headers, b"x-pdserve-session"),
-            slo=parse_slo(slo) if slo is not None else CLASSES[STANDARD],
+            slo=parse_slo(slo) if slo else CLASSES[STANDARD],
         )
-
-
-def _tenant(headers: Mapping[bytes, bytes]) -> str:
-    """Keys are not checked and never kept: what names the tenant is a digest."""
-    key = headers.get(b"authorization")
-    return blake2b(key, digest_size=8).hexdigest() if key else "default"
 
 
 def _text(headers: Mapping[bytes, bytes], name: bytes) -> str | None:

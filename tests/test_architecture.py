@@ -33,6 +33,7 @@ LIGHT = {
     "pdserve.protocol.worker_pb2_grpc",
     "pdserve.request",
     "pdserve.slo",
+    "pdserve.tenants",
     "pdserve.timeline",
     "pdserve.trace",
     "pdserve.vllm_names",

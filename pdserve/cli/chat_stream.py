@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pdserve.launch.http_front import connect
+from pdserve.launch.http_front import connect, credentials
 
 # Longer than the server's own limits on a first token and on a stall, so that its error arrives.
 TIMEOUT_S = 60.0
@@ -53,7 +53,9 @@ def stream_answer(url: str, body: dict[str, Any], stats: AnswerStats) -> Generat
     connection = connect(url, TIMEOUT_S)
     payload = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}})
     try:
-        connection.request("POST", "/v1/chat/completions", payload, {"Content-Type": "application/json"})
+        connection.request(
+            "POST", "/v1/chat/completions", payload, {"Content-Type": "application/json", **credentials()}
+        )
         response = connection.getresponse()
         if response.status != 200:
             raise ChatFailed(_refusal(response.status, response.read(MAX_LINE_BYTES)))

@@ -45,6 +45,7 @@ class Committed:
     root: BlockKey
     chain: Seq[BlockKey]  # of the sequence's full blocks, the later ones too
     index: int
+    tenant: str = ""
 
     @property
     def key(self) -> BlockKey:
@@ -268,6 +269,6 @@ class Scheduler:
             for i in range(sequence.num_committed, full):
                 ref = self._pool.commit(sequence.name, sequence.blocks[i], keys[i])
                 if ref == sequence.blocks[i]:  # else another sequence was first
-                    self._committed.append(Committed(sequence.root_key, keys, i))
+                    self._committed.append(Committed(sequence.root_key, keys, i, sequence.tenant))
                 sequence.replace_block(i, ref)
             sequence.num_committed = full

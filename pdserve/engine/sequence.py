@@ -64,6 +64,7 @@ class Sequence:
     root_key: BlockKey
     block_size: int
     arrived_s: float
+    tenant: str = ""  # whose quota in the store its blocks count against
     prefill_only: bool = False  # ends after the next token, whose KV another worker will compute
     status: Status = Status.NEW
     num_computed: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import http.client
 import json
+import os
 import shlex
 import socket
 from typing import Any
@@ -61,6 +62,12 @@ def connect(url: str, timeout_s: float) -> http.client.HTTPConnection:
     return kinds[parts.scheme](host, port, timeout=timeout_s)
 
 
+def credentials() -> dict[str, str]:
+    """The header with the API key that the environment names; nothing where it names none."""
+    key = os.environ.get("PDSERVE_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 def get_json(url: str, path: str, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
     """The JSON that `GET path` answers with 200.
 
@@ -70,13 +77,15 @@ def get_json(url: str, path: str, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
     """
     connection = connect(url, timeout_s)
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers=credentials())
         response = connection.getresponse()
         body = response.read(MAX_ANSWER_BYTES + 1)
     except http.client.HTTPException as error:
         raise OSError(f"no valid HTTP answer: {type(error).__name__}") from error
     finally:
         connection.close()
+    if response.status in (401, 403):
+        raise ValueError(f"it wants another key in PDSERVE_API_KEY (status {response.status})")
     if response.status != 200:
         raise ValueError(f"it answered with status {response.status}")
     if len(body) > MAX_ANSWER_BYTES:

@@ -8,6 +8,7 @@ from kvstore.keys import KEY_BYTES
 from pdserve.errors import InvalidRequest
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.request import MAX_SEED, FinishReason, Grammar, GrammarKind, SamplingParams, TokenLogprobs
+from pdserve.tenants import MAX_NAME_BYTES
 
 MAX_LOGPROBS = 20  # alternatives a token
 MAX_LOGIT_BIAS = 1024  # tokens
@@ -141,5 +142,7 @@ def check_submit(message: pb.Submit, *, vocab_size: int, max_model_len: int) -> 
         raise InvalidRequest(f"token ids must lie below {vocab_size}", param="prompt")
     if len(message.root_key) != KEY_BYTES:
         raise InvalidRequest("root_key must have 16 bytes", param="root_key")
+    if len(message.tenant.encode()) > MAX_NAME_BYTES:
+        raise InvalidRequest(f"a tenant's name has at most {MAX_NAME_BYTES} bytes", param="tenant")
     if not (math.isfinite(message.remaining_s) and message.remaining_s > 0):
         raise InvalidRequest("the request came after its deadline", param="remaining_s")

@@ -108,6 +108,7 @@ class RequestTable:
             num_prompt_tokens=len(submit.prompt_token_ids),
             sampling=sampling,
             root_key=BlockKey(submit.root_key),
+            tenant=submit.tenant,
             block_size=self._block_size,
             arrived_s=now_s,
             prefill_only=prefill_only,

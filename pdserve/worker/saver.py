@@ -68,7 +68,7 @@ class Saver:
             await self._filled.wait()
             if self._stopping:
                 return
-            batch = [self._backlog.popleft() for _ in range(min(self._batch, len(self._backlog)))]
+            batch = self._next_batch()
             if not self._backlog:
                 self._filled.clear()
             self._metrics.save_backlog.set(len(self._backlog))
@@ -85,8 +85,15 @@ class Saver:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
+    def _next_batch(self) -> list[Committed]:
+        """The oldest blocks, as far as they are of one tenant."""
+        batch: list[Committed] = []
+        while self._backlog and len(batch) < self._batch and (not batch or self._backlog[0].tenant == batch[0].tenant):
+            batch.append(self._backlog.popleft())
+        return batch
+
     async def _save(self, batch: Sequence[Committed]) -> None:
-        begun = await self._client.begin_save([(block.key, block.parent) for block in batch])
+        begun = await self._client.begin_save([(block.key, block.parent) for block in batch], batch[0].tenant)
         wanted = [(block, slot) for block, slot in zip(batch, begun, strict=True) if slot is not None]
         if not wanted:
             return

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pdserve import __version__
 from pdserve.errors import InvalidRequest, ModelNotFound, ServeError
 from pdserve.protocol.codec import MAX_GRAMMAR_BYTES, MAX_LOGIT_BIAS, MAX_LOGPROBS
+from router.http.access import CALLER_KEY, AccessControl
 from router.http.call import MAX_CHOICES
 from router.http.console import console_routes
 from router.http.conversation import tool_format_of
@@ -30,6 +31,7 @@ from router.http.routing import routing_routes
 from router.http.schema import MAX_MESSAGES, MAX_N
 from router.http.service import HttpLimits, ServedModel, Service
 from router.http.tokens import DetokenizeEndpoint, TokenizeEndpoint
+from router.meter import Meters
 
 _REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}")
 
@@ -41,11 +43,11 @@ def make_app(service: Service) -> ASGIApp:
     can take requests), /workers (the fleet), /metrics (all in the registry of `service.metrics`); / (the console)
     and /console/{name}; and the endpoints about choices, `router.http.routing`.
     """
-    in_flight = InFlight(service.limits.in_flight, service.metrics)
+    in_flight, meters = InFlight(service.limits.in_flight, service.metrics), Meters()
     routes = [
-        Route("/v1/completions", GenerateEndpoint(COMPLETIONS, service, in_flight), methods=["POST"]),
-        Route("/v1/chat/completions", GenerateEndpoint(CHAT, service, in_flight), methods=["POST"]),
-        Route("/v1/responses", GenerateEndpoint(RESPONSES, service, in_flight), methods=["POST"]),
+        Route("/v1/completions", GenerateEndpoint(COMPLETIONS, service, in_flight, meters), methods=["POST"]),
+        Route("/v1/chat/completions", GenerateEndpoint(CHAT, service, in_flight, meters), methods=["POST"]),
+        Route("/v1/responses", GenerateEndpoint(RESPONSES, service, in_flight, meters), methods=["POST"]),
         Route("/tokenize", TokenizeEndpoint(service), methods=["POST"]),
         Route("/detokenize", DetokenizeEndpoint(service), methods=["POST"]),
         *_model_routes(service.model),
@@ -58,7 +60,10 @@ def make_app(service: Service) -> ASGIApp:
         routes=routes,
         exception_handlers={ServeError: _on_error, HTTPException: _on_http_exception, Exception: _on_error},
     )
-    return RequestIds(app, service.limits)  # outside Starlette's own handling of errors, so that a 500 has an id too
+    guarded = AccessControl(app, service.access, _error_response)
+    return RequestIds(
+        guarded, service.limits
+    )  # outside Starlette's own handling of errors, so that a 500 has an id too
 
 
 class RequestIds:
@@ -139,7 +144,8 @@ def _operator_routes(service: Service) -> list[Route]:
         topology = service.topology()
         if topology["ready"]:
             return JSONResponse({"status": "ready"})
-        return JSONResponse({"status": "not ready", **topology}, status_code=503, headers={"retry-after": "1"})
+        why = topology if service.access.shows_fleet(request.scope[CALLER_KEY]) else {}
+        return JSONResponse({"status": "not ready", **why}, status_code=503, headers={"retry-after": "1"})
 
     async def version(request: Request) -> Response:
         return JSONResponse({"version": __version__})

@@ -35,6 +35,7 @@ class Call:
         tells_prompt_logprobs: in vLLM's shape, beside the choice.
         echo_only: the answer is the prompt alone.
         priority: as of `router.wishes.Wishes`.
+        cache_salt: cached blocks are shared with requests of the same tenant and salt only.
         writes_special: special tokens stand in the text as they are written.
     """
 
@@ -53,6 +54,11 @@ class Call:
     writes_special: bool = False
     tooling: Tooling | None = None
     priority: int = 0
+    cache_salt: str | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum([len(prompt.token_ids) for prompt in self.prompts])
 
 
 def completion_call(body: bytes, model: ServedModel, drawn_seed: int) -> Call:
@@ -194,6 +200,7 @@ def _call(
         keeps_stop_string=bool(request.include_stop_str_in_output),
         writes_special=request.skip_special_tokens is False,
         priority=request.priority or 0,
+        cache_salt=request.cache_salt,
     )
 
 

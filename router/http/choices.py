@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from pdserve.errors import InternalError
 from pdserve.request import MAX_SEED, FinishReason, Request
+from pdserve.tenants import Tenant
 from pdserve.timeline import Timeline
 from router.generation import Generation
 from router.http.answer import Answer, Piece
@@ -82,10 +83,13 @@ class Branch:
 class Choices:
     """`branches`: `best_of` for each prompt, in order."""
 
-    def __init__(self, call: Call, service: Service, response_id: str, timeline: Timeline, wishes: Wishes) -> None:
+    def __init__(
+        self, call: Call, service: Service, response_id: str, timeline: Timeline, wishes: Wishes, tenant: Tenant
+    ) -> None:
+        """Raises Overloaded."""
         self._call = call
         self.branches: list[Branch] = []
-        root_key = service.root_key()
+        root_key = service.root_key(service.access.cache_salt(tenant, call.cache_salt))
         for index in range(len(call.prompts) * call.best_of):
             prompt, sample = call.prompts[index // call.best_of], index % call.best_of
             request = Request(
@@ -95,6 +99,7 @@ class Choices:
                 # Samples of one prompt differ; those of several prompts are what each alone would give.
                 sampling=replace(call.sampling, seed=(call.sampling.seed + sample) & MAX_SEED),
                 root_key=root_key,
+                tenant=tenant.name,
                 deadline_s=timeline.received_s + service.limits.request_s,
             )
             own = replace(timeline, reported={})
@@ -102,6 +107,10 @@ class Choices:
             self.branches.append(
                 Branch(prompt, answer, lambda r=request, t=own: service.dispatcher.start(r, t, wishes))  # type: ignore[misc]
             )
+
+    @property
+    def output_tokens(self) -> int:
+        return sum([branch.answer.output_tokens for branch in self.branches])
 
     @property
     def leaders(self) -> list[Branch]:

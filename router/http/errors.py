@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from pdserve.errors import InternalError, Overloaded, ServeError
+from pdserve.errors import InternalError, Overloaded, ServeError, Unauthorized
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,8 @@ def stream_error_payload(error: ServeError, request_id: str) -> dict[str, Any]:
 
 def error_headers(error: ServeError) -> dict[str, str]:
     headers = {"retry-after": str(error.retry_after_s)} if isinstance(error, Overloaded) else {}
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
     if error.status in (408, 413, 431):  # the rest of the request is not worth reading
         headers["connection"] = "close"
     return headers

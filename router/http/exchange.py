@@ -10,6 +10,8 @@ import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
 from pdserve.errors import PayloadTooLarge, ServeError
+from router.caller import Caller
+from router.http.access import CALLER_KEY
 from router.http.errors import ClientGone, ReceiptTimeout, error_headers, error_payload, stream_error_payload
 from router.http.service import HttpLimits
 
@@ -34,7 +36,7 @@ class Exchange:
 
     Attributes:
         extra_headers: for the start of the response, set before it.
-        client_host: the peer's address, None on a Unix socket.
+        caller: who sent it.
         gone: the client has closed the connection or does not read.
     """
 
@@ -43,7 +45,7 @@ class Exchange:
         "_receive",
         "_send",
         "_streaming",
-        "client_host",
+        "caller",
         "extra_headers",
         "gone",
         "headers",
@@ -52,7 +54,7 @@ class Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, limits: HttpLimits) -> None:
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
-        self.client_host: str | None = (scope.get("client") or (None,))[0]
+        self.caller: Caller = scope[CALLER_KEY]
         self.request_id: str = scope[REQUEST_ID_KEY]
         self.extra_headers: list[tuple[bytes, bytes]] = []
         self.gone = False

@@ -22,6 +22,7 @@ from router.http.exchange import Exchange
 from router.http.responses import ResponsesShape, responses_call
 from router.http.service import ServedModel, Service
 from router.http.shapes import ChatShape, CompletionShape, Shape
+from router.meter import Meters
 from router.metrics import RouterMetrics
 from router.wishes import Wishes
 
@@ -70,10 +71,11 @@ RESPONSES = Api("responses", "resp_", responses_call, ResponsesShape)
 class GenerateEndpoint:
     """An ASGI application for one path. This is the HTTP edge: every error of a request ends here."""
 
-    def __init__(self, api: Api, service: Service, in_flight: InFlight) -> None:
+    def __init__(self, api: Api, service: Service, in_flight: InFlight, meters: Meters) -> None:
         self._api = api
         self._service = service
         self._in_flight = in_flight
+        self._meters = meters
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send, self._service.limits)
@@ -102,12 +104,13 @@ class GenerateEndpoint:
             await service.check_grammar(call.sampling.grammar)
         timeline.tokenised_s = service.clock()
         response_id = self._api.id_prefix + secrets.token_hex(16)
-        trusted = service.trust.covers(exchange.client_host, exchange.headers)
-        wishes = Wishes.from_headers(exchange.headers, label=exchange.request_id, trusted=trusted)
+        tenant = exchange.caller.tenant
+        wishes = Wishes.from_headers(exchange.headers, exchange.caller, label=exchange.request_id)
         wishes = replace(wishes, priority=call.priority)
-        choices = Choices(call, service, response_id, timeline, wishes)
+        choices = Choices(call, service, response_id, timeline, wishes, tenant)
         shape = self._api.shape(response_id, int(service.wall_clock()), service.model.name, call)
         delivery = Delivery(exchange, call, choices, shape, service.model.tokenizer, service.routing)
+        self._meters.begin(tenant, call.prompt_tokens, service.clock())
         logger.info("request started request_id=%s id=%s", exchange.request_id, response_id)
         watcher = asyncio.create_task(_stop_when_gone(exchange, choices))
         try:
@@ -119,6 +122,7 @@ class GenerateEndpoint:
             watcher.cancel()
             choices.stop()
             choices.observe(service.metrics)
+            self._meters.end(tenant, choices.output_tokens)
         return choices.branches[0].finish_reason or "abort"
 
     async def _prepare(self, body: bytes) -> Call:

@@ -12,6 +12,8 @@ from starlette.routing import BaseRoute, Route
 
 from pdserve.errors import InvalidRequest
 from pdserve.request import MAX_SEED, Request
+from router.caller import Caller
+from router.http.access import CALLER_KEY
 from router.http.body import decode_body
 from router.http.call import chat_call, completion_call
 from router.http.exchange import Exchange
@@ -38,16 +40,21 @@ class DryRunEndpoint(JsonEndpoint):
             request_id=exchange.request_id,
             prompt_token_ids=call.prompts[0].token_ids,
             sampling=call.sampling,
-            root_key=service.root_key(),
+            root_key=service.root_key(service.access.cache_salt(exchange.caller.tenant, call.cache_salt)),
             deadline_s=service.clock() + service.limits.request_s,
         )
-        trusted = service.trust.covers(exchange.client_host, exchange.headers)
-        return self._routing.dry_run(request, Wishes.from_headers(exchange.headers, trusted=trusted))
+        return self._routing.dry_run(request, Wishes.from_headers(exchange.headers, exchange.caller))
+
+
+def _reader(request: HttpRequest) -> str | None:
+    """Whose records may be read; None for all."""
+    caller: Caller = request.scope[CALLER_KEY]
+    return None if caller.operator or not caller.tenant.name else caller.turns
 
 
 def routing_routes(service: Service, routing: Routing) -> Sequence[BaseRoute]:
     async def explain(request: HttpRequest) -> Response:
-        found = routing.explain(request.path_params["request_id"])
+        found = routing.explain(request.path_params["request_id"], _reader(request))
         if found is None:
             failure = InvalidRequest("This request is not among the last ones.", code="unknown_request")
             payload = {"error": {"message": failure.message, "type": failure.type, "param": None, "code": failure.code}}
@@ -58,7 +65,7 @@ def routing_routes(service: Service, routing: Routing) -> Sequence[BaseRoute]:
         text = request.query_params.get("limit", "50")
         if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_RECENT):
             raise InvalidRequest(f"'limit' must be a number from 1 to {MAX_RECENT}.", param="limit")
-        return JSONResponse({"object": "list", "data": routing.recent(int(text))})
+        return JSONResponse({"object": "list", "data": routing.recent(int(text), _reader(request))})
 
     async def slo(request: HttpRequest) -> Response:
         return JSONResponse(routing.slo())

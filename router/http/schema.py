@@ -35,6 +35,7 @@ MAX_MESSAGES = 1024
 MAX_TOOLS = 128
 MAX_N = 8
 MAX_PRIORITY = 100
+MAX_CACHE_SALT_CHARS = 256
 _NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 
 
@@ -89,6 +90,7 @@ class Generating(Strict):
     skip_special_tokens: bool | None = None
     prompt_logprobs: TopLogprobs | None = None
     return_token_ids: bool | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_CACHE_SALT_CHARS)] | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None

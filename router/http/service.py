@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from kvstore.keys import BlockKey
 from pdserve.request import Grammar, Request
 from router.generation import Dispatcher
+from router.http.access import Access
 from router.http.trust import Trust
 from router.metrics import RouterMetrics
 from router.text.chat_template import ChatTemplate
@@ -46,12 +47,13 @@ class HttpLimits:
 class Routing(Protocol):
     """What the front asks the brain; every answer is JSON-ready. Implemented by `router.explain`."""
 
-    def explain(self, request_id: str) -> dict[str, Any] | None:
-        """The record of a request, by the response's id or the client's own; None when it is not among the last."""
+    def explain(self, request_id: str, tenant: str | None) -> dict[str, Any] | None:
+        """The record of a request of this tenant (None: of any), by the response's id or the client's own; None when it
+        is not among the last."""
         ...
 
-    def recent(self, limit: int) -> list[dict[str, Any]]:
-        """The records of the last requests, newest first."""
+    def recent(self, limit: int, tenant: str | None) -> list[dict[str, Any]]:
+        """The records of the last requests of this tenant (None: of all), newest first."""
         ...
 
     def decision_header(self, request_id: str) -> str | None: ...
@@ -69,23 +71,23 @@ class Routing(Protocol):
 class Service:
     """
     Attributes:
-        root_key: the root of the prompt's block keys; raises `Overloaded` while nothing is known of any worker.
+        root_key: of a prompt's block keys, for a salt; raises `Overloaded` while nothing is known of any worker.
         topology: the fleet, JSON-ready; its "ready" is what /readyz asks.
         check_grammar: raises `InvalidRequest` for one that cannot be used.
         routing: answers about choices; None leaves their endpoints out.
-        trust: whose wishes about policies are followed.
+        access: who may ask for what.
         clock: monotonic, in seconds; the clock of timelines and deadlines, so the dispatcher's too.
         wall_clock: Unix time in seconds, for `created` only.
     """
 
     model: ServedModel
     dispatcher: Dispatcher
-    root_key: Callable[[], BlockKey]
+    root_key: Callable[[bytes], BlockKey]
     metrics: RouterMetrics
     topology: Callable[[], dict[str, Any]]
     check_grammar: Callable[[Grammar], Awaitable[None]]
     routing: Routing | None = None
-    trust: Trust = field(default_factory=Trust)
+    access: Access = field(default_factory=lambda: Access(Trust()))
     limits: HttpLimits = HttpLimits()
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time

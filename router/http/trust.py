@@ -17,10 +17,19 @@ class Trust:
     admin_key: bytes | None = None
 
     def covers(self, client_host: str | None, headers: Mapping[bytes, bytes]) -> bool:
-        """`client_host` is the peer's address; None on a Unix socket, which only this machine reaches."""
-        if self.admin_key is not None:
-            return hmac.compare_digest(headers.get(ADMIN_KEY_HEADER, b""), self.admin_key)
-        return client_host is None or _is_loopback(client_host)
+        """`client_host` is the peer's address; None on a Unix socket, which only this machine reaches.
+
+        The key comes in a header of its own, or as a bearer's token, which is what Prometheus can send.
+        """
+        if self.admin_key is None:
+            return client_host is None or _is_loopback(client_host)
+        given = headers.get(ADMIN_KEY_HEADER) or (bearer(headers) or "").encode()
+        return hmac.compare_digest(given, self.admin_key)
+
+
+def bearer(headers: Mapping[bytes, bytes]) -> str | None:
+    scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else None
 
 
 def _is_loopback(host: str) -> bool:

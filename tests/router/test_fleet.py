@@ -89,10 +89,10 @@ def stub(name: str, role: pb.Role = MIXED, **changes: object) -> StubWorker:
 async def test_nothing_is_known_before_the_first_worker(setting: Setting) -> None:
     assert not setting.fleet.ready
     with pytest.raises(Overloaded):
-        setting.fleet.root_key()
+        setting.fleet.root_key(b"")
     await setting.add(stub("m0"))
     assert setting.fleet.ready
-    assert setting.fleet.root_key() == root_key(FINGERPRINT)
+    assert setting.fleet.root_key(b"") == root_key(FINGERPRINT)
 
 
 async def test_a_worker_that_is_not_listed_any_more_stays_while_its_session_lives(setting: Setting) -> None:
@@ -144,7 +144,7 @@ async def test_a_fleet_that_was_replaced_entirely_takes_the_new_fingerprint(sett
     await worker.stop()
     await until(lambda: setting.fleet.member("m0") is None)
     await setting.add(stub("m1", fingerprint=b"new"))
-    assert setting.fleet.root_key() == root_key(b"new")
+    assert setting.fleet.root_key(b"") == root_key(b"new")
 
 
 async def test_prefill_workers_are_told_their_decode_peers_and_count_open_links(setting: Setting) -> None:

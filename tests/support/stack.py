@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -84,6 +85,7 @@ class Stack:
     worker_options: tuple[str, ...] = ("--dtype", "float32")
     store_options: tuple[str, ...] | None = None  # of the store node that all workers use; None: there is none
     router_options: tuple[str, ...] = ()
+    admin_key: str | None = None  # of the router, if one is among its options
     workers: dict[str, WorkerProcess] = field(default_factory=dict)
     store: StoreProcess | None = None
     router: subprocess.Popen[bytes] | None = None
@@ -208,7 +210,8 @@ class Stack:
     def _linked(self) -> bool:
         """The router is ready, has every worker, and every prefill worker is linked to every decode worker."""
         try:
-            topology = get_json(f"{self.url}/workers")
+            headers = {"x-pdserve-admin-key": self.admin_key} if self.admin_key else {}
+            topology = get_json(f"{self.url}/workers", headers)
         except OSError:
             return False
         ready = [worker for worker in topology["workers"] if worker["state"] == "ready"]
@@ -265,8 +268,8 @@ class Stack:
         raise RuntimeError(f"{worker_id} ended before it was ready:\n{self.log(worker_id)}")
 
 
-def get_json(url: str) -> dict[str, Any]:
-    with urllib.request.urlopen(url, timeout=5) as response:
+def get_json(url: str, headers: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=dict(headers)), timeout=5) as response:
         value: dict[str, Any] = json.load(response)
         return value
 

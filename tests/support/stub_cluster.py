@@ -94,7 +94,7 @@ class StubCluster:
             request_id=f"r{next(self._ids)}",
             prompt_token_ids=tuple(range(first_token, first_token + prompt_tokens)),
             sampling=sampling,
-            root_key=self.fleet.root_key(),
+            root_key=self.fleet.root_key(b""),
             deadline_s=time.monotonic() + deadline_s,
         )
 

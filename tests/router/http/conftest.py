@@ -90,10 +90,10 @@ class FakeFleet:
     def __init__(self) -> None:
         self.error: Exception | None = None
 
-    def __call__(self) -> BlockKey:
+    def __call__(self, salt: bytes) -> BlockKey:
         if self.error is not None:
             raise self.error
-        return root_key(b"fingerprint")
+        return root_key(b"fingerprint", salt)
 
     def topology(self) -> dict[str, Any]:
         if self.error is not None and not isinstance(self.error, Overloaded):

@@ -24,7 +24,7 @@ class FakeRouting:
         self.asked: list[tuple[Request, Wishes]] = []
         self.error: Exception | None = None
 
-    def explain(self, request_id: str) -> dict[str, Any] | None:
+    def explain(self, request_id: str, tenant: str | None) -> dict[str, Any] | None:
         return {"request_id": request_id} if request_id == "known" else None
 
     def decision_header(self, request_id: str) -> str | None:

@@ -10,13 +10,16 @@ import pytest
 from pdserve.errors import Forbidden, Overloaded
 from pdserve.request import Request
 from pdserve.timeline import Timeline
+from router.caller import ANYBODY, Caller
 from router.generation import Generation
+from router.http.access import Access
 from router.http.app import make_app
 from router.http.service import Service
 from router.http.trust import ADMIN_KEY_HEADER, Trust
 from router.wishes import Wishes
 
 KEY = b"secret"
+KEYS = [{b"authorization": b"Bearer " + key} for key in (b"abc", b"def")]
 
 
 @pytest.mark.parametrize(
@@ -43,24 +46,26 @@ def test_with_a_key_nothing_else_counts(host: str | None) -> None:
     assert Trust(KEY).covers(host, {ADMIN_KEY_HEADER: KEY})
     assert not Trust(KEY).covers(host, {ADMIN_KEY_HEADER: b"other"})
     assert not Trust(KEY).covers(host, {})
+    assert Trust(KEY).covers(host, {b"authorization": b"Bearer " + KEY})  # as Prometheus sends it
 
 
 def test_others_may_not_choose_the_policy() -> None:
     headers = {b"x-pdserve-policy": b"random"}
     with pytest.raises(Forbidden):
-        Wishes.from_headers(headers)
-    assert Wishes.from_headers(headers, trusted=True).policy == "random"
-    assert Wishes.from_headers({}).policy is None
+        Wishes.from_headers(headers, ANYBODY)
+    assert Wishes.from_headers(headers, Caller(operator=True)).policy == "random"
+    assert Wishes.from_headers({}, ANYBODY).policy is None
 
 
 def test_tenants_are_told_apart_by_their_keys_which_are_not_kept() -> None:
-    one, other = (Wishes.from_headers({b"authorization": key}) for key in (b"Bearer abc", b"Bearer def"))
-    assert len({one.tenant, other.tenant, Wishes().tenant}) == 3
-    assert "abc" not in one.tenant
+    access = Access(Trust())
+    one, other, none = (access.caller("/v1/models", "10.0.0.1", headers) for headers in (*KEYS, {}))
+    assert len({one.turns, other.turns, none.turns}) == 3
+    assert "abc" not in one.turns
 
 
 async def test_elsewhere_on_the_network_the_policy_needs_the_key(service: Service) -> None:
-    app = make_app(replace(service, trust=Trust(KEY)))
+    app = make_app(replace(service, access=Access(Trust(KEY))))
     elsewhere = httpx.ASGITransport(app, client=("10.0.0.1", 1234))
     async with httpx.AsyncClient(transport=elsewhere, base_url="http://test") as client:
         body = {"model": "tiny", "prompt": "hey"}

@@ -1,0 +1,24 @@
+"""Who sent a request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pdserve.tenants import NOBODY, Tenant
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """
+    Attributes:
+        turns: whom its turns in the queue are counted for, and who may read its records: the tenant's name; without
+            tenants a digest of whatever credentials came.
+        operator: may steer the router itself, and see what is about all tenants.
+    """
+
+    tenant: Tenant = NOBODY
+    turns: str = "default"
+    operator: bool = False
+
+
+ANYBODY = Caller()
