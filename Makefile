@@ -63,7 +63,7 @@ bench: $(VENV)/.loadtest ## every benchmark, one after the other; JSON lines (BE
 	@for name in $${BENCH:-$$($(BIN)/pdserve bench | cut -d' ' -f1)}; do $(BIN)/pdserve bench $$name; done
 
 .PHONY: bench-store
-bench-store: $(VENV)/.serve ## the KV store against memcpy, disk, transfer plane and Redis (STORE="--only host" chooses)
+bench-store: $(VENV)/.serve ## the KV store against memcpy, disk, transfer plane and Redis (STORE="--only host --mooncake PYTHON" chooses)
 	@$(BIN)/pdserve bench store $(STORE)
 
 .PHONY: bench-router

@@ -13,6 +13,8 @@ from typing import NamedTuple, cast
 
 from kvstore.store.frames import BadFrame, FrameReader, Kind, encode_frame
 
+_MAX_UNREAD_BYTES = 1 << 20  # written and not read: the node is frozen
+
 
 class _Call(NamedTuple):
     answer: asyncio.Future[bytes | None]
@@ -62,8 +64,12 @@ class Connection(asyncio.Protocol):
             raise
 
     def tell(self, kind: Kind, payload: bytes) -> None:
-        """A message without a reply."""
-        if self._transport is not None and not self.ended.done():
+        """A message without a reply. A node that reads none loses its connection: they must not heap up."""
+        if self._transport is None or self.ended.done():
+            return
+        if self._transport.get_write_buffer_size() > _MAX_UNREAD_BYTES:
+            self.close("it reads nothing")
+        else:
             self._transport.write(encode_frame(kind, 0, payload))
 
     def close(self, reason: str) -> None:

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from kvstore.keys import BlockKey
 from kvstore.store.config import SavePolicy, StoreLimits
+from kvstore.store.directory import DirectoryWriter
 from kvstore.store.disk_tier import DiskTier
 from kvstore.store.events import EventKind, EventLog
 from kvstore.store.host_tier import HostBlock, HostTier, Pin, SlotRef
@@ -83,6 +84,7 @@ class TieredStore:
         policy: SavePolicy = SavePolicy.SECOND_TOUCH,
         limits: StoreLimits | None = None,
         metrics: StoreMetrics | None = None,
+        directory: DirectoryWriter | None = None,
     ) -> None:
         self.host = host
         self.slots = slots
@@ -91,6 +93,7 @@ class TieredStore:
         self.events = EventLog()
         self.metrics = metrics or StoreMetrics()
         self.limits = limits or StoreLimits()
+        self._directory = directory
         self._policy = policy
         self._arriving: dict[BlockKey, asyncio.Future[None]] = {}  # being promoted for somebody
         self._tasks: set[asyncio.Task[int]] = set()
@@ -255,6 +258,8 @@ class TieredStore:
     def publish_removed(self) -> None:
         """Tell subscribers what has gone since the last time."""
         if removed := self.host.drain_removed():
+            if self._directory is not None:
+                self._directory.remove(removed)
             self.events.emit(EventKind.REMOVED, Tier.HOST, removed)
         if self.disk is not None:
             if stored := self.disk.drain_stored():
@@ -283,14 +288,15 @@ class TieredStore:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def begin_fetch(self, owner: str, key: BlockKey, parent: BlockKey | None) -> SlotRef | None:
-        """A slot for a block of another node; its tenant is not known here."""
-        return self._begin(owner, key, parent, "")
+    def begin_fetch(self, owner: str, key: BlockKey, parent: BlockKey | None, tenant: str) -> SlotRef | None:
+        """A slot for a block of another node, whose tenant is as that node says."""
+        return self._begin(owner, key, parent, tenant)
 
     def commit_fetched(self, tier: Tier, landed: Sequence[tuple[SlotRef, int]]) -> int:
         """Publish blocks whose bytes were verified as they came in from `tier`."""
         stored = [block for ref, checksum in landed if (block := self.host.commit(ref, checksum)) is not None]
         if stored:
+            self._list(stored)
             self.events.emit(EventKind.STORED, Tier.HOST, (block.key for block in stored))
             if self.remote is not None and tier is Tier.REMOTE:
                 self.remote.announce(Tier.HOST, [block.key for block in stored])
@@ -310,12 +316,19 @@ class TieredStore:
         return self._policy is SavePolicy.ALL or (self._policy is SavePolicy.SECOND_TOUCH and block.touches >= 2)
 
     def _stored(self, blocks: Sequence[HostBlock]) -> None:
+        self._list(blocks)
         keys = [block.key for block in blocks]
         self.events.emit(EventKind.STORED, Tier.HOST, keys)
         if self.remote is not None:
             self.remote.announce(Tier.HOST, keys)
         if self.write_behind is not None and self._policy is SavePolicy.ALL:
             self.write_behind.add(blocks)
+
+    def _list(self, blocks: Sequence[HostBlock]) -> None:
+        """For workers to find without asking."""
+        if self._directory is not None:
+            for block in blocks:
+                self._directory.put(block.key, block.ref.slot, block.checksum)
 
     def _note_load(self, blocks: Sequence[HostBlock], num_wanted: int, brought: dict[BlockKey, Tier]) -> None:
         counts = [0, 0, 0, 0]

@@ -69,7 +69,7 @@ class Peer:
     async def fetch(self, keys: Sequence[BlockKey], parent: BlockKey | None, until_s: float) -> int:
         landed: list[tuple[SlotRef, int]] = []
         for count, key in enumerate(keys[: await self.locate(keys)]):
-            ref = self.store.begin_fetch("fetch", key, parent) if key in self.has else None
+            ref = self.store.begin_fetch("fetch", key, parent, "") if key in self.has else None
             if ref is None:
                 break
             parent = key
