@@ -113,7 +113,7 @@ class StoreClient:
             return Lease.empty()
         asked_s = time.monotonic()
         slots, checksums = attachment.find(keys)
-        if len(slots) == len(keys):
+        if len(slots) == len(keys) and attachment.connection.keeps_up:
             return _lease(attachment, keys, slots, checksums, repeat(Tier.HOST), attachment.hold(keys), asked_s)
         reply = await self._ask_load(attachment, keys, deadline_s)
         if reply is None or not reply.lease_id:

@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 
 from kvstore.store.frames import BadFrame, FrameReader, Kind, encode_frame
 
-_MAX_UNREAD_BYTES = 1 << 20  # written and not read: the node is frozen
+_MAX_UNREAD_BYTES = 64 << 10
 
 
 class _Call(NamedTuple):
@@ -64,13 +64,14 @@ class Connection(asyncio.Protocol):
             raise
 
     def tell(self, kind: Kind, payload: bytes) -> None:
-        """A message without a reply. A node that reads none loses its connection: they must not heap up."""
-        if self._transport is None or self.ended.done():
-            return
-        if self._transport.get_write_buffer_size() > _MAX_UNREAD_BYTES:
-            self.close("it reads nothing")
-        else:
+        """A message without a reply; how many there are is bounded by who looks at `keeps_up`."""
+        if self._transport is not None and not self.ended.done():
             self._transport.write(encode_frame(kind, 0, payload))
+
+    @property
+    def keeps_up(self) -> bool:
+        """Whether the node reads what it is told. One that does not is to be asked, which takes its time, or ends."""
+        return self._transport is not None and self._transport.get_write_buffer_size() <= _MAX_UNREAD_BYTES
 
     def close(self, reason: str) -> None:
         """Idempotent."""
