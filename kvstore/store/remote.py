@@ -23,7 +23,7 @@ from kvstore.keys import BlockKey
 from kvstore.store import store_pb2 as pb
 from kvstore.store.breaker import Breaker
 from kvstore.store.fetch import Fetch
-from kvstore.store.host_tier import SlotRef
+from kvstore.store.host_block import SlotRef
 from kvstore.store.locations import Locations, NodeRecord
 from kvstore.store.messages import MAX_TENANT_BYTES
 from kvstore.store.peer_links import PeerLinks

@@ -24,7 +24,8 @@ from kvstore.errors import Unavailable
 from kvstore.keys import BlockKey
 from kvstore.store.frames import BadFrame, Frame, FrameReader, Kind, encode_frame
 from kvstore.store.geometry import Geometry
-from kvstore.store.host_tier import SlotRef
+from kvstore.store.host_block import SlotRef
+from kvstore.store.loads import Loaded, Loading
 from kvstore.store.messages import (
     TOLD,
     Hello,
@@ -42,7 +43,7 @@ from kvstore.store.messages import (
 )
 from kvstore.store.opened import NodeState, OpenStore
 from kvstore.store.sessions import Session
-from kvstore.store.store import Loaded, Loading, TieredStore
+from kvstore.store.store import TieredStore
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from kvstore.keys import BlockKey
 from kvstore.store.config import SavePolicy
 from kvstore.store.directory import Directory, DirectoryWriter, directory_bytes
-from kvstore.store.disk_tier import DiskTier, OsCalls
-from kvstore.store.host_tier import HostTier, SlotRef
+from kvstore.store.disk_tier import DiskTier
+from kvstore.store.host_block import SlotRef
+from kvstore.store.host_tier import HostTier
 from kvstore.store.segment import HEADER_BYTES, PAGE_BYTES
+from kvstore.store.segment_file import OsCalls
 from kvstore.store.store import TieredStore
 from kvstore.store.tier import Tier
 from kvstore.transfer.checksum import block_checksum
