@@ -25,7 +25,6 @@ from grpc_reflection.v1alpha import reflection
 
 from kvstore.errors import Unavailable
 from kvstore.host import host_id
-from kvstore.keys import root_key
 from kvstore.layout import BlockGeometry
 from kvstore.pool import BlockPool
 from kvstore.store.client import StoreClient
@@ -186,15 +185,7 @@ async def _attach_store(
         log.error("the store at %s is not used: %s", config.store, error)
         return None
     hello.has_store = True
-    return StoreSide(
-        client,
-        engine,
-        memory,
-        metrics,
-        block_size=hello.block_size,
-        num_blocks=hello.num_blocks,
-        common_root=root_key(hello.fingerprint),
-    )
+    return StoreSide(client, engine, memory, metrics, block_size=hello.block_size, num_blocks=hello.num_blocks)
 
 
 def _make_server(config: WorkerConfig) -> tuple[grpc.aio.Server, int]:

@@ -3,9 +3,6 @@
     committed by a step ──> backlog ── begin: slots for what the store lacks ──> held in the pool, copied ──> commit
 
 Nothing waits for it. A backlog that is full drops its oldest blocks: they are saved by whoever computes them next.
-
-A tenant is who has a root key of his own: by it the store's quotas count. Chains from the model's common root are
-nobody's.
 """
 
 from __future__ import annotations
@@ -18,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from kvstore.keys import BlockKey
 from kvstore.pool import BlockRef, HoldKind
 from kvstore.store.client import StoreClient
 from kvstore.store.handles import SaveSlot
@@ -44,14 +40,11 @@ class Saver:
         memory: BlockMemory,
         metrics: WorkerMetrics,
         num_blocks: int,
-        common_root: BlockKey,
     ) -> None:
-        """`common_root`: the model's root key without a tenant's salt."""
         self._client = client
         self._engine = engine
         self._memory = memory
         self._metrics = metrics
-        self._common_root = common_root
         # Held blocks are out of the running sequences' reach: never more than a small part of the pool.
         self._batch = max(1, min(BATCH_BLOCKS, num_blocks // 8))
         self._backlog: deque[Committed] = deque(maxlen=max(self._batch, BACKLOG_BYTES // memory.block_bytes))
@@ -75,7 +68,7 @@ class Saver:
             await self._filled.wait()
             if self._stopping:
                 return
-            batch = self._next_batch()
+            batch = [self._backlog.popleft() for _ in range(min(self._batch, len(self._backlog)))]
             if not self._backlog:
                 self._filled.clear()
             self._metrics.save_backlog.set(len(self._backlog))
@@ -92,17 +85,8 @@ class Saver:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _next_batch(self) -> list[Committed]:
-        """Of one tenant."""
-        batch = [self._backlog.popleft()]
-        while self._backlog and len(batch) < self._batch and self._backlog[0].root == batch[0].root:
-            batch.append(self._backlog.popleft())
-        return batch
-
     async def _save(self, batch: Sequence[Committed]) -> None:
-        root = batch[0].root
-        tenant = "" if root == self._common_root else root.hex()
-        begun = await self._client.begin_save([(block.key, block.parent) for block in batch], tenant)
+        begun = await self._client.begin_save([(block.key, block.parent) for block in batch])
         wanted = [(block, slot) for block, slot in zip(batch, begun, strict=True) if slot is not None]
         if not wanted:
             return

@@ -29,12 +29,11 @@ class StoreSide:
         *,
         block_size: int,
         num_blocks: int,
-        common_root: BlockKey,
     ) -> None:
         self._client = client
         self._planner = FetchPlanner(block_size, memory.block_bytes)
         self._loader = Loader(client, engine, memory, metrics, self._planner)
-        self._saver = Saver(client, engine, memory, metrics, num_blocks, common_root)
+        self._saver = Saver(client, engine, memory, metrics, num_blocks)
         self._saving = asyncio.create_task(self._saver.run(), name="write-behind")
         self._tasks: set[asyncio.Task[None]] = set()
 

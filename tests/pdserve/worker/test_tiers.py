@@ -151,19 +151,3 @@ async def test_a_bit_flipped_in_a_tier_is_counted_and_computed(tiers: Tiers) -> 
     second = await tiers.worker("b", tiers.reader)
     assert await answered(second, "after", MINE) == {}
     assert tiers.corrupt() >= 1  # of a fetch, each attempt
-
-
-async def test_what_a_tier_gives_counts_for_its_tenant(tiers: Tiers) -> None:
-    """What workers save, and what is promoted or fetched from elsewhere."""
-    first = await tiers.worker("a", tiers.owner)
-    assert await answered(first, "first", MINE) == {}
-    await tiers.until_alone(keys_of(MINE))
-    second = await tiers.worker("b", tiers.reader)
-    assert await answered(second, "second", MINE) == {tiers.forced.label: REUSABLE}
-    async with grpc.aio.insecure_channel(f"unix:{operator_socket(Path(tiers.reader.socket))}") as operators:
-
-        async def counted() -> bool:
-            stat: pb.StatReply = await StoreOperatorStub(operators).Stat(pb.StatRequest())
-            return stat.tenant_bytes[MINE.hex()] >= len(keys_of(MINE)) * GEOMETRY.block_bytes
-
-        await eventually(counted, "the tenant's bytes are not counted")
