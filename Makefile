@@ -41,6 +41,7 @@ serve: $(VENV)/.serve ## install what is missing, then serve the default model o
 test: lint types helm-tools ## every check: lint, types, tests (PYTEST="-k pool" adds options)
 	@$(call need,command -v c++ >/dev/null,g++,The tests of the native kernels need a C++ compiler,exit 1)
 	@$(call need,command -v chromium >/dev/null,chromium,The tests of the console need a browser,true)
+	@$(call need,command -v redis-server >/dev/null,redis-server,The tests of Redis with TLS need a server that has it,true)
 	@# End-to-end tests have the machine to themselves; the others share its cores, file by file.
 	@$(call pytest,-n 2 --dist loadfile --ignore tests/e2e)
 	@$(call pytest,tests/e2e)
@@ -63,7 +64,7 @@ bench: $(VENV)/.loadtest ## every benchmark, one after the other; JSON lines (BE
 	@for name in $${BENCH:-$$($(BIN)/pdserve bench | cut -d' ' -f1)}; do $(BIN)/pdserve bench $$name; done
 
 .PHONY: bench-store
-bench-store: $(VENV)/.serve ## the KV store against memcpy, disk, transfer plane and Redis (STORE="--only host" chooses)
+bench-store: $(VENV)/.serve ## the KV store against memcpy, disk, transfer plane and Redis (STORE="--only host --mooncake PYTHON" chooses)
 	@$(BIN)/pdserve bench store $(STORE)
 
 .PHONY: bench-router

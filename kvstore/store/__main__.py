@@ -15,20 +15,10 @@ import typer
 import uvloop
 
 from kvstore.errors import KvError
+from kvstore.sizes import parse_bytes
 from kvstore.store.config import SavePolicy, StoreConfig
 from kvstore.store.geometry import Geometry
 from kvstore.store.node import NodeInfo, run
-
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", re.IGNORECASE)
-
-
-def parse_bytes(text: str) -> int:
-    """`4GiB`, `512m`, `1048576`, `0`. Raises typer.BadParameter."""
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise typer.BadParameter(f"{text!r} is no size; write 4GiB, 512MiB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
 def main(

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from kvstore.store.breaker import BreakerState
-from kvstore.store.host_tier import HostLedger
+from kvstore.store.host_ledger import HostLedger
 from kvstore.store.opened import NodeState
 from kvstore.store.tier import Tier
 

@@ -1,5 +1,7 @@
 """The host tier's memory: one POSIX shared-memory file of equal slots, made by the node, mapped by its workers.
 
+    slot 0 | slot 1 | ... | up to a page | directory, which the node alone maps to write
+
 The node holds a lock on the file for as long as it lives; a file without one was left by a node that was killed, and
 the next node removes it. Prompts can be read from KV: the file is 0600 and stays out of core dumps.
 """
@@ -17,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from kvstore.errors import Unavailable
+from kvstore.store.directory import Directory, DirectoryWriter, directory_bytes
 from kvstore.transfer.transport import Buffer
 
 SHM_FOLDER = Path("/dev/shm")
@@ -34,13 +37,15 @@ class ArenaMap:
         """Raises OSError if the file is not there (any more) or too small."""
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            num_bytes = num_slots * block_bytes
-            if os.fstat(fd).st_size < num_bytes:  # reading behind the end would kill us
+            start, end = _directory_range(num_slots, block_bytes)
+            if os.fstat(fd).st_size < end:  # reading behind the end would kill us
                 raise OSError(errno.EINVAL, "the arena is smaller than the node said", str(path))
-            memory = mmap.mmap(fd, num_bytes)
+            memory = mmap.mmap(fd, num_slots * block_bytes)
+            table = mmap.mmap(fd, end - start, prot=mmap.PROT_READ, offset=start)
         finally:
             os.close(fd)
         advise(memory)
+        self.directory = Directory(memoryview(table), num_slots)
         self._memory = memory
         self.slots: list[Buffer] = list(np.frombuffer(memory, np.uint8).reshape(num_slots, block_bytes))
 
@@ -55,6 +60,12 @@ class ArenaMap:
                 self._memory.madvise(_MADV_POPULATE_READ, start, min(_POPULATE_BYTES, len(self._memory) - start))
             except OSError:
                 return  # before Linux 5.14: they are mapped when they are touched
+
+
+def _directory_range(num_slots: int, block_bytes: int) -> tuple[int, int]:
+    """Where in the file it begins and ends."""
+    start = -(-num_slots * block_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    return start, start + directory_bytes(num_slots)
 
 
 def advise(memory: mmap.mmap) -> None:
@@ -77,7 +88,8 @@ class Arena:
         self.num_slots = num_bytes // block_bytes
         if self.num_slots < 1:
             raise Unavailable(f"a host tier of {num_bytes} bytes holds no block of {block_bytes} bytes")
-        size = -(-self.num_slots * block_bytes // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+        start, end = _directory_range(self.num_slots, block_bytes)
+        size = -(-end // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
         remove_orphans(folder)
         check_room(folder, size)
         self.path = folder / f"{_PREFIX}{node_id}-{secrets.token_hex(4)}"
@@ -90,11 +102,13 @@ class Arena:
             os.ftruncate(self._fd, size)
             os.posix_fallocate(self._fd, 0, size)  # now: a page that cannot be had later kills whoever touches it
             mapped = ArenaMap(self.path, self.num_slots, block_bytes)
+            table = mmap.mmap(self._fd, end - start, offset=start)
         except OSError as error:
             self.close()
             raise Unavailable(f"{size} bytes of shared memory could not be had: {error.strerror}") from error
         mapped.populate()
         self.slots = mapped.slots
+        self.directory = DirectoryWriter(memoryview(table), self.num_slots)
 
     def close(self) -> None:
         """Idempotent; workers that have it mapped keep what they see."""

@@ -13,6 +13,8 @@ from typing import NamedTuple, cast
 
 from kvstore.store.frames import BadFrame, FrameReader, Kind, encode_frame
 
+_MAX_UNREAD_BYTES = 64 << 10
+
 
 class _Call(NamedTuple):
     answer: asyncio.Future[bytes | None]
@@ -62,9 +64,14 @@ class Connection(asyncio.Protocol):
             raise
 
     def tell(self, kind: Kind, payload: bytes) -> None:
-        """A message without a reply."""
+        """A message without a reply; how many there are is bounded by who looks at `keeps_up`."""
         if self._transport is not None and not self.ended.done():
             self._transport.write(encode_frame(kind, 0, payload))
+
+    @property
+    def keeps_up(self) -> bool:
+        """Whether the node reads what it is told. One that does not is to be asked, which takes its time, or ends."""
+        return self._transport is not None and self._transport.get_write_buffer_size() <= _MAX_UNREAD_BYTES
 
     def close(self, reason: str) -> None:
         """Idempotent."""

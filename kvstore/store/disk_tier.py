@@ -14,23 +14,19 @@ checksum tells when it is read. An error of the disk opens a breaker: reads miss
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import fcntl
 import logging
 import os
-import stat
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 
 from kvstore.errors import Unavailable
 from kvstore.keys import BlockKey
 from kvstore.store.breaker import Breaker, BreakerState
+from kvstore.store.disk_folder import claim, remove_segment, segment_id_of, segment_paths
 from kvstore.store.disk_index import DiskIndex
 from kvstore.store.segment import (
     HEADER_BYTES,
@@ -38,13 +34,9 @@ from kvstore.store.segment import (
     BadSegment,
     SegmentInfo,
     encode_header,
-    encode_index,
-    is_header_of,
-    read_headers,
-    read_index,
     tenant_field,
 )
-from kvstore.transfer.checksum import block_checksum
+from kvstore.store.segment_file import DiskCalls, DiskWrite, OsCalls, SegmentFile, read_blocks, write_blocks
 from kvstore.transfer.transport import Buffer
 
 log = logging.getLogger(__name__)
@@ -52,50 +44,6 @@ log = logging.getLogger(__name__)
 _SEGMENT_BYTES = 256 << 20
 _MAX_VECTORS = 1024  # IOV_MAX
 _READ_BLOCKS = 64  # of one thread's turn
-_NO_FOLLOW = os.O_NOFOLLOW | os.O_CLOEXEC
-
-
-@dataclass(frozen=True, slots=True)
-class DiskWrite:
-    """A block to write; `data` does not change before the write has ended."""
-
-    key: BlockKey
-    parent: BlockKey | None
-    checksum: int
-    data: Buffer
-    tenant: str
-
-
-class DiskCalls(Protocol):
-    """The system calls that move blocks; tests put faulty ones in their place."""
-
-    def pwritev(self, fd: int, buffers: Sequence[Any], offset: int) -> int: ...
-
-    def preadv(self, fd: int, buffers: Sequence[Any], offset: int) -> int: ...
-
-
-class OsCalls:
-    def pwritev(self, fd: int, buffers: Sequence[Any], offset: int) -> int:
-        return os.pwritev(fd, buffers, offset)
-
-    def preadv(self, fd: int, buffers: Sequence[Any], offset: int) -> int:
-        return os.preadv(fd, buffers, offset)
-
-
-@dataclass(slots=True)
-class _Segment:
-    """A file of ours that is open. Its descriptor is closed when nobody reads it any more."""
-
-    info: SegmentInfo
-    path: Path
-    seat: int
-    fd: int
-    num_records: int  # written or being written; of an earlier life's file: all that it could have
-    headers: bytearray = field(default_factory=bytearray)  # of the file being written
-    removed: bool = False
-
-    def __del__(self) -> None:
-        os.close(self.fd)
 
 
 class DiskTier:
@@ -129,9 +77,9 @@ class DiskTier:
         self._num_seats = max(2, budget_bytes // self._segment_bytes)
         self._tenant_blocks = tenant_bytes // block_bytes if tenant_bytes else 0
         self._index = DiskIndex(self._num_seats, self._records)
-        self._segments: dict[int, _Segment] = {}  # by seat
+        self._segments: dict[int, SegmentFile] = {}  # by seat
         self._foreign: list[tuple[Path, int]] = []  # of another model, with their bytes; first to go
-        self._current: _Segment | None = None
+        self._current: SegmentFile | None = None
         self._last_id = 0
         self._calls = calls or OsCalls()
         self._write_breaker = Breaker(1, 5.0, 60.0)
@@ -141,7 +89,7 @@ class DiskTier:
         self._readers = ThreadPoolExecutor(2, "disk-read")
         self._writer = ThreadPoolExecutor(1, "disk-write")
         self._upkeep = ThreadPoolExecutor(1, "disk-upkeep")  # seals and erases, in their order
-        self._lock_fd = _claim(folder)
+        self._lock_fd = claim(folder)
         try:
             self._scan()
         except OSError as error:
@@ -203,7 +151,7 @@ class DiskTier:
         loop = asyncio.get_running_loop()
         wanted = [(self._locate(key), key, buffer) for key, buffer in zip(keys, into, strict=True)]
         turns = [
-            loop.run_in_executor(self._readers, self._read_run, wanted[start : start + _READ_BLOCKS])
+            loop.run_in_executor(self._readers, read_blocks, self._calls, wanted[start : start + _READ_BLOCKS])
             for start in range(0, len(wanted), _READ_BLOCKS)
         ]
         found: list[int | None] = []
@@ -244,7 +192,7 @@ class DiskTier:
                 ]
                 segment.headers += b"".join(headers)
                 loop = asyncio.get_running_loop()
-                await loop.run_in_executor(self._writer, self._write_run, segment, first, headers, batch)
+                await loop.run_in_executor(self._writer, write_blocks, self._calls, segment, first, headers, batch)
             except OSError as error:
                 log.warning("writing to the disk tier failed, it rests for a while: %s", error)
                 self._write_breaker.failed(time.monotonic())
@@ -279,61 +227,16 @@ class DiskTier:
         self._writer.shutdown()
         self._upkeep.shutdown()
         if self._current is not None:
-            _seal(self._current)
+            self._current.seal()
             self._current = None
         self._segments.clear()
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
 
-    # --- in threads --------------------------------------------------------------------------------------------------
-
-    def _read_run(self, wanted: Sequence[tuple[tuple[_Segment, int] | None, BlockKey, Buffer]]) -> list[int | None]:
-        """Neighbours are read in one call. Raises OSError."""
-        found: list[int | None] = []
-        start = 0
-        while start < len(wanted):
-            place = wanted[start][0]
-            if place is None:
-                found.append(None)
-                start += 1
-                continue
-            segment, record = place
-            end = start + 1
-            while end < len(wanted) and (after := wanted[end][0]) is not None:
-                if after != (segment, record + end - start):
-                    break
-                end += 1
-            headers = [bytearray(HEADER_BYTES) for _ in range(start, end)]
-            buffers = [
-                part for header, one in zip(headers, wanted[start:end], strict=True) for part in (header, one[2])
-            ]
-            num_bytes = self._calls.preadv(segment.fd, buffers, segment.info.offset(record))
-            for ordinal, header in enumerate(headers):
-                _, key, buffer = wanted[start + ordinal]
-                whole = num_bytes >= (ordinal + 1) * segment.info.stride
-                checksum = is_header_of(bytes(header), segment.info, key) if whole else None
-                found.append(checksum if checksum is not None and block_checksum(buffer) == checksum else None)
-            start = end
-        return found
-
-    def _write_run(self, segment: _Segment, first: int, headers: Sequence[bytes], writes: Sequence[DiskWrite]) -> None:
-        """Raises OSError."""
-        parts = [part for header, write in zip(headers, writes, strict=True) for part in (header, write.data)]
-        left = len(writes) * segment.info.stride
-        written = self._calls.pwritev(segment.fd, parts, segment.info.offset(first))
-        if written < left:  # a signal, or the disk is nearly full: the rest piece by piece, or the error it would give
-            offset = segment.info.offset(first) + written
-            rest = memoryview(b"".join(bytes(part) for part in parts))[written:]
-            while rest:
-                step = self._calls.pwritev(segment.fd, [bytes(rest)], offset)
-                if step <= 0:
-                    raise OSError("nothing more can be written")
-                rest, offset = rest[step:], offset + step
-
     # --- segments ----------------------------------------------------------------------------------------------------
 
-    def _locate(self, key: BlockKey) -> tuple[_Segment, int] | None:
+    def _locate(self, key: BlockKey) -> tuple[SegmentFile, int] | None:
         place = self._index.find(key)
         return None if place is None else (self._segments[place[0]], place[1])
 
@@ -352,22 +255,21 @@ class DiskTier:
         for segment, record in places:
             if segment.headers:
                 segment.headers[record * HEADER_BYTES : (record + 1) * HEADER_BYTES] = bytes(HEADER_BYTES)
-        if places:
-            self._upkeep.submit(_erase, places)
+            self._upkeep.submit(segment.erase, record)
         return gone
 
-    async def _segment_with_room(self) -> _Segment:
+    async def _segment_with_room(self) -> SegmentFile:
         """Raises OSError."""
         current = self._current
         if current is not None and current.num_records < self._records:
             return current
         loop = asyncio.get_running_loop()
         if current is not None:
-            self._upkeep.submit(_seal, current)  # the disk takes what was written while we write on
+            self._upkeep.submit(current.seal)  # the disk takes what was written while we write on
         seat = self._make_room()
         self._last_id += 1
         info = SegmentInfo(self._last_id, self._generation, self.block_bytes, self._fingerprint)
-        self._current = await loop.run_in_executor(self._writer, _create, self._folder, info, seat)
+        self._current = await loop.run_in_executor(self._writer, SegmentFile.create, self._folder, info, seat)
         self._segments[seat] = self._current
         self._index.seat(seat)
         return self._current
@@ -376,7 +278,7 @@ class DiskTier:
         """A free seat, and bytes within the budget for one more segment."""
         while self._foreign and self.file_bytes + self._segment_bytes > self.capacity_bytes:
             path, _ = self._foreign.pop(0)
-            _remove(path)
+            remove_segment(path)
         free = set(range(self._num_seats)) - self._segments.keys()
         while not free or (self._segments and self.file_bytes + self._segment_bytes > self.capacity_bytes):
             seat = self._index.coldest(self._segments)
@@ -386,102 +288,34 @@ class DiskTier:
             self._removed += gone
             segment = self._segments.pop(seat)
             segment.removed = True
-            _remove(segment.path)
+            remove_segment(segment.path)
             free.add(seat)
         return min(free)
 
     def _scan(self) -> None:
         """Take in what earlier lives have left. Raises OSError."""
-        found = sorted(self._folder.glob("segment-*.kv"))
-        for path in found:
-            self._last_id = max(self._last_id, _id_of(path))
+        for path in segment_paths(self._folder):
+            self._last_id = max(self._last_id, segment_id_of(path))
             try:
-                fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
+                segment = SegmentFile.open(path, len(self._segments), self._records)
+            except BadSegment as error:
+                self._leave(path, str(error))
+                continue
             except OSError as error:
                 log.warning("left %s alone: %s", path.name, error.strerror)
                 continue
-            try:
-                info = SegmentInfo.decode(os.pread(fd, PAGE_BYTES, 0))
-                if (info.fingerprint, info.block_bytes) != (self._fingerprint, self.block_bytes):
-                    raise BadSegment("it belongs to another model or block layout")
-                seat = len(self._segments)
-                if seat >= self._num_seats or os.fstat(fd).st_size > self._segment_bytes:
-                    raise BadSegment("the tier has become smaller")
-                try:
-                    headers, records = read_index(path.with_suffix(".idx"), fd, info)
-                except (OSError, BadSegment):
-                    headers, records = read_headers(fd, info)
-            except BadSegment as error:
-                log.info("%s is not used: %s", path.name, error)
-                self._foreign.append((path, os.fstat(fd).st_size))
-                os.close(fd)
-                continue
-            self._segments[seat] = _Segment(info, path, seat, fd, self._records)
-            self._index.seat(seat)
-            self._index.put_all(seat, records, headers)
+            if (segment.info.fingerprint, segment.info.block_bytes) != (self._fingerprint, self.block_bytes):
+                self._leave(path, "it belongs to another model or block layout")
+            elif segment.seat >= self._num_seats or path.stat().st_size > self._segment_bytes:
+                self._leave(path, "the tier has become smaller")
+            else:
+                self._segments[segment.seat] = segment
+                self._index.seat(segment.seat)
+                headers, records = segment.read_headers()
+                self._index.put_all(segment.seat, records, headers)
         self._index.link()
 
-
-def _claim(folder: Path) -> int:
-    """Make the folder ours alone; the descriptor of its lock. Raises Unavailable."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            raise Unavailable(f"the disk tier needs a folder of its own; {folder} is a link or another user's")
-        folder.chmod(0o700)
-        fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | _NO_FOLLOW, 0o600)
-    except OSError as error:
-        raise Unavailable(f"the disk tier cannot use {folder}: {error.strerror}") from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        raise Unavailable(f"another store node uses {folder}: give each node a --disk-path of its own") from error
-    return fd
-
-
-def _create(folder: Path, info: SegmentInfo, seat: int) -> _Segment:
-    """Raises OSError."""
-    path = folder / f"segment-{info.segment_id:016x}.kv"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o600)
-    segment = _Segment(info, path, seat, fd, 0)
-    if os.pwrite(fd, info.encode(), 0) != PAGE_BYTES:
-        raise OSError("a new segment could not be begun")
-    return segment
-
-
-def _seal(segment: _Segment) -> None:
-    """Nothing more is appended: make it last, and write the side index. Without that the segment itself is read."""
-    path = segment.path.with_suffix(".idx")
-    try:
-        os.fdatasync(segment.fd)
-        path.unlink(missing_ok=True)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(encode_index(segment.info, bytes(segment.headers)))
-        segment.headers.clear()
-        if segment.removed:  # meanwhile, for room: its index must not stay behind
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        log.warning("a segment of the disk tier could not be sealed: %s", error)
-
-
-def _erase(places: Sequence[tuple[_Segment, int]]) -> None:
-    for segment, record in places:
-        with contextlib.suppress(OSError):
-            os.pwrite(segment.fd, bytes(HEADER_BYTES), segment.info.offset(record))
-            segment.path.with_suffix(".idx").unlink()
-
-
-def _remove(path: Path) -> None:
-    for one in (path, path.with_suffix(".idx")):
-        with contextlib.suppress(OSError):
-            one.unlink()
-
-
-def _id_of(path: Path) -> int:
-    try:
-        return int(path.stem.removeprefix("segment-"), 16)
-    except ValueError:
-        return 0
+    def _leave(self, path: Path, reason: str) -> None:
+        """Not ours to use, and the first to go for room. Raises OSError."""
+        log.info("%s is not used: %s", path.name, reason)
+        self._foreign.append((path, path.stat().st_size))

@@ -13,7 +13,7 @@ import numpy as np
 
 from kvstore.errors import TransferError
 from kvstore.store import store_pb2 as pb
-from kvstore.store.host_tier import SlotRef
+from kvstore.store.host_block import SlotRef
 from kvstore.store.peer_links import PeerLink, PeerLinks
 from kvstore.store.store_pb2_grpc import StorePeerStub
 from kvstore.transfer.checksum import block_checksum

@@ -25,7 +25,7 @@ class BadFrame(KvError):
 
 
 class Kind(IntEnum):
-    """Of a frame. A reply has the number of its call; a refusal has 0 and is the last frame of its connection."""
+    """Of a frame. A reply has the number of its call; a call with 0 wants none. A refusal is the last frame."""
 
     HELLO = 1
     LOOKUP = 2
@@ -35,6 +35,7 @@ class Kind(IntEnum):
     COMMIT_SAVE = 6
     ABANDON_SAVE = 7
     REPORT_CORRUPT = 8
+    HOLD = 9  # has no reply
     REPLY = 64
     REFUSAL = 65
 

@@ -21,48 +21,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 from kvstore.keys import BlockKey
-from kvstore.store.lru import LruHeap
-
-
-class Pin(Enum):
-    NONE = ""
-    SOFT = "soft"
-    HARD = "hard"
-
-
-@dataclass(frozen=True, slots=True)
-class SlotRef:
-    """A slot in one of its lives."""
-
-    slot: int
-    generation: int
-
-
-@dataclass(slots=True, eq=False)
-class HostBlock:
-    """A block from `begin` on. `leases` counts readers, `children` blocks in this tier that follow it."""
-
-    key: BlockKey
-    parent: BlockKey | None
-    tenant: str
-    ref: SlotRef
-    owner: str  # of the writer; "" once committed
-    tick: int
-    checksum: int = 0
-    touches: int = 1  # a save is the first
-    leases: int = 0
-    children: int = 0
-    pin: Pin = Pin.NONE
-    pin_expires_s: float = 0.0
-    committed: bool = False
-    quarantined: bool = False
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        return (0 if self.pin is Pin.NONE else 1, self.tick)
+from kvstore.store.candidates import Candidates
+from kvstore.store.host_block import HostBlock, Pin, SlotRef
+from kvstore.store.host_ledger import HostLedger, LeaseEntry, count_slots
 
 
 @dataclass(slots=True)
@@ -71,35 +34,6 @@ class _Lease:
     since_s: float
     deadline_s: float
     blocks: list[HostBlock]
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseEntry:
-    owner: str
-    num_blocks: int
-    age_s: float
-    expires_in_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class HostLedger:
-    """Every slot once: `free + cached + leased + writing + quarantined == total` (design invariant I1)."""
-
-    total: int
-    free: int
-    cached: int
-    leased: int
-    writing: int
-    quarantined: int
-    leases: tuple[LeaseEntry, ...]
-
-    @property
-    def sums(self) -> bool:
-        return self.free + self.cached + self.leased + self.writing + self.quarantined == self.total
-
-    @property
-    def idle(self) -> bool:
-        return self.sums and self.free + self.cached == self.total
 
 
 class HostTier:
@@ -113,15 +47,12 @@ class HostTier:
         self.num_slots = num_slots
         self.block_bytes = block_bytes
         self.evictions = 0
-        self._tenant_blocks = tenant_bytes // block_bytes if tenant_bytes else num_slots
         self._free = list(range(num_slots - 1, -1, -1))
         self._generation = [first_generation] * num_slots
         self._blocks: dict[BlockKey, HostBlock] = {}
         self._by_slot: dict[int, HostBlock] = {}
         self._children: dict[BlockKey, int] = {}  # also of parents that are not here (yet)
-        self._candidates: LruHeap[HostBlock] = LruHeap(self._evictable)
-        self._tenants: dict[str, int] = {}  # blocks, of named tenants
-        self._tenant_candidates: dict[str, LruHeap[HostBlock]] = {}
+        self._candidates = Candidates(self._evictable, tenant_bytes // block_bytes if tenant_bytes else num_slots)
         self._leases: dict[int, _Lease] = {}
         self._last_lease = 0
         self._tick = 0
@@ -181,7 +112,7 @@ class HostTier:
             block.leases -= 1
             if block.leases == 0:
                 if self._blocks.get(block.key) is block:
-                    self._add_candidate(block)
+                    self._candidates.add(block)
                 else:
                     self._free_slot(block)  # dropped while it was read
 
@@ -198,10 +129,7 @@ class HostTier:
 
     def victim_for(self, tenant: str) -> HostBlock | None:
         """The block that `begin` would evict for this tenant now; None if a slot is free or nothing can go."""
-        if tenant and self._tenants.get(tenant, 0) >= self._tenant_blocks:
-            heap = self._tenant_candidates.get(tenant)
-            return None if heap is None else heap.peek()
-        return None if self._free else self._candidates.peek()
+        return self._candidates.next(tenant, any_free=bool(self._free))
 
     def begin(self, owner: str, key: BlockKey, parent: BlockKey | None, tenant: str = "") -> SlotRef | None:
         """A slot for `owner` to write, evicting if need be; None if the key is here, or there is no room."""
@@ -212,7 +140,7 @@ class HostTier:
             return None  # a chain that is longer than what may be held keeps its beginning
         if victim is not None:
             self.evict(victim.key)
-        if not self._free or (tenant and self._tenants.get(tenant, 0) >= self._tenant_blocks):
+        if not self._free or self._candidates.is_full(tenant):
             return None
         slot = self._free.pop()
         self._generation[slot] += 1
@@ -222,8 +150,7 @@ class HostTier:
         self._blocks[key] = self._by_slot[slot] = block
         if parent is not None:
             self._count_child(parent, +1)
-        if tenant:
-            self._tenants[tenant] = self._tenants.get(tenant, 0) + 1
+        self._candidates.count(block, +1)
         return block.ref
 
     def commit(self, ref: SlotRef, checksum: int) -> HostBlock | None:
@@ -236,7 +163,7 @@ class HostTier:
             return None
         block.committed, block.owner, block.checksum = True, "", checksum
         if block.children == 0:
-            self._add_candidate(block)
+            self._candidates.add(block)
         return block
 
     def abandon(self, ref: SlotRef) -> bool:
@@ -308,7 +235,7 @@ class HostTier:
         else:
             self._pinned.add(key)
         if block.children == 0 and block.leases == 0:
-            self._add_candidate(block)
+            self._candidates.add(block)
         return True
 
     # --- looking at it -----------------------------------------------------------------------------------------------
@@ -327,23 +254,14 @@ class HostTier:
         return removed
 
     def tenant_bytes(self) -> dict[str, int]:
-        return {tenant: count * self.block_bytes for tenant, count in self._tenants.items()}
+        return {tenant: count * self.block_bytes for tenant, count in self._candidates.tenant_blocks.items()}
 
     def ledger(self, now_s: float) -> HostLedger:
-        """Counted from the slots themselves: a mistake shows as a sum that is off."""
-        counts = {"free": len(set(self._free)), "cached": 0, "leased": 0, "writing": 0, "quarantined": 0}
-        for block in self._by_slot.values():
-            if block.quarantined:
-                counts["quarantined"] += 1
-            elif not block.committed:
-                counts["writing"] += 1
-            else:
-                counts["leased" if block.leases else "cached"] += 1
-        leases = tuple(
+        leases = (
             LeaseEntry(lease.owner, len(lease.blocks), now_s - lease.since_s, lease.deadline_s - now_s)
             for lease in self._leases.values()
         )
-        return HostLedger(self.num_slots, **counts, leases=leases)
+        return count_slots(self._free, self._by_slot.values(), self.num_slots, leases)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -357,13 +275,6 @@ class HostTier:
     def _evictable(self, block: HostBlock) -> bool:
         return self._blocks.get(block.key) is block and self._removable(block)
 
-    def _add_candidate(self, block: HostBlock) -> None:
-        if not self._evictable(block):
-            return
-        self._candidates.add(block)
-        if block.tenant:
-            self._tenant_candidates.setdefault(block.tenant, LruHeap(self._evictable)).add(block)
-
     def _count_child(self, parent: BlockKey, change: int) -> None:
         count = self._children.get(parent, 0) + change
         if count:
@@ -374,7 +285,7 @@ class HostTier:
         if block is not None:
             block.children = count
             if count == 0:
-                self._add_candidate(block)
+                self._candidates.add(block)
 
     def _remove(self, block: HostBlock) -> None:
         self._unlink(block)
@@ -388,11 +299,7 @@ class HostTier:
         self._pinned.discard(block.key)
         if block.parent is not None:
             self._count_child(block.parent, -1)
-        if block.tenant:
-            self._tenants[block.tenant] -= 1
-            if not self._tenants[block.tenant]:
-                del self._tenants[block.tenant]
-                self._tenant_candidates.pop(block.tenant, None)
+        self._candidates.count(block, -1)
 
     def _free_slot(self, block: HostBlock) -> None:
         del self._by_slot[block.ref.slot]

@@ -11,7 +11,8 @@
       reply         slot u32 ... | generation u64 ...    0xffffffff: nothing to write
     COMMIT_SAVE     slot u32 ... | generation u64 ... | checksum u64 ...                reply: empty
     ABANDON_SAVE    slot u32 ... | generation u64 ...    reply: empty
-    REPORT_CORRUPT  key 16 ...                           reply: empty
+    REPORT_CORRUPT  key 16 ...                           reply: count u64               of those that were dropped
+    HOLD            lease u64 | key 16 ...               no reply                       a lease that the worker numbers
     REFUSAL         a sentence
 
 Columns of one message are equally long. A decoder raises BadFrame for whatever it cannot take.
@@ -29,16 +30,17 @@ from kvstore.keys import KEY_BYTES, BlockKey
 from kvstore.store.frames import BadFrame
 from kvstore.store.wire import MAX_KEYS, join_keys, join_parents, split_keys, split_parents
 
-VERSION = 1
+VERSION = 2
 NO_SLOT = 0xFFFFFFFF
 MAX_OWNER_BYTES = 512
 MAX_TENANT_BYTES = 1024
+TOLD = 1 << 63  # in the number of a lease that the worker gave; the node's own lie below
 _MAGIC = b"PDKV"
 _OPENING = struct.Struct("=4sH")  # what every version of HELLO begins with
 _HELLO = struct.Struct("=4sHHQ16sQ")
 _WELCOME = struct.Struct("=QQdI")
 _DEADLINE = struct.Struct("=d")
-_LEASE = struct.Struct("=Q")
+_NUMBER = struct.Struct("=Q")
 _COUNT = struct.Struct("=I")
 _SLOT_BYTES, _WORD_BYTES = 4, 8
 
@@ -107,18 +109,18 @@ class LoadReply:
     tiers: bytes
 
     def encode(self) -> bytes:
-        head = _LEASE.pack(self.lease_id)
+        head = _NUMBER.pack(self.lease_id)
         return b"".join((head, array("I", self.slots), array("Q", self.checksums), self.tiers))
 
     @classmethod
     def decode(cls, data: bytes) -> LoadReply:
-        count, rest = divmod(len(data) - _LEASE.size, _SLOT_BYTES + _WORD_BYTES + 1)
+        count, rest = divmod(len(data) - _NUMBER.size, _SLOT_BYTES + _WORD_BYTES + 1)
         if count < 0 or rest:
             raise BadFrame("the answer to LOAD has columns of different lengths")
-        middle = _LEASE.size + count * _SLOT_BYTES
+        middle = _NUMBER.size + count * _SLOT_BYTES
         end = middle + count * _WORD_BYTES
-        slots, checksums = _column("I", data[_LEASE.size : middle]), _column("Q", data[middle:end])
-        return cls(_LEASE.unpack_from(data)[0], slots, checksums, data[end:])
+        slots, checksums = _column("I", data[_NUMBER.size : middle]), _column("Q", data[middle:end])
+        return cls(_NUMBER.unpack_from(data)[0], slots, checksums, data[end:])
 
 
 def encode_load(deadline_s: float, keys: Sequence[BlockKey]) -> bytes:
@@ -149,6 +151,29 @@ def decode_leases(data: bytes) -> list[int]:
     if len(data) % _WORD_BYTES:
         raise BadFrame("RELEASE carries whole lease ids")
     return _column("Q", data)
+
+
+def encode_hold(lease_id: int, keys: Sequence[BlockKey]) -> bytes:
+    return _NUMBER.pack(lease_id) + join_keys(keys)
+
+
+def decode_hold(data: bytes) -> tuple[int, list[BlockKey]]:
+    if len(data) < _NUMBER.size:
+        raise BadFrame("HOLD is too short")
+    (lease_id,) = _NUMBER.unpack_from(data)
+    if not lease_id & TOLD:
+        raise BadFrame("HOLD names a lease of the node's own")
+    return lease_id, decode_keys(data[_NUMBER.size :])
+
+
+def encode_count(count: int) -> bytes:
+    return _NUMBER.pack(count)
+
+
+def decode_count(data: bytes) -> int:
+    if len(data) != _NUMBER.size:
+        raise BadFrame("a count is one number")
+    return int(_NUMBER.unpack(data)[0])
 
 
 def encode_begin(entries: Sequence[tuple[BlockKey, BlockKey | None]], tenant: str) -> bytes:

@@ -11,9 +11,10 @@ import numpy as np
 
 from kvstore.errors import TransferError
 from kvstore.keys import BlockKey
-from kvstore.store.host_tier import HostBlock
+from kvstore.store.host_block import HostBlock
+from kvstore.store.loads import Loaded
 from kvstore.store.peer_links import PeerLink, PeerLinks
-from kvstore.store.store import Loaded, TieredStore
+from kvstore.store.store import TieredStore
 from kvstore.transfer.session import Fenced, SendAction, SendBlock, SendManifest, SendSession, SendState
 from kvstore.transfer.tags import MANIFEST, MAX_BLOCKS, MAX_TICKET_ID, message_tag
 from kvstore.transfer.transport import Buffer, Completion, Outcome

@@ -104,7 +104,8 @@ class NodeState:
         disk = None if arena is None else await loop.run_in_executor(None, self._open_disk, geometry)
         first = self.incarnation >> 32 << 32  # of this life's generations and sessions
         host = HostTier(len(slots), geometry.block_bytes, config.tenant_bytes, first)
-        store = TieredStore(host, slots, disk, config.policy, config.limits, self.metrics)
+        directory = None if arena is None else arena.directory
+        store = TieredStore(host, slots, disk, config.policy, config.limits, self.metrics, directory)
         peers = await self._open_peers(geometry, store)
         opened = OpenStore(geometry, arena, store, SessionTable(host, first), peers, [])
         opened.tasks.append(asyncio.create_task(_sweep(store), name="store sweep"))

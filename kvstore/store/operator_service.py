@@ -10,7 +10,7 @@ from kvstore.store import store_pb2 as pb
 from kvstore.store.admin import update_gauges
 from kvstore.store.breaker import BreakerState
 from kvstore.store.edge import Context, keys_of, opened_store
-from kvstore.store.host_tier import Pin
+from kvstore.store.host_block import Pin
 from kvstore.store.opened import NodeState, OpenStore
 from kvstore.store.store_pb2_grpc import StoreOperatorServicer
 from kvstore.store.tier import Tier

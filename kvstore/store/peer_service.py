@@ -40,6 +40,7 @@ class PeerService(StorePeerServicer):
             offer_id=offer_id,
             keys=join_keys([block.key for block in blocks]),
             checksums=[block.checksum for block in blocks],
+            tenant=blocks[0].tenant if blocks else "",
         )
 
     async def Send(self, request: pb.SendRequest, context: Context) -> pb.SendReply:

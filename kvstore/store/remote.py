@@ -23,8 +23,9 @@ from kvstore.keys import BlockKey
 from kvstore.store import store_pb2 as pb
 from kvstore.store.breaker import Breaker
 from kvstore.store.fetch import Fetch
-from kvstore.store.host_tier import SlotRef
+from kvstore.store.host_block import SlotRef
 from kvstore.store.locations import Locations, NodeRecord
+from kvstore.store.messages import MAX_TENANT_BYTES
 from kvstore.store.peer_links import PeerLinks
 from kvstore.store.store import TieredStore
 from kvstore.store.store_pb2_grpc import StorePeerStub
@@ -100,7 +101,9 @@ class Remote:
         self._store.metrics.located(len(keys), len(keys) - min(num_offered, len(keys)))
         if offer.keys != join_keys(keys[:num_offered]):
             raise TransferError("it offers other blocks than it was asked for")
-        refs = self._begin(keys[:num_offered], parent)
+        if len(offer.tenant.encode()) > MAX_TENANT_BYTES:
+            raise TransferError("it names a tenant at too great a length")
+        refs = self._begin(keys[:num_offered], parent, offer.tenant)
         if not refs:
             return 0
         checksums = list(offer.checksums)[: len(refs)]
@@ -139,11 +142,11 @@ class Remote:
         )
         await stub.Send(request, timeout=until_s - time.monotonic())
 
-    def _begin(self, keys: Sequence[BlockKey], parent: BlockKey | None) -> list[SlotRef]:
+    def _begin(self, keys: Sequence[BlockKey], parent: BlockKey | None, tenant: str) -> list[SlotRef]:
         """Slots for a leading run."""
         refs: list[SlotRef] = []
         for key in keys:
-            ref = self._store.begin_fetch(_OWNER, key, parent)
+            ref = self._store.begin_fetch(_OWNER, key, parent, tenant)
             if ref is None:
                 break
             refs.append(ref)

@@ -13,7 +13,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from kvstore.errors import Unavailable
-from kvstore.store.host_tier import HostTier, SlotRef
+from kvstore.store.host_block import SlotRef
+from kvstore.store.host_tier import HostTier
 
 log = logging.getLogger(__name__)
 

@@ -11,59 +11,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from kvstore.keys import BlockKey
 from kvstore.store.config import SavePolicy, StoreLimits
+from kvstore.store.directory import DirectoryWriter
 from kvstore.store.disk_tier import DiskTier
 from kvstore.store.events import EventKind, EventLog
-from kvstore.store.host_tier import HostBlock, HostTier, Pin, SlotRef
+from kvstore.store.host_block import HostBlock, Pin, SlotRef
+from kvstore.store.host_tier import HostTier
+from kvstore.store.landing import RemoteTier
+from kvstore.store.loads import Loaded, Loading
 from kvstore.store.metrics import StoreMetrics
+from kvstore.store.promotion import Promotion
 from kvstore.store.tier import Tier
 from kvstore.store.write_behind import WriteBehind
 from kvstore.transfer.checksum import block_checksum
 from kvstore.transfer.transport import Buffer
-
-_PROMOTE = "promote"
-_PROMOTE_BLOCKS = 256  # of one batch: a load that ends early has not moved much more than it gave
-
-
-class RemoteTier(Protocol):
-    """Blocks of other nodes. Neither method raises; both return in bounded time."""
-
-    async def locate(self, keys: Sequence[BlockKey]) -> int:
-        """How many leading keys other nodes have, as far as the index knows."""
-        ...
-
-    async def fetch(self, keys: Sequence[BlockKey], parent: BlockKey | None, until_s: float) -> int:
-        """Bring leading blocks of what follows `parent` into the host tier, by `until_s`; how many came."""
-        ...
-
-    def announce(self, tier: Tier, keys: Sequence[BlockKey]) -> None:
-        """This node has these from now on."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Loading:
-    """A load under way: `blocks`, of the leading run of `keys`, are leased; `brought` says which came from where."""
-
-    lease_id: int
-    keys: Sequence[BlockKey]
-    until_s: float
-    blocks: list[HostBlock]
-    brought: dict[BlockKey, Tier] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """`tiers[n]` is where `blocks[n]` was when it was asked for. Without blocks there is no lease (`lease_id` 0)."""
-
-    lease_id: int
-    blocks: list[HostBlock]
-    tiers: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +48,7 @@ class TieredStore:
         policy: SavePolicy = SavePolicy.SECOND_TOUCH,
         limits: StoreLimits | None = None,
         metrics: StoreMetrics | None = None,
+        directory: DirectoryWriter | None = None,
     ) -> None:
         self.host = host
         self.slots = slots
@@ -91,9 +57,9 @@ class TieredStore:
         self.events = EventLog()
         self.metrics = metrics or StoreMetrics()
         self.limits = limits or StoreLimits()
+        self._directory = directory
         self._policy = policy
-        self._arriving: dict[BlockKey, asyncio.Future[None]] = {}  # being promoted for somebody
-        self._tasks: set[asyncio.Task[int]] = set()
+        self._promotion = None if disk is None else Promotion(self, disk)
         self._begun_s: dict[SlotRef, float] = {}
         self.write_behind: WriteBehind | None = None
         if disk is not None and policy is not SavePolicy.NONE:
@@ -146,8 +112,7 @@ class TieredStore:
         if count == len(loading.keys):
             return False
         first = loading.keys[count]
-        on_disk = self.disk is not None and (first in self._arriving or first in self.disk)
-        return on_disk or self.remote is not None
+        return self.remote is not None or (self._promotion is not None and self._promotion.has(first))
 
     async def bring_rest(self, loading: Loading, *, from_peers: bool = True) -> None:
         """Lease what other tiers give, until the deadline. A caller that is cancelled has nothing leased."""
@@ -255,6 +220,8 @@ class TieredStore:
     def publish_removed(self) -> None:
         """Tell subscribers what has gone since the last time."""
         if removed := self.host.drain_removed():
+            if self._directory is not None:
+                self._directory.remove(removed)
             self.events.emit(EventKind.REMOVED, Tier.HOST, removed)
         if self.disk is not None:
             if stored := self.disk.drain_stored():
@@ -275,22 +242,23 @@ class TieredStore:
 
     async def settle(self) -> None:
         """Wait for what goes on in the background."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        if self._promotion is not None:
+            await self._promotion.settle()
         if self.write_behind is not None:
             await self.write_behind.flush()
         self.publish_removed()
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def begin_fetch(self, owner: str, key: BlockKey, parent: BlockKey | None) -> SlotRef | None:
-        """A slot for a block of another node; its tenant is not known here."""
-        return self._begin(owner, key, parent, "")
+    def begin_fetch(self, owner: str, key: BlockKey, parent: BlockKey | None, tenant: str) -> SlotRef | None:
+        """A slot for a block of another tier."""
+        return self._begin(owner, key, parent, tenant)
 
     def commit_fetched(self, tier: Tier, landed: Sequence[tuple[SlotRef, int]]) -> int:
         """Publish blocks whose bytes were verified as they came in from `tier`."""
         stored = [block for ref, checksum in landed if (block := self.host.commit(ref, checksum)) is not None]
         if stored:
+            self._list(stored)
             self.events.emit(EventKind.STORED, Tier.HOST, (block.key for block in stored))
             if self.remote is not None and tier is Tier.REMOTE:
                 self.remote.announce(Tier.HOST, [block.key for block in stored])
@@ -310,12 +278,19 @@ class TieredStore:
         return self._policy is SavePolicy.ALL or (self._policy is SavePolicy.SECOND_TOUCH and block.touches >= 2)
 
     def _stored(self, blocks: Sequence[HostBlock]) -> None:
+        self._list(blocks)
         keys = [block.key for block in blocks]
         self.events.emit(EventKind.STORED, Tier.HOST, keys)
         if self.remote is not None:
             self.remote.announce(Tier.HOST, keys)
         if self.write_behind is not None and self._policy is SavePolicy.ALL:
             self.write_behind.add(blocks)
+
+    def _list(self, blocks: Sequence[HostBlock]) -> None:
+        """For workers to find without asking."""
+        if self._directory is not None:
+            for block in blocks:
+                self._directory.put(block.key, block.ref.slot, block.checksum)
 
     def _note_load(self, blocks: Sequence[HostBlock], num_wanted: int, brought: dict[BlockKey, Tier]) -> None:
         counts = [0, 0, 0, 0]
@@ -338,57 +313,12 @@ class TieredStore:
     ) -> Tier:
         """Try to have the first of `keys`, and more, in the host tier; from where. Raises TimeoutError at `until_s`."""
         first = keys[0]
-        if (arriving := self._arriving.get(first)) is not None:
-            await _until(asyncio.shield(arriving), until_s)
-            return Tier.DISK
-        if self.disk is not None and first in self.disk and not self.host.is_writing(first):
-            batch = self._on_disk_only(keys)
-            task = asyncio.create_task(self._promote(batch))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            await _until(asyncio.shield(task), until_s)  # what is not needed any more is good for the next one
+        if self._promotion is not None and self._promotion.has(first):
+            await self._promotion.bring(keys, until_s)
             return Tier.DISK
         if from_peers and self.remote is not None and not self.host.is_writing(first):
             await self.remote.fetch(keys, parent, until_s)
         return Tier.REMOTE
-
-    def _on_disk_only(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
-        assert self.disk is not None
-        run: list[BlockKey] = []
-        for key in keys[:_PROMOTE_BLOCKS]:
-            if key in self._arriving or key not in self.disk or self.host.get(key) is not None:
-                break
-            run.append(key)
-        return run
-
-    async def _promote(self, keys: Sequence[BlockKey]) -> int:
-        """From disk into host slots; how many came."""
-        assert self.disk is not None
-        began_s = time.monotonic()
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        refs: list[SlotRef] = []
-        for key in keys:
-            ref = self._begin(_PROMOTE, key, self.disk.parent(key), self.disk.tenant(key))
-            if ref is None:
-                break
-            refs.append(ref)
-            self._arriving[key] = done
-        self.publish_removed()
-        keys = keys[: len(refs)]
-        try:
-            checksums = await self.disk.read(keys, [self.slots[ref.slot] for ref in refs])
-            good = [(ref, checksum) for ref, checksum in zip(refs, checksums, strict=True) if checksum is not None]
-            count = self.commit_fetched(Tier.DISK, good)
-            if len(good) < len(refs):
-                self.metrics.corrupt(Tier.DISK, len(refs) - len(good))
-            self.metrics.fetched(Tier.DISK, count * self.host.block_bytes, time.monotonic() - began_s)
-            return count
-        finally:
-            for key, ref in zip(keys, refs, strict=True):
-                self.host.abandon(ref)  # of a committed one it is nothing
-                del self._arriving[key]
-            self.publish_removed()
-            done.set_result(None)
 
     async def _verify_host(self, blocks: Sequence[HostBlock]) -> Verified:
         loop = asyncio.get_running_loop()
@@ -404,8 +334,3 @@ class TieredStore:
         self.metrics.corrupt(Tier.HOST, corrupt)
         self.publish_removed()
         return Verified(len(blocks), corrupt)
-
-
-async def _until(what: Awaitable[object], until_s: float) -> None:
-    """Raises TimeoutError."""
-    await asyncio.wait_for(what, max(0.0, until_s - time.monotonic()))

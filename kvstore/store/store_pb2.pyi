@@ -188,14 +188,16 @@ class OfferRequest(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., keys: _Optional[bytes] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class OfferReply(_message.Message):
-    __slots__ = ("offer_id", "keys", "checksums")
+    __slots__ = ("offer_id", "keys", "checksums", "tenant")
     OFFER_ID_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     offer_id: int
     keys: bytes
     checksums: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, offer_id: _Optional[int] = ..., keys: _Optional[bytes] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
+    tenant: str
+    def __init__(self, offer_id: _Optional[int] = ..., keys: _Optional[bytes] = ..., checksums: _Optional[_Iterable[int]] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class SendRequest(_message.Message):
     __slots__ = ("node_id", "offer_id", "ticket_id", "generations", "deadline_s")

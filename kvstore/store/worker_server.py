@@ -24,25 +24,30 @@ from kvstore.errors import Unavailable
 from kvstore.keys import BlockKey
 from kvstore.store.frames import BadFrame, Frame, FrameReader, Kind, encode_frame
 from kvstore.store.geometry import Geometry
-from kvstore.store.host_tier import SlotRef
+from kvstore.store.host_block import SlotRef
+from kvstore.store.loads import Loaded, Loading
 from kvstore.store.messages import (
+    TOLD,
     Hello,
     LoadReply,
     Welcome,
     decode_begin,
     decode_commit,
+    decode_hold,
     decode_keys,
     decode_leases,
     decode_load,
     decode_refs,
+    encode_count,
     encode_refs,
 )
 from kvstore.store.opened import NodeState, OpenStore
 from kvstore.store.sessions import Session
-from kvstore.store.store import Loaded, Loading, TieredStore
+from kvstore.store.store import TieredStore
 
 log = logging.getLogger(__name__)
 
+MAX_TOLD = 4096  # leases that one worker has numbered itself; the node takes no more of them
 MAX_WAITING = 64  # calls of one worker that wait; beyond it nothing more is read from it
 _BACKLOG = 128
 _PEER = struct.Struct("3i")  # ucred: pid, uid, gid
@@ -85,6 +90,7 @@ class WorkerConnection(asyncio.Protocol):
         self._opened: OpenStore | None = None
         self._session: Session | None = None
         self._owner = ""
+        self._told: dict[int, int] = {}  # the node's lease by the worker's own number
         self._choked = False  # the worker does not read what we write
         self._reading = True
         self._greeted = False
@@ -171,7 +177,9 @@ class WorkerConnection(asyncio.Protocol):
                 self._load(call, payload)
             case Kind.RELEASE:
                 for lease_id in decode_leases(payload):
-                    self._store.release(lease_id)
+                    self._store.release(self._told.pop(lease_id, 0) if lease_id & TOLD else lease_id)
+            case Kind.HOLD:
+                self._hold(*decode_hold(payload))
             case Kind.BEGIN_SAVE:
                 entries, tenant = decode_begin(payload)
                 refs = self._store.begin_save(self._owner, entries, tenant)
@@ -191,7 +199,7 @@ class WorkerConnection(asyncio.Protocol):
                 raise BadFrame(f"there is no message of kind {kind}, or not after HELLO")
 
     def _reply(self, call: int, payload: bytes = b"") -> None:
-        if not self._ended:
+        if call and not self._ended:
             self._transport.write(encode_frame(Kind.REPLY, call, payload))
 
     def _start(self, what: Coroutine[Any, Any, None]) -> None:
@@ -252,6 +260,13 @@ class WorkerConnection(asyncio.Protocol):
         await self._store.bring_rest(loading)
         self._give(call, self._store.end_load(loading))
 
+    def _hold(self, number: int, keys: Sequence[BlockKey]) -> None:
+        """The worker reads these already."""
+        if len(self._told) < MAX_TOLD:
+            loaded = self._store.end_load(self._store.begin_load(self._owner, keys, 0.0))
+            if loaded.lease_id:
+                self._told[number] = loaded.lease_id
+
     def _give(self, call: int, loaded: Loaded) -> None:
         blocks = loaded.blocks
         reply = LoadReply(
@@ -260,8 +275,7 @@ class WorkerConnection(asyncio.Protocol):
         self._reply(call, reply.encode())
 
     async def _report(self, call: int, keys: Sequence[BlockKey]) -> None:
-        await self._store.report_corrupt(keys)
-        self._reply(call)
+        self._reply(call, encode_count(await self._store.report_corrupt(keys)))
 
 
 def _peer_pid(transport: asyncio.Transport) -> int:

@@ -14,9 +14,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from kvstore.keys import BlockKey
-from kvstore.store.disk_tier import DiskTier, DiskWrite
-from kvstore.store.host_tier import HostBlock, HostTier
+from kvstore.store.disk_tier import DiskTier
+from kvstore.store.host_block import HostBlock
+from kvstore.store.host_tier import HostTier
 from kvstore.store.metrics import StoreMetrics
+from kvstore.store.segment_file import DiskWrite
 from kvstore.store.tier import Tier
 from kvstore.transfer.transport import Buffer
 

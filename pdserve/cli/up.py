@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
+from kvstore.sizes import parse_bytes
 from pdserve.launch.plan import UpOptions, counted
 from pdserve.launch.steps import Steps
 from pdserve.launch.supervisor import up as start_up
 from pdserve.models.source import check_model
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def parse_bytes(text: str) -> int:
-    """`512M` to bytes, in powers of 1024. Raises typer.BadParameter."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise typer.BadParameter(f"{text!r} is no size; write 1073741824, 512M or 1.5G")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def register(app: typer.Typer) -> None:

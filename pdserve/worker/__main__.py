@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+import uvloop
 
 from kvstore.errors import KvError
 from kvstore.layout import KvDtype
@@ -84,7 +84,7 @@ def main(
         from pdserve.worker.process import build_engine, run
 
         built = build_engine(config, announcer.progress)
-        asyncio.run(
+        uvloop.run(
             run(
                 config,
                 built,

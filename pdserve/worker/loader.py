@@ -126,7 +126,7 @@ class Loader:
         return tuple(block.tier for block in blocks[taken.first : taken.first + verified])
 
     async def _copy(self, blocks: Sequence[LeasedBlock], refs: Sequence[BlockRef]) -> int:
-        """How many leading blocks are there and verified; what is corrupt is reported, and ends the run."""
+        """How many leading blocks are there and verified; what is not as it should be is reported, and ends the run."""
         loop = asyncio.get_running_loop()
         verified = 0
         for start in range(0, len(refs), _PART):
@@ -134,8 +134,7 @@ class Loader:
             good = await loop.run_in_executor(self._thread, self._copy_part, part)
             verified += good
             if good < len(part):
-                self._metrics.corrupt_blocks.inc()
-                await self._client.report_corrupt([part[good][0].key])
+                self._metrics.corrupt_blocks.inc(await self._client.report_corrupt([part[good][0].key]))
                 break
         return verified
 

@@ -106,7 +106,7 @@ class Saver:
             saved = await loop.run_in_executor(self._thread, self._copy, pairs)
         finally:
             self._engine.post(lambda engine, now_s: engine.pool.release(owner))
-        await self._client.commit_save(saved)
+        self._client.publish(saved)
         written = {slot.slot for slot, _ in saved}
         await self._client.abandon_save([slot for _, slot in wanted if slot.slot not in written])
         self._metrics.save_bytes.inc(len(saved) * self._memory.block_bytes)

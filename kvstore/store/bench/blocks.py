@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 import statistics
 import time
@@ -46,8 +47,11 @@ def memcpy_gb_per_s(source: Blocks, target: Blocks, rounds: int) -> float:
     return source.nbytes / statistics.median(times_s) / 1e9
 
 
-async def put(client: StoreClient, keys: Sequence[BlockKey], source: Blocks) -> None:
-    """What a worker does to save: reserve, copy, checksum, commit. Raises RuntimeError if a block was not taken."""
+async def put(client: StoreClient, keys: Sequence[BlockKey], source: Blocks, *, until_found: bool = True) -> None:
+    """What a worker does to save: reserve, copy, checksum, publish. Raises RuntimeError if a block was not taken.
+
+    A worker does not wait until others find the blocks.
+    """
     saved = []
     slots = await client.begin_save(list(zip(keys, [None, *keys], strict=False)))
     for n, slot in enumerate(slots):
@@ -55,7 +59,10 @@ async def put(client: StoreClient, keys: Sequence[BlockKey], source: Blocks) -> 
             raise RuntimeError("the store took a block not")
         np.copyto(slot.data, source[n])
         saved.append((slot, block_checksum(source[n])))
-    await client.commit_save(saved)
+    if until_found:
+        await client.commit_save(saved)
+    else:
+        client.publish(saved)
 
 
 async def get(client: StoreClient, keys: Sequence[BlockKey], target: Blocks, deadline_s: float = 5.0) -> None:
@@ -68,3 +75,4 @@ async def get(client: StoreClient, keys: Sequence[BlockKey], target: Blocks, dea
         if block_checksum(target[n]) != block.checksum:
             raise RuntimeError("a block came with wrong bytes")
     lease.release()
+    await asyncio.sleep(0)  # a turn of the loop, in which that is told

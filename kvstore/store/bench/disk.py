@@ -13,7 +13,8 @@ import numpy as np
 
 from kvstore.keys import BlockKey
 from kvstore.store.bench.blocks import FINGERPRINT, Blocks, chain, make_blocks
-from kvstore.store.disk_tier import DiskTier, DiskWrite
+from kvstore.store.disk_tier import DiskTier
+from kvstore.store.segment_file import DiskWrite
 from kvstore.transfer.checksum import block_checksum
 
 _BLOCK_KIB = 360

@@ -133,6 +133,37 @@ async def test_a_peer_killed_in_the_middle_of_a_fetch(tmp_path: Path, redis: Red
                 node.kill()
 
 
+async def test_a_node_killed_again_and_again_while_it_is_saved_to(tmp_path: Path) -> None:
+    """What the next life has is whole and right, what it has not is a miss, and no slot is lost."""
+    options = (*BIG, "--disk-bytes", "64MiB", "--disk-path", str(tmp_path / "disk"), "--policy", "all")
+    node = start_node(tmp_path, *options)
+    client = await attach(node.socket)
+    try:
+        for life in range(3):
+            saving = asyncio.create_task(_save_many(client, life))
+            async with asyncio.timeout(DEADLINE_S):  # in the middle: some are there, some are being written
+                while not len(await client.lookup(chain(100 * life, MANY))):
+                    await asyncio.sleep(0)
+            node.kill()
+            await saving
+            node = start_node(tmp_path, *options)
+            async with asyncio.timeout(DEADLINE_S):
+                while not client.attached:
+                    await asyncio.sleep(0.02)
+            for seed in range(100 * life, 100 * life + 4):
+                assert set(read(await client.load(chain(seed, MANY), DEADLINE_S))) <= {"disk", "host"}
+            await idle(node)
+            assert await save(client, chain(1000 + life, 8)) == 8
+    finally:
+        await client.close()
+        node.kill()
+
+
+async def _save_many(client: StoreClient, life: int) -> None:
+    for seed in range(100 * life, 100 * life + 4):
+        await save(client, chain(seed, MANY))
+
+
 async def test_a_worker_killed_while_its_blocks_are_promoted(node: NodeProcess, client: StoreClient) -> None:
     await only_on_disk(node, client, chain(1, MANY))
     worker = await start_loading(node, 1)

@@ -16,11 +16,14 @@ async def test_blocks_saved_once_outlive_an_orderly_end(tmp_path: Path, policy: 
     options = ("--disk-bytes", "64MiB", "--disk-path", str(tmp_path / "disk"), "--policy", policy)
     chains = [chain(seed, 20) for seed in (1, 2)]
     first = start_node(tmp_path, *options)
-    client = await attach(first.socket)
-    for keys in chains:
-        assert await save(client, keys) == 20
-    await client.close()
-    assert first.stop() == 0
+    try:
+        client = await attach(first.socket)
+        for keys in chains:
+            assert await save(client, keys) == 20
+        await client.close()
+        assert first.stop() == 0
+    finally:
+        first.kill()
     second = start_node(tmp_path, *options)
     try:
         client = await attach(second.socket)

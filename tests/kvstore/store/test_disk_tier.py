@@ -16,8 +16,9 @@ import pytest
 from kvstore.errors import Unavailable
 from kvstore.keys import BlockKey
 from kvstore.store.breaker import Breaker, BreakerState
-from kvstore.store.disk_tier import DiskTier, DiskWrite, OsCalls
+from kvstore.store.disk_tier import DiskTier
 from kvstore.store.segment import HEADER_BYTES, PAGE_BYTES
+from kvstore.store.segment_file import DiskWrite, OsCalls
 from kvstore.transfer.checksum import block_checksum
 from tests.kvstore.store.blocks import FINGERPRINT, chain, content
 

@@ -16,17 +16,23 @@ from kvstore.store.messages import (
     MAX_OWNER_BYTES,
     MAX_TENANT_BYTES,
     NO_SLOT,
+    TOLD,
+    VERSION,
     Hello,
     LoadReply,
     Welcome,
     decode_begin,
     decode_commit,
+    decode_count,
+    decode_hold,
     decode_keys,
     decode_leases,
     decode_load,
     decode_refs,
     encode_begin,
     encode_commit,
+    encode_count,
+    encode_hold,
     encode_leases,
     encode_load,
     encode_refs,
@@ -38,8 +44,8 @@ keys = st.binary(min_size=16, max_size=16).map(BlockKey)
 refs = st.tuples(st.integers(0, NO_SLOT - 1), u64)
 frames = st.builds(Frame, st.sampled_from(Kind), u32, st.binary(max_size=300))
 DECODERS: Sequence[Callable[[bytes], Any]] = (
-    Hello.decode, Welcome.decode, LoadReply.decode, decode_begin, decode_commit, decode_keys, decode_leases,
-    decode_load, decode_refs,
+    Hello.decode, Welcome.decode, LoadReply.decode, decode_begin, decode_commit, decode_count, decode_hold,
+    decode_keys, decode_leases, decode_load, decode_refs,
 )  # fmt: skip
 
 
@@ -101,7 +107,7 @@ def test_hello_comes_out_as_it_went_in(
 def test_hello_of_another_version_is_told_which_one_is_spoken() -> None:
     data = bytearray(Hello("w", 1, bytes(16)).encode())
     data[4] += 1
-    with pytest.raises(BadFrame, match="speaks version 1 of the workers' protocol, not 2"):
+    with pytest.raises(BadFrame, match=f"speaks version {VERSION} of the workers' protocol, not {VERSION + 1}"):
         Hello.decode(bytes(data))
     assert len(Hello("x" * 2000, 1, bytes(16)).encode()) < 600, "a long name is cut"
     assert len(Hello.decode(Hello("x" * 2000, 1, bytes(16)).encode()).owner) == MAX_OWNER_BYTES
@@ -140,6 +146,14 @@ def test_saves_and_releases_come_out_as_they_went_in(
     assert decode_commit(encode_commit(written, [checksum for _, checksum in saved])) == saved
     assert decode_refs(encode_refs([*written, None])) == [*written, (NO_SLOT, 0)]
     assert decode_leases(encode_leases(leases)) == leases
+
+
+@given(st.integers(0, TOLD - 1), st.lists(keys), u64)
+def test_told_leases_and_counts_come_out_as_they_went_in(lease: int, held: list[BlockKey], count: int) -> None:
+    assert decode_hold(encode_hold(TOLD | lease, held)) == (TOLD | lease, held)
+    with pytest.raises(BadFrame, match="the node's own"):
+        decode_hold(encode_hold(lease, held))
+    assert decode_count(encode_count(count)) == count
 
 
 @pytest.mark.parametrize("deadline_s", [float("nan"), float("inf")])

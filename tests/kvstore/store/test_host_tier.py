@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from kvstore.keys import BlockKey, block_keys, root_key
-from kvstore.store.host_tier import HostTier, Pin, SlotRef
+from kvstore.store.host_block import Pin, SlotRef
+from kvstore.store.host_tier import HostTier
 
 SLOTS = 8
 BLOCK_BYTES = 64

@@ -15,6 +15,7 @@ from kvstore.errors import Unavailable
 from kvstore.keys import BlockKey
 from kvstore.store.client import StoreClient
 from kvstore.store.tier import Tier
+from kvstore.transfer.checksum import block_checksum
 from tests.kvstore.store.blocks import BLOCK_BYTES, FINGERPRINT, attach, chain, content, entries, read, save
 from tests.kvstore.store.ledgers import DEADLINE_S, ledger, until
 from tests.kvstore.store.node_process import ROOT, NodeProcess, start_node
@@ -103,7 +104,7 @@ async def test_a_corrupt_block_is_dropped_when_it_is_reported(client: StoreClien
     await save(client, keys)
     with await client.load(keys, 1.0) as lease:
         lease.blocks[1].data[17] ^= 1
-    await client.report_corrupt(keys)
+    assert await client.report_corrupt(keys) == 1
     assert await client.lookup(keys) == [Tier.HOST]
     assert await save(client, keys) == 1
 
@@ -167,7 +168,9 @@ async def test_a_frozen_node_costs_one_bounded_wait(node: NodeProcess, client: S
     await save(client, chain(1, 2))
     node.process.send_signal(signal.SIGSTOP)
     try:
-        assert await client.lookup(chain(1, 2)) == []
+        assert await client.lookup(chain(1, 2)) == [Tier.HOST] * 2, "to read the arena takes no node"
+        assert read(await client.load(chain(1, 2), 1.0)) == ["host"] * 2
+        assert await client.lookup(chain(2, 1)) == []
         assert not client.attached
         assert await client.lookup(chain(1, 2)) == []
     finally:
@@ -242,10 +245,34 @@ async def test_a_cancelled_save_keeps_no_slot(node: NodeProcess, client: StoreCl
 
 async def test_a_cancelled_load_keeps_no_lease(node: NodeProcess, client: StoreClient) -> None:
     await save(client, chain(1, 5))
-    loading = asyncio.create_task(client.load(chain(1, 5), 1.0))
+    loading = asyncio.create_task(client.load(chain(1, 6), 1.0))  # the last one must be asked for
     await asyncio.sleep(0)
     loading.cancel()
     with pytest.raises(asyncio.CancelledError):
         await loading
-    await client.lookup(chain(1, 5))  # answered after the load was
+    await client.lookup(chain(1, 6))  # answered after the load was
     await until(node, "held", 0)
+
+
+async def test_a_lease_that_is_only_told_holds_until_it_is_released(node: NodeProcess, client: StoreClient) -> None:
+    await save(client, chain(1, 5))
+    lease = await client.load(chain(1, 5), 1.0)
+    await until(node, "held", 5)
+    total = (await ledger(node))["total_blocks"]
+    for seed in range(2, 2 + total // 500 + 1):  # more than there is room for
+        await save(client, chain(seed, 500))
+    assert read(lease) == ["host"] * 5
+    await until(node, "held", 0)
+
+
+async def test_a_block_that_left_its_slot_is_told_from_a_corrupt_one(node: NodeProcess, client: StoreClient) -> None:
+    await save(client, chain(1, 1))
+    late = await client.load(chain(1, 1), 1.0)
+    late.release()  # and read all the same, as by who is slower than his lease
+    await until(node, "held", 0)
+    for seed in range(2, 2 + (await ledger(node))["total_blocks"] // 500 + 1):
+        await save(client, chain(seed, 500))
+    block = late.blocks[0]
+    assert block_checksum(block.data.copy()) != block.checksum
+    assert await client.report_corrupt([block.key]) == 0
+    assert await client.lookup([block.key]) == []

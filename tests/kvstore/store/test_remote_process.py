@@ -9,12 +9,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc.aio
 import pytest
 
 from kvstore.keys import BlockKey
+from kvstore.store import store_pb2 as pb
 from kvstore.store.client import StoreClient
+from kvstore.store.config import operator_socket
+from kvstore.store.store_pb2_grpc import StoreOperatorStub
 from kvstore.store.tier import Tier
-from tests.kvstore.store.blocks import attach, chain, read, save
+from tests.kvstore.store.blocks import BLOCK_BYTES, attach, chain, read, save
 from tests.kvstore.store.node_process import NodeProcess, start_node
 from tests.kvstore.store.redis_process import RedisProcess, start_redis
 
@@ -92,6 +96,15 @@ async def test_a_foreign_salt_finds_nothing_remotely(pair: Pair) -> None:
     assert read(await pair.mine.load(chain(1, 5, b"b"), 1.0)) == []
 
 
+async def test_what_is_fetched_counts_for_its_tenant(pair: Pair) -> None:
+    await save(pair.theirs, chain(1, 5), "somebody")
+    await until_located(pair.mine, chain(1, 5))
+    assert read(await pair.mine.load(chain(1, 5), DEADLINE_S)) == ["remote"] * 5
+    async with grpc.aio.insecure_channel(f"unix:{operator_socket(Path(pair.here.socket))}") as operators:
+        stat: pb.StatReply = await StoreOperatorStub(operators).Stat(pb.StatRequest())
+    assert dict(stat.tenant_bytes) == {"somebody": 5 * BLOCK_BYTES}
+
+
 async def test_what_the_owner_has_lost_is_a_miss(pair: Pair, tmp_path: Path) -> None:
     keys = chain(1, 5)
     await save(pair.theirs, keys)
@@ -111,6 +124,9 @@ async def test_bytes_that_are_not_what_was_offered_are_a_miss(pair: Pair) -> Non
     with await pair.theirs.load(keys, 1.0) as lease:
         lease.blocks[3].data[9] ^= 1  # flipped in the owner's memory, and nobody there noticed
     assert read(await pair.mine.load(keys, 5.0)) == []
+    async with grpc.aio.insecure_channel(f"unix:{operator_socket(Path(pair.here.socket))}") as operators:
+        stat: pb.StatReply = await StoreOperatorStub(operators).Stat(pb.StatRequest())
+    assert {tier.tier: tier.corrupt for tier in stat.tiers} == {"host": 0, "disk": 0, "remote": 1}
     assert await save(pair.mine, keys) == 5, "every slot of the failed fetch is free again"
 
 

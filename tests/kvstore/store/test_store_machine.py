@@ -19,9 +19,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from kvstore.keys import BlockKey
 from kvstore.store.config import SavePolicy
-from kvstore.store.disk_tier import DiskTier, OsCalls
-from kvstore.store.host_tier import HostTier, SlotRef
+from kvstore.store.directory import Directory, DirectoryWriter, directory_bytes
+from kvstore.store.disk_tier import DiskTier
+from kvstore.store.host_block import SlotRef
+from kvstore.store.host_tier import HostTier
 from kvstore.store.segment import HEADER_BYTES, PAGE_BYTES
+from kvstore.store.segment_file import OsCalls
 from kvstore.store.store import TieredStore
 from kvstore.store.tier import Tier
 from kvstore.transfer.checksum import block_checksum
@@ -69,7 +72,7 @@ class Peer:
     async def fetch(self, keys: Sequence[BlockKey], parent: BlockKey | None, until_s: float) -> int:
         landed: list[tuple[SlotRef, int]] = []
         for count, key in enumerate(keys[: await self.locate(keys)]):
-            ref = self.store.begin_fetch("fetch", key, parent) if key in self.has else None
+            ref = self.store.begin_fetch("fetch", key, parent, "") if key in self.has else None
             if ref is None:
                 break
             parent = key
@@ -125,7 +128,12 @@ class StoreMachine(RuleBasedStateMachine):
                 calls=self.calls,
             )
             memory = np.zeros((SLOTS, BLOCK_BYTES), np.uint8)
-            self.store = TieredStore(HostTier(SLOTS, BLOCK_BYTES), list(memory), self.disk, self.policy)
+            table = memoryview(bytearray(directory_bytes(SLOTS)))
+            self.directory = Directory(table, SLOTS)
+            self.store = TieredStore(
+                *(HostTier(SLOTS, BLOCK_BYTES), list(memory), self.disk, self.policy),
+                directory=DirectoryWriter(table, SLOTS),
+            )
             self.store.remote = self.peer = Peer(self.store)
             self.writer = None
             if self.store.write_behind is not None:
@@ -196,6 +204,17 @@ class StoreMachine(RuleBasedStateMachine):
                 self.store.host.owner_lost("w")
 
         self.run(go())
+
+    @rule(seed=seeds, length=lengths)
+    def read_unasked(self, seed: int, length: int) -> None:
+        """As a worker reads what the directory lists: a copy with the right checksum has the right bytes."""
+        keys = chain(seed, length)
+        for key, slot, checksum in zip(keys, *self.directory.find(keys), strict=False):
+            copy = self.store.slots[slot].copy()
+            if block_checksum(copy) == checksum:
+                assert np.array_equal(copy, content(key, BLOCK_BYTES)), "a wrong byte was returned"
+            else:
+                assert slot in self.flipped, "the directory lists bytes that were not committed"
 
     # --- what goes wrong ---
 
@@ -272,6 +291,14 @@ class StoreMachine(RuleBasedStateMachine):
             assert ledger.sums
             assert ledger.quarantined == 0
             assert self.disk.file_bytes <= DISK_BYTES
+
+    @invariant()
+    def the_directory_lists_what_is_committed(self) -> None:
+        if hasattr(self, "store"):
+            for seed in range(3):
+                for key in chain(seed, LONGEST):
+                    block, found = self.store.host.get(key), self.directory.find([key])
+                    assert found == (([], []) if block is None else ([block.ref.slot], [block.checksum]))
 
     @invariant()
     def the_disk_tier_can_be_reached_from_the_start_of_each_chain(self) -> None:

@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 import pdserve
-from pdserve.cli import app, forward, up
+from pdserve.cli import app, forward
 from pdserve.cli.bench import BENCHMARKS, available
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -65,19 +64,6 @@ def test_bench_lists_and_refuses_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_version() -> None:
     assert CliRunner().invoke(app, ["version"]).stdout == f"{pdserve.__version__}\n"
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("1024", 1024), ("512M", 512 << 20), ("1.5g", 3 << 29), ("2 GiB", 2 << 30), ("8KB", 8192)]
-)
-def test_sizes(text: str, size: int) -> None:
-    assert up.parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "many", "-1", "1X", "1e9"])
-def test_wrong_sizes(text: str) -> None:
-    with pytest.raises(typer.BadParameter):
-        up.parse_bytes(text)
 
 
 @pytest.mark.parametrize(
