@@ -54,13 +54,19 @@ class ModelFacts:
         return ""
 
 
+def check_role(role: int) -> Role:
+    """Raises ValueError for a role that no fleet knows."""
+    if role not in _ROLES:
+        raise ValueError(f"role {role} is unknown")
+    return _ROLES[role]
+
+
 def check_hello(hello: pb.WorkerHello) -> Role:
     """Raises ValueError for a worker that no fleet can use."""
-    if hello.role not in _ROLES:
-        raise ValueError(f"role {hello.role} is unknown")
+    role = check_role(hello.role)
     if not (hello.block_size and hello.num_blocks and hello.max_model_len and hello.max_sequences and hello.vocab_size):
         raise ValueError("the worker's hello lacks a size")
-    return _ROLES[hello.role]
+    return role
 
 
 @dataclass(slots=True, eq=False)
@@ -73,6 +79,7 @@ class Member:
     listed_s: float  # last time that its address was listed
     hello: pb.WorkerHello = field(default_factory=pb.WorkerHello)
     role: Role = Role.MIXED
+    next_role: Role | None = None  # while it drains to change its role: it takes nothing new
     joined_s: float = 0.0
     in_use: bool = False  # its session is up and nothing speaks against it
     incompatible: str = ""
@@ -104,10 +111,25 @@ class Member:
             return "incompatible"
         if not self.link.up:
             return "unreachable"
-        return "suspect" if self.link.suspect else "ready"
+        if self.link.suspect:
+            return "suspect"
+        return "draining" if self.next_role is not None else "ready"
+
+    @property
+    def takes_requests(self) -> bool:
+        return self.in_use and not self.link.suspect and self.next_role is None
+
+    def change_role(self, report: pb.RoleReport) -> None:
+        """Raises ValueError for a role that no fleet knows."""
+        role, next_role = check_role(report.role), _ROLES.get(report.next_role)
+        if role is not self.role:
+            self.links.clear()  # those of the old role are closed without a word
+            self.seen_links = None
+        self.role, self.next_role = role, next_role
 
     def join(self, hello: pb.WorkerHello, role: Role, now_s: float) -> None:
         self.hello, self.role, self.joined_s, self.in_use = hello, role, now_s, True
+        self.next_role = _ROLES.get(hello.next_role)
         self.incompatible = ""
         # Until its first report it is empty, as a worker without sequences is.
         self.note_load(pb.LoadReport(free_blocks=hello.num_blocks, total_blocks=hello.num_blocks))
@@ -198,6 +220,7 @@ class Member:
             role=self.role,
             alive=self.in_use and not self.link.suspect,
             incompatible=self.incompatible,
+            leaving=f"drains to become a {self.next_role.value} worker" if self.next_role is not None else "",
             max_model_len=self.hello.max_model_len,
             max_sequences=self.hello.max_sequences,
             total_blocks=self.hello.num_blocks,
@@ -223,6 +246,7 @@ class Member:
             "admin_address": self.hello.admin_address,
             "state": self.state,
             "role": self.role.value if self.worker_id else None,
+            "next_role": self.next_role.value if self.next_role is not None else None,
             "error": self.incompatible or ("" if self.link.up else self.link.last_error),
             "free_blocks": self.load.free_blocks,
             "total_blocks": self.load.total_blocks,

@@ -1,3 +1,3 @@
 """The control plane's wire format: `worker.proto`, the code generated from it (`make proto`), and the codec."""
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3

@@ -47,6 +47,7 @@ class Exchange:
         "extra_headers",
         "gone",
         "headers",
+        "path_params",
         "request_id",
     )
 
@@ -54,6 +55,7 @@ class Exchange:
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.client_host: str | None = (scope.get("client") or (None,))[0]
         self.request_id: str = scope[REQUEST_ID_KEY]
+        self.path_params: Mapping[str, str] = scope.get("path_params", {})
         self.extra_headers: list[tuple[bytes, bytes]] = []
         self.gone = False
         self._receive = receive
