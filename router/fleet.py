@@ -24,6 +24,8 @@ from router.limits import FleetLimits
 from router.link import WorkerLink
 from router.member import Member, ModelFacts, check_hello
 from router.policy import Candidates, LinkFacts, Links, Role
+from router.store_index import Stored
+from router.store_watch import StoreWatch
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class Fleet:
         """`vocab_size` is that of the router's own model; a worker with another one is refused."""
         self.index = PrefixIndex()
         self.columns = Columns()
+        self.stores = StoreWatch(limits.link)
         self._discovery = discovery
         self._router_id = router_id
         self._limits = limits
@@ -73,6 +76,7 @@ class Fleet:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await asyncio.gather(*(self._drop(member) for member in list(self._members.values())))
+        await self.stores.close()
         await self._discovery.close()
 
     async def _discover(self) -> None:
@@ -146,6 +150,9 @@ class Fleet:
                 self._apply(member, message.kv_events)
             case "link":
                 self._note_link(member, message.link)
+            case "store":
+                member.note_store(message.store)
+                self._follow_stores()
             case "role":
                 self._note_role(member, message.role)
             case "hello" | None:
@@ -191,6 +198,13 @@ class Fleet:
                 other.seen_links = None
         self._membership_changed()
 
+    def _follow_stores(self) -> None:
+        """The store nodes that workers are attached to; one that has no worker any more serves nobody here."""
+        self.stores.watch(each.store for each in self._by_id.values() if each.store is not None)
+        for member in self._by_id.values():
+            member.store_node = self.stores.node(member.store)
+        self._seats = None
+
     def link_silent(self, link: WorkerLink) -> None:
         member = self._by_link[link]
         self._seats = None
@@ -206,6 +220,7 @@ class Fleet:
         if not was_in_use:
             return
         del self._by_id[member.worker_id]
+        self._follow_stores()
         if reason:
             log.warning("worker=%s address=%s lost: %s", member.worker_id, link.address, reason)
         self._membership_changed()
@@ -254,13 +269,15 @@ class Fleet:
         self._count_partners()
         self._wake()
 
-    def candidates(self, match: Match, now_s: float, *, linked_from: str | None = None) -> Candidates:
-        """All workers that ever said hello. `match` is of the index, for the request in question."""
+    def candidates(
+        self, match: Match, now_s: float, *, linked_from: str | None = None, stored: Stored | None = None
+    ) -> Candidates:
+        """All workers that ever said hello. `match` and `stored` are of the indexes, for the request in question."""
         if self._seats is None:
             members = (member for member in self._members.values() if member.worker_id)
             self._seats = Seats.of([(member.slot, member.candidate()) for member in members])
         links = self._links_from(linked_from, self._seats) if linked_from is not None else None
-        return self.columns.candidates(self._seats, match, now_s, links)
+        return self.columns.candidates(self._seats, match, now_s, links, stored)
 
     def _links_from(self, worker_id: str, seats: Seats) -> Links | None:
         source = self._by_id.get(worker_id)

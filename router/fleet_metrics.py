@@ -21,6 +21,12 @@ class FleetCollector(Collector):
         for labels, count in sorted(self._fleet.counts().items()):
             workers.add_metric(labels, count)
         yield workers
+        changes = CounterMetricFamily(
+            "pdserve_router_role_changes", "Workers that took another role.", labels=("from_role", "to_role")
+        )
+        for labels, count in sorted(self._fleet.role_changes.items()):
+            changes.add_metric(labels, count)
+        yield changes
         events = CounterMetricFamily(
             "pdserve_router_events",
             "Retries and causes: rejected_tokens, refusals, redispatches, migrations, handoffs_without_room, spills.",

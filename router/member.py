@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvstore.keys import KEY_BYTES
+from kvstore.store.rates import TierRates
+from kvstore.store.tier import Tier
 from pdserve.protocol import worker_pb2 as pb
 from router.backlog import Backlog
 from router.columns import Columns, Seats
 from router.events import EventCursor
 from router.link import WorkerLink
 from router.policy import Candidate, LinkFacts, Links, LoadView, Role
+from router.policy.candidates import FETCH_TIERS
 from router.speed import SpeedLearner
 from router.step_model import StepLearner
+from router.store_watch import StoreLife
 
 _ROLES: Mapping[int, Role] = {pb.PREFILL: Role.PREFILL, pb.DECODE: Role.DECODE, pb.MIXED: Role.MIXED}
 
@@ -95,6 +99,10 @@ class Member:
     learner: SpeedLearner = field(init=False)
     backlog: Backlog = field(default_factory=Backlog)  # of the prompts that this router sent
     planned_tokens: int = 0  # of requests that wait for it here, while the queue is looked through
+    store: StoreLife | None = None  # the store node that it is attached to
+    store_shares: bool = False
+    store_node: int = -1  # its number in the store index
+    tier_rates: TierRates = field(default_factory=TierRates)
     steps: StepLearner = field(default_factory=StepLearner)
 
     def __post_init__(self) -> None:
@@ -137,6 +145,7 @@ class Member:
     def leave(self) -> None:
         """The session ended: what it said holds no longer. What was sent to it stays remembered."""
         self.in_use = False
+        self.store, self.store_shares = None, False
         self.events = EventCursor()
         self.links.clear()
         self.seen_links = None
@@ -159,6 +168,15 @@ class Member:
         if facts is None or incarnation != peer.hello.incarnation:
             return None
         return replace(facts, up=False, error="a hand-over failed") if incarnation in self.distrusted else facts
+
+    def note_store(self, report: pb.StoreReport) -> None:
+        self.store = StoreLife(report.address, report.incarnation) if report.address else None
+        self.store_shares = report.shares
+
+    def note_fetch(self, tiers: Sequence[Tier], elapsed_s: float) -> None:
+        """Blocks came from these tiers of the store, in all this time."""
+        if tiers and self.tier_rates.fetched(tiers, self.hello.block_bytes, elapsed_s):
+            self.columns.set_byte_s(self.slot, [self.tier_rates.byte_s(tier) for tier in FETCH_TIERS])
 
     def note_load(self, load: pb.LoadReport) -> None:
         """A step without prompts in it says how long one with so many sequences takes."""
@@ -226,6 +244,8 @@ class Member:
             total_blocks=self.hello.num_blocks,
             block_bytes=self.hello.block_bytes,
             has_store=self.hello.has_store,
+            store_node=self.store_node,
+            store_shares=self.store_shares,
             partners=self.partners,
         )
 

@@ -21,7 +21,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,11 +59,21 @@ _TIERS = {tier.value: tier for tier in Tier}
 _leased = partial(tuple.__new__, LeasedBlock)
 
 
+@dataclass(frozen=True, slots=True)
+class StoreNode:
+    """One life of a node, and where others reach it; `shares`: with other nodes."""
+
+    address: str
+    incarnation: int
+    shares: bool
+
+
 class _Attachment:
     """One session with one life of the node."""
 
     def __init__(self, connection: Connection, welcome: Welcome, slots: Sequence[Buffer]) -> None:
         self.connection = connection
+        self.node = StoreNode(welcome.address, welcome.incarnation, welcome.shares)
         self.lease_s = welcome.lease_s
         self.slots = slots  # none without a host tier
 
@@ -82,6 +92,7 @@ class StoreClient:
         self._writing: set[tuple[int, int]] = set()  # slot and generation of what the callers may still write
         self._tasks: set[asyncio.Task[Any]] = set()
         self._first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.on_change: Callable[[], None] = lambda: None  # `node` has changed
 
     @classmethod
     async def attach(cls, socket_path: str | Path, *, fingerprint: bytes, block_bytes: int, owner: str) -> StoreClient:
@@ -105,6 +116,11 @@ class StoreClient:
             await client.close()
             raise
         return client
+
+    @property
+    def node(self) -> StoreNode | None:
+        """The node that it is attached to."""
+        return None if self._attachment is None else self._attachment.node
 
     @property
     def attached(self) -> bool:
@@ -290,6 +306,7 @@ class StoreClient:
             log.info("attached to the store: %d slots in %s", welcome.num_slots, welcome.arena_path or "no host tier")
             if not self._first.done():
                 self._first.set_result(None)
+            self.on_change()
             reason = await asyncio.shield(connection.ended)
             log.warning("the store node does not answer (%s): every look-up misses until it is back", reason)
         except (BadFrame, OSError) as error:  # OSError: the arena cannot be mapped
@@ -297,6 +314,7 @@ class StoreClient:
             return ""
         finally:
             self._attachment = None
+            self.on_change()
             self._to_release.clear()
             connection.close("this worker leaves")
         return None

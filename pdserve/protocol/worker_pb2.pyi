@@ -399,12 +399,14 @@ class RoleReport(_message.Message):
     def __init__(self, role: _Optional[_Union[Role, str]] = ..., next_role: _Optional[_Union[Role, str]] = ...) -> None: ...
 
 class StoreReport(_message.Message):
-    __slots__ = ("address", "incarnation")
+    __slots__ = ("address", "incarnation", "shares")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
     address: str
     incarnation: int
-    def __init__(self, address: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
+    shares: bool
+    def __init__(self, address: _Optional[str] = ..., incarnation: _Optional[int] = ..., shares: _Optional[bool] = ...) -> None: ...
 
 class Prefetch(_message.Message):
     __slots__ = ("keys",)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry
 
 from kvstore.pool import Ledger
+from kvstore.store.wire import split_keys
 from pdserve.engine.engine import StepToken
 from pdserve.grammars import Grammars
 from pdserve.protocol import codec
@@ -75,6 +76,8 @@ class Worker:
         self.roles = RoleKeeper(hello.role, self._requests, self._role_changed)
         self.on_role: Callable[[pb.RoleReport], None] = lambda report: None  # heard after the routers
         links.on_report = self._report_link
+        if store is not None:
+            store.on_node(lambda: self._tell_all(pb.WorkerMessage(store=store.report())))
         self._sessions: dict[RouterSession, list[pb.Peer]] = {}  # with the peers that the router wants linked
         self._load = Load(0, 0, 0, 0, hello.num_blocks, 0)
         self._step_s = 0.0
@@ -92,6 +95,8 @@ class Worker:
         for report in self.links.reports():
             session.send(pb.WorkerMessage(link=report))
         session.send(self._load_message())
+        if self._store is not None:
+            session.send(pb.WorkerMessage(store=self._store.report()))
         # Events since the last step are in the snapshot too; telling one twice does no harm.
         self._engine.tell(lambda engine, now_s: engine.pool.visible_keys(), session.subscribe)
 
@@ -118,6 +123,9 @@ class Worker:
                 entry = self._requests.get(entry_name(message.abort.request_id, message.abort.attempt))
                 if entry is not None and entry.session is session:
                     self._requests.end(entry)
+            case "prefetch":
+                if self._store is not None and self.roles.takes_requests:
+                    self._store.prefetch(split_keys(message.prefetch.keys))
             case "peers":
                 self._sessions[session] = list(message.peers.peers)
                 self._set_peers()

@@ -125,6 +125,8 @@ class StubWorker(WorkerServicer):
     # --- the protocol ---
 
     async def ChangeRole(self, request: pb.ChangeRoleRequest, context: Any) -> pb.RoleReport:
+        if request.drain_s < 0.0:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "drain_s is negative")
         if self.next_role not in (pb.ROLE_UNSPECIFIED, request.role):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "it changes to another role")
         if self.next_role == pb.ROLE_UNSPECIFIED and request.role != self.role:
