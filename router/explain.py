@@ -6,6 +6,7 @@ from typing import Any
 
 from pdserve.request import Request
 from router.dispatch import RouterDispatcher
+from router.drift import DriftMeter
 from router.fleet import Fleet
 from router.http.service import RoleName
 from router.member import Member, check_role
@@ -50,10 +51,14 @@ class Explainer:
             name: {"p50": meter.quantile(0.5), "p90": meter.quantile(0.9)}
             for name, meter in account.predictor.errors.items()
         }
-        drift = {"false_hit_ratio": account.drift.false_hit_ratio, "false_miss_ratio": account.drift.false_miss_ratio}
         feeder = self._dispatcher.feeder
         admission = {"mode": feeder.mode.value, "queued": dict(feeder.depths()), **feeder.ledger.describe()}
-        described = {"prediction_error": errors, "index_drift": drift, "admission": admission}
+        described = {
+            "prediction_error": errors,
+            "index_drift": _ratios(account.drift),
+            "store_drift": _ratios(account.store_drift),
+            "admission": admission,
+        }
         return account.goodput.describe() | described
 
     def pairs(self) -> dict[str, Any]:
@@ -83,6 +88,10 @@ class Explainer:
             "bytes_per_second": link.bytes_per_s if link is not None and link.bytes_per_s else None,
             "error": reason or (link.error if link is not None else "no link was reported yet"),
         }
+
+
+def _ratios(drift: DriftMeter) -> dict[str, float]:
+    return {"false_hit_ratio": drift.false_hit_ratio, "false_miss_ratio": drift.false_miss_ratio}
 
 
 def _describe_worker(member: Member) -> dict[str, Any]:
