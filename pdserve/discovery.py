@@ -16,7 +16,7 @@ import json
 import logging
 import re
 from collections.abc import Awaitable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from pdserve.errors import ConfigError
@@ -151,6 +151,12 @@ class Lease:
         self._ttl_s = ttl_s
         self._renew_s = renew_s
         self._task: asyncio.Task[None] | None = None
+        self._news = asyncio.Event()
+
+    def update(self, *, role: str) -> None:
+        """The record says so from now on; it is written at once."""
+        self._endpoint = replace(self._endpoint, role=role)
+        self._news.set()
 
     async def __aenter__(self) -> Lease:
         self._task = asyncio.create_task(self._renew_forever(), name=f"lease {self._endpoint.endpoint_id}")
@@ -171,7 +177,10 @@ class Lease:
                 pause_s = self._renew_s
             except _Down:
                 pause_s = min(1.0, self._renew_s)
-            await asyncio.sleep(pause_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._news.wait()
+            self._news.clear()
 
     async def _renew(self) -> None:
         endpoint = self._endpoint

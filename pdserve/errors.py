@@ -4,6 +4,8 @@ ServeError               status  type                    code
 ├── InvalidRequest       400     invalid_request_error   names the field in `param`
 ├── Unauthorized         401     invalid_request_error   invalid_api_key
 ├── ModelNotFound        404     invalid_request_error   model_not_found
+├── UnknownWorker        404     invalid_request_error   unknown_worker
+├── Conflict             409     invalid_request_error   the code says with what
 ├── PayloadTooLarge      413     invalid_request_error   payload_too_large
 ├── Forbidden            403     permission_error        forbidden
 ├── Overloaded           503     overloaded_error        `retry_after_s`; the code says what for
@@ -42,6 +44,21 @@ class ModelNotFound(ServeError):
     status = 404
     type = "invalid_request_error"
     code = "model_not_found"
+
+
+class UnknownWorker(ServeError):
+    status = 404
+    type = "invalid_request_error"
+    code = "unknown_worker"
+
+
+class Conflict(ServeError):
+    status = 409
+    type = "invalid_request_error"
+
+    def __init__(self, message: str, *, code: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class PayloadTooLarge(ServeError):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pdserve.request import FinishReason, Request
 from router.drift import DriftMeter
 from router.fleet import Fleet
+from router.member import Member
+from router.policy.candidates import FETCH_TIERS
 from router.predictor import Predictor
 from router.records import Record, Records
 from router.routed import RoutedGeneration
@@ -17,6 +19,7 @@ class Account:
         self.records = records
         self.goodput = GoodputTracker()
         self.drift = DriftMeter()
+        self.store_drift = DriftMeter()  # of what was to come from the store, against what came
         self.predictor = Predictor()
         self._fleet = fleet
         self._open: dict[str, Record] = {}  # bounded by the requests that are active
@@ -52,6 +55,7 @@ class Account:
             device_tokens = generation.cached_by_tier.get("device", 0)
             blocks = first.chosen.matched_blocks
             self.drift.note(blocks, device_tokens, record.prompt_tokens, member.hello.block_size)
+            self._learn_fetch(member, first.chosen.fetched_blocks, generation)
             uncached_tokens = record.prompt_tokens - sum(generation.cached_by_tier.values())
             member.learner.note_prefill(uncached_tokens, timeline.reported.get("compute", 0.0))
         if record.predicted_ttft_s is not None:
@@ -60,3 +64,11 @@ class Account:
         # One that was to be refused, but was not, waits behind all others: as nobody foresaw.
         verdict = generation.verdict
         self.predictor.note(verdict.forecast if verdict is not None and verdict.reason is None else None, timeline)
+
+    def _learn_fetch(self, member: Member, foreseen_blocks: int, generation: RoutedGeneration) -> None:
+        block_size = member.hello.block_size
+        blocks = {tier: generation.cached_by_tier.get(tier.label, 0) // block_size for tier in FETCH_TIERS}
+        prompt_tokens, fetched_tokens = len(generation.request.prompt_token_ids), block_size * sum(blocks.values())
+        self.store_drift.note(foreseen_blocks, fetched_tokens, prompt_tokens, block_size)
+        tiers = [tier for tier, count in blocks.items() for _ in range(count)]
+        member.note_fetch(tiers, generation.timeline.reported.get("fetch", 0.0))

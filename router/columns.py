@@ -13,11 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstore.store.rates import PRIORS
 from router.index import Match
 from router.policy import Candidate, Candidates, Links, LoadView, Roster, Snapshot, Speed
-from router.policy.candidates import LOAD_ROWS, RATE_COLUMNS, RECENT_TOKENS, load_column
+from router.policy.candidates import FETCH_TIERS, LOAD_ROWS, RATE_COLUMNS, RECENT_TOKENS, Reach, load_column
 from router.policy.scorers import RECENT_HALF_LIFE_S
+from router.store_index import Stored
 
+_PRIOR_BYTE_S = np.array([[1.0 / PRIORS[tier].bytes_per_s] for tier in FETCH_TIERS])
 _FIRST_SLOTS = 64  # a multiple of 8, as a match's column needs it
 
 
@@ -42,6 +45,7 @@ class Columns:
         self._loads = np.zeros((LOAD_ROWS, _FIRST_SLOTS))
         self._speeds = [Speed()] * _FIRST_SLOTS
         self._rates = np.tile(np.array(Speed().prefill_rates()), (_FIRST_SLOTS, 1))
+        self._byte_s = np.tile(_PRIOR_BYTE_S, (1, _FIRST_SLOTS))  # out of each tier of the store
         self._stale_rates: set[int] = set()  # slots whose speed changed
         self._speeds_of: tuple[Seats, tuple[Speed, ...]] | None = None  # the last answer, while it is true
         self._decayed_s = -math.inf  # the time that the recent tokens are true at
@@ -51,6 +55,7 @@ class Columns:
         while slot >= len(self._speeds):
             self._grow()
         self._loads[:, slot] = 0.0
+        self._byte_s[:, slot] = _PRIOR_BYTE_S[:, 0]
         self.set_speed(slot, Speed())
 
     def set_load(self, slot: int, load: LoadView) -> None:
@@ -72,7 +77,13 @@ class Columns:
         self._speeds[slot] = speed
         self._stale_rates.add(slot)
 
-    def candidates(self, seats: Seats, match: Match, now_s: float, links: Links | None = None) -> Candidates:
+    def set_byte_s(self, slot: int, byte_s: Sequence[float]) -> None:
+        """Seconds a byte out of the store, by `FETCH_TIERS`."""
+        self._byte_s[:, slot] = byte_s
+
+    def candidates(
+        self, seats: Seats, match: Match, now_s: float, links: Links | None = None, stored: Stored | None = None
+    ) -> Candidates:
         """The workers of `seats` now. To be scored at once: its table of rates is the living one."""
         self._decay(now_s)
         seen = Snapshot(
@@ -81,8 +92,16 @@ class Columns:
             matched_blocks=match.column(len(self._speeds)).take(seats.slots),
             speeds=self._speeds_at(seats),
             links=links,
+            reach=self._reach(seats, stored) if stored is not None else None,
         )
         return Candidates(seen, self._rates.reshape(-1), seats.first_rate)
+
+    def _reach(self, seats: Seats, stored: Stored) -> Reach:
+        roster = seats.roster
+        here = stored.any.take(roster.store_node)
+        anywhere = np.maximum(here, stored.any.max() * roster.store_shares)
+        blocks = np.stack([stored.host.take(roster.store_node), here, anywhere])
+        return Reach(blocks, self._byte_s.take(seats.slots, axis=1))
 
     def _speeds_at(self, seats: Seats) -> tuple[Speed, ...]:
         """With the table of rates made true first."""
@@ -104,4 +123,5 @@ class Columns:
         slots = len(self._speeds)
         self._loads = np.concatenate([self._loads, np.zeros((LOAD_ROWS, slots))], axis=1)
         self._rates = np.concatenate([self._rates, np.tile(np.array(Speed().prefill_rates()), (slots, 1))])
+        self._byte_s = np.concatenate([self._byte_s, np.tile(_PRIOR_BYTE_S, (1, slots))], axis=1)
         self._speeds += [Speed()] * slots

@@ -6,10 +6,13 @@ from typing import Any
 
 from pdserve.request import Request
 from router.dispatch import RouterDispatcher
+from router.drift import DriftMeter
 from router.fleet import Fleet
-from router.member import Member
+from router.http.service import RoleName
+from router.member import Member, check_role
 from router.policy import Role
 from router.records import describe_decision
+from router.roles import RoleChanger
 from router.wishes import Wishes
 
 
@@ -32,16 +35,30 @@ class Explainer:
     def dry_run(self, request: Request, wishes: Wishes) -> dict[str, Any]:
         return describe_decision(self._dispatcher.dry_run(request, wishes))
 
+    async def change_role(self, worker_id: str, role: RoleName, *, drain_s: float, force: bool) -> dict[str, Any]:
+        report = await RoleChanger(self._fleet).change(worker_id, Role(role), drain_s=drain_s, force=force)
+        now, following = check_role(report.role), report.next_role
+        return {
+            "worker_id": worker_id,
+            "role": now.value,
+            "next_role": check_role(following).value if following else None,
+            "state": "draining" if following else "ready",
+        }
+
     def slo(self) -> dict[str, Any]:
         account = self._dispatcher.account
         errors = {
             name: {"p50": meter.quantile(0.5), "p90": meter.quantile(0.9)}
             for name, meter in account.predictor.errors.items()
         }
-        drift = {"false_hit_ratio": account.drift.false_hit_ratio, "false_miss_ratio": account.drift.false_miss_ratio}
         feeder = self._dispatcher.feeder
         admission = {"mode": feeder.mode.value, "queued": dict(feeder.depths()), **feeder.ledger.describe()}
-        described = {"prediction_error": errors, "index_drift": drift, "admission": admission}
+        described = {
+            "prediction_error": errors,
+            "index_drift": _ratios(account.drift),
+            "store_drift": _ratios(account.store_drift),
+            "admission": admission,
+        }
         return account.goodput.describe() | described
 
     def pairs(self) -> dict[str, Any]:
@@ -49,10 +66,7 @@ class Explainer:
         members = self._fleet.known()
         return {
             "ready": self._fleet.ready,
-            "workers": [
-                {"worker_id": each.worker_id, "role": each.role.value, "state": each.state, "error": each.incompatible}
-                for each in members
-            ],
+            "workers": [_describe_worker(each) for each in members],
             "pairs": [
                 self._pair(prefill, decode)
                 for prefill in members
@@ -74,3 +88,17 @@ class Explainer:
             "bytes_per_second": link.bytes_per_s if link is not None and link.bytes_per_s else None,
             "error": reason or (link.error if link is not None else "no link was reported yet"),
         }
+
+
+def _ratios(drift: DriftMeter) -> dict[str, float]:
+    return {"false_hit_ratio": drift.false_hit_ratio, "false_miss_ratio": drift.false_miss_ratio}
+
+
+def _describe_worker(member: Member) -> dict[str, Any]:
+    return {
+        "worker_id": member.worker_id,
+        "role": member.role.value,
+        "next_role": member.next_role.value if member.next_role is not None else None,
+        "state": member.state,
+        "error": member.incompatible,
+    }

@@ -124,7 +124,7 @@ class Feeder:
         return member.load.step_s + self._predictor.transit_s
 
     def _compute_s(self, chosen: Considered) -> float:
-        return self._predictor.prompt.factor * chosen.uncached_s
+        return self._predictor.prompt.factor * (chosen.fetch_s + chosen.uncached_s)
 
     def _judge(self, item: Waiting, decision: Decision, now_s: float) -> Decision | None:
         """Returns the decision behind those that have their turn before it, if one was made. Raises Overloaded."""

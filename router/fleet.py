@@ -24,6 +24,8 @@ from router.limits import FleetLimits
 from router.link import WorkerLink
 from router.member import Member, ModelFacts, check_hello
 from router.policy import Candidates, LinkFacts, Links, Role
+from router.store_index import Stored
+from router.store_watch import StoreWatch
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class Fleet:
         """`vocab_size` is that of the router's own model; a worker with another one is refused."""
         self.index = PrefixIndex()
         self.columns = Columns()
+        self.stores = StoreWatch(limits.link)
         self._discovery = discovery
         self._router_id = router_id
         self._limits = limits
@@ -57,6 +60,7 @@ class Fleet:
         self._seats: Seats | None = None  # all workers that ever said hello; None: something about them changed
         self._facts: ModelFacts | None = None
         self._listener: RequestListener | None = None
+        self.role_changes: Counter[tuple[str, str]] = Counter()  # from, to
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -72,6 +76,7 @@ class Fleet:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await asyncio.gather(*(self._drop(member) for member in list(self._members.values())))
+        await self.stores.close()
         await self._discovery.close()
 
     async def _discover(self) -> None:
@@ -145,6 +150,11 @@ class Fleet:
                 self._apply(member, message.kv_events)
             case "link":
                 self._note_link(member, message.link)
+            case "store":
+                member.note_store(message.store)
+                self._follow_stores()
+            case "role":
+                self._note_role(member, message.role)
             case "hello" | None:
                 raise ValueError("a message that belongs nowhere")
             case _:
@@ -176,6 +186,25 @@ class Fleet:
         self._count_partners()
         self._wake()
 
+    def _note_role(self, member: Member, report: pb.RoleReport) -> None:
+        """It begins to drain, or has the new role. Its peers hear of it: links run from prefill to decode."""
+        before = member.role
+        member.change_role(report)
+        log.info("worker=%s role=%s next_role=%s", member.worker_id, member.role.value, member.next_role)
+        if member.role is not before:
+            self.role_changes[before.value, member.role.value] += 1
+            for other in self._by_id.values():  # what they last said of it was of a link that is closed now
+                other.links.pop(member.worker_id, None)
+                other.seen_links = None
+        self._membership_changed()
+
+    def _follow_stores(self) -> None:
+        """The store nodes that workers are attached to; one that has no worker any more serves nobody here."""
+        self.stores.watch(each.store for each in self._by_id.values() if each.store is not None)
+        for member in self._by_id.values():
+            member.store_node = self.stores.node(member.store)
+        self._seats = None
+
     def link_silent(self, link: WorkerLink) -> None:
         member = self._by_link[link]
         self._seats = None
@@ -191,6 +220,7 @@ class Fleet:
         if not was_in_use:
             return
         del self._by_id[member.worker_id]
+        self._follow_stores()
         if reason:
             log.warning("worker=%s address=%s lost: %s", member.worker_id, link.address, reason)
         self._membership_changed()
@@ -204,16 +234,17 @@ class Fleet:
         """Tell each prefill worker which decode workers there are; a peer that vanished is left out."""
         decoders = [each for _, each in sorted(self._by_id.items()) if each.role is Role.DECODE]
         peers = pb.Peers(peers=[each.as_peer() for each in decoders])
-        encoded = peers.SerializeToString(deterministic=True)
         for member in self._by_id.values():
-            if member.role is Role.PREFILL and member.told_peers != encoded:
+            wanted = peers if member.role is Role.PREFILL else pb.Peers()
+            encoded = wanted.SerializeToString(deterministic=True)
+            if member.told_peers != encoded:
                 member.told_peers = encoded
-                member.link.send(pb.RouterMessage(peers=peers))
+                member.link.send(pb.RouterMessage(peers=wanted))
         self._count_partners()
         self._wake()
 
     def _count_partners(self) -> None:
-        decoders = [each for each in self._by_id.values() if each.role is Role.DECODE]
+        decoders = [each for each in self._by_id.values() if each.role is Role.DECODE and each.next_role is None]
         self._seats = None
         for member in self._by_id.values():
             links = (member.link_to(decoder) for decoder in decoders)
@@ -238,13 +269,15 @@ class Fleet:
         self._count_partners()
         self._wake()
 
-    def candidates(self, match: Match, now_s: float, *, linked_from: str | None = None) -> Candidates:
-        """All workers that ever said hello. `match` is of the index, for the request in question."""
+    def candidates(
+        self, match: Match, now_s: float, *, linked_from: str | None = None, stored: Stored | None = None
+    ) -> Candidates:
+        """All workers that ever said hello. `match` and `stored` are of the indexes, for the request in question."""
         if self._seats is None:
             members = (member for member in self._members.values() if member.worker_id)
             self._seats = Seats.of([(member.slot, member.candidate()) for member in members])
         links = self._links_from(linked_from, self._seats) if linked_from is not None else None
-        return self.columns.candidates(self._seats, match, now_s, links)
+        return self.columns.candidates(self._seats, match, now_s, links, stored)
 
     def _links_from(self, worker_id: str, seats: Seats) -> Links | None:
         source = self._by_id.get(worker_id)
@@ -270,8 +303,8 @@ class Fleet:
         return member is not None and member.link.send(message)
 
     def in_use(self) -> list[Member]:
-        """Those that can be sent something."""
-        return [member for member in self._by_id.values() if not member.link.suspect]
+        """Those that can be sent something new."""
+        return [member for member in self._by_id.values() if member.takes_requests]
 
     def note_room(self) -> None:
         """The dispatcher knows, before the worker reports it, that somewhere is room again."""
@@ -317,6 +350,11 @@ class Fleet:
         return Counter(
             (member.role.value if member.worker_id else "unknown", member.state) for member in self._members.values()
         )
+
+    def named(self, worker_id: str) -> Member | None:
+        """The one that has a session or, of those that said hello and have none now, any."""
+        gone = (each for each in self._members.values() if each.worker_id == worker_id)
+        return self._by_id.get(worker_id) or next(gone, None)
 
     def known(self) -> list[Member]:
         """All that ever said hello, by name."""

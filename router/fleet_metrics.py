@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from router.dispatch import RouterDispatcher
+from router.drift import DriftMeter
 from router.fleet import Fleet
 
 
@@ -21,6 +22,12 @@ class FleetCollector(Collector):
         for labels, count in sorted(self._fleet.counts().items()):
             workers.add_metric(labels, count)
         yield workers
+        changes = CounterMetricFamily(
+            "pdserve_router_role_changes", "Workers that took another role.", labels=("from_role", "to_role")
+        )
+        for labels, count in sorted(self._fleet.role_changes.items()):
+            changes.add_metric(labels, count)
+        yield changes
         events = CounterMetricFamily(
             "pdserve_router_events",
             "Retries and causes: rejected_tokens, refusals, redispatches, migrations, handoffs_without_room, spills.",
@@ -35,20 +42,41 @@ class FleetCollector(Collector):
         yield GaugeMetricFamily(
             "pdserve_router_index_keys", "Block keys in the prefix index.", value=len(self._fleet.index)
         )
+        stores = self._fleet.stores
+        yield GaugeMetricFamily(
+            "pdserve_router_store_index_keys", "Blocks of store nodes in the index.", value=len(stores.index)
+        )
+        yield CounterMetricFamily(
+            "pdserve_router_store_index_dropped_keys",
+            "Blocks of store nodes that found no room in the index.",
+            value=stores.index.dropped_keys,
+        )
+        yield CounterMetricFamily(
+            "pdserve_router_store_resyncs", "Subscriptions to a store node's events that ended.", value=stores.resyncs
+        )
 
     def _drift(self) -> Iterable[Metric]:
-        drift = self._dispatcher.account.drift
-        blocks = CounterMetricFamily(
+        account = self._dispatcher.account
+        yield _drift_of(
+            account.drift,
             "pdserve_router_index_blocks",
             "Leading blocks on chosen workers: predicted by the index, found there, false_hit (predicted, not found), "
             "false_miss (found, not predicted).",
-            labels=("what",),
         )
-        for what, count in (
-            ("predicted", drift.predicted_blocks),
-            ("found", drift.found_blocks),
-            ("false_hit", drift.false_hit_blocks),
-            ("false_miss", drift.false_miss_blocks),
-        ):
-            blocks.add_metric((what,), count)
-        yield blocks
+        yield _drift_of(
+            account.store_drift,
+            "pdserve_router_fetched_blocks",
+            "As pdserve_router_index_blocks, of blocks that chosen workers brought from the store.",
+        )
+
+
+def _drift_of(drift: DriftMeter, name: str, text: str) -> Metric:
+    blocks = CounterMetricFamily(name, text, labels=("what",))
+    for what, count in (
+        ("predicted", drift.predicted_blocks),
+        ("found", drift.found_blocks),
+        ("false_hit", drift.false_hit_blocks),
+        ("false_miss", drift.false_miss_blocks),
+    ):
+        blocks.add_metric((what,), count)
+    return blocks

@@ -20,7 +20,15 @@ from typing import Any, Protocol
 import grpc
 
 from pdserve.protocol import PROTOCOL_VERSION
-from pdserve.protocol.worker_pb2 import Ping, RouterHello, RouterMessage, WorkerHello, WorkerMessage
+from pdserve.protocol.worker_pb2 import (
+    ChangeRoleRequest,
+    Ping,
+    RoleReport,
+    RouterHello,
+    RouterMessage,
+    WorkerHello,
+    WorkerMessage,
+)
 from pdserve.protocol.worker_pb2_grpc import WorkerStub
 from router.limits import LinkLimits
 
@@ -68,6 +76,7 @@ class WorkerLink:
         self._outbox: asyncio.Queue[RouterMessage] = asyncio.Queue()
         self._ended: asyncio.Future[str] | None = None
         self._silent_s = 0.0
+        self._stub: Any = None  # of the session that is up
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -89,6 +98,17 @@ class WorkerLink:
             self._end("the worker does not read what it is sent")
             return False
         return True
+
+    async def change_role(self, request: ChangeRoleRequest) -> RoleReport:
+        """
+        Raises:
+            ConnectionError: there is no session.
+            grpc.aio.AioRpcError: the worker refuses, or does not answer in time.
+        """
+        if not self.up:
+            raise ConnectionError(self.last_error or "it was not reached yet")
+        report: RoleReport = await self._stub.ChangeRole(request, timeout=self._limits.hello_s)
+        return report
 
     def renew(self, reason: str) -> None:
         """End the session and begin a new one."""
@@ -114,7 +134,8 @@ class WorkerLink:
         was_up = False
         reason = ""
         channel = grpc.aio.insecure_channel(self.address, options=_OPTIONS)
-        call = WorkerStub(channel).Session()
+        self._stub = WorkerStub(channel)
+        call = self._stub.Session()
         tasks: list[asyncio.Task[None]] = []
         try:
             messages = aiter(call)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvstore.keys import KEY_BYTES
+from kvstore.store.rates import TierRates
+from kvstore.store.tier import Tier
 from pdserve.protocol import worker_pb2 as pb
 from router.backlog import Backlog
 from router.columns import Columns, Seats
 from router.events import EventCursor
 from router.link import WorkerLink
 from router.policy import Candidate, LinkFacts, Links, LoadView, Role
+from router.policy.candidates import FETCH_TIERS
 from router.speed import SpeedLearner
 from router.step_model import StepLearner
+from router.store_watch import StoreLife
 
 _ROLES: Mapping[int, Role] = {pb.PREFILL: Role.PREFILL, pb.DECODE: Role.DECODE, pb.MIXED: Role.MIXED}
 
@@ -54,13 +58,19 @@ class ModelFacts:
         return ""
 
 
+def check_role(role: int) -> Role:
+    """Raises ValueError for a role that no fleet knows."""
+    if role not in _ROLES:
+        raise ValueError(f"role {role} is unknown")
+    return _ROLES[role]
+
+
 def check_hello(hello: pb.WorkerHello) -> Role:
     """Raises ValueError for a worker that no fleet can use."""
-    if hello.role not in _ROLES:
-        raise ValueError(f"role {hello.role} is unknown")
+    role = check_role(hello.role)
     if not (hello.block_size and hello.num_blocks and hello.max_model_len and hello.max_sequences and hello.vocab_size):
         raise ValueError("the worker's hello lacks a size")
-    return _ROLES[hello.role]
+    return role
 
 
 @dataclass(slots=True, eq=False)
@@ -73,6 +83,7 @@ class Member:
     listed_s: float  # last time that its address was listed
     hello: pb.WorkerHello = field(default_factory=pb.WorkerHello)
     role: Role = Role.MIXED
+    next_role: Role | None = None  # while it drains to change its role: it takes nothing new
     joined_s: float = 0.0
     in_use: bool = False  # its session is up and nothing speaks against it
     incompatible: str = ""
@@ -88,6 +99,10 @@ class Member:
     learner: SpeedLearner = field(init=False)
     backlog: Backlog = field(default_factory=Backlog)  # of the prompts that this router sent
     planned_tokens: int = 0  # of requests that wait for it here, while the queue is looked through
+    store: StoreLife | None = None  # the store node that it is attached to
+    store_shares: bool = False
+    store_node: int = -1  # its number in the store index
+    tier_rates: TierRates = field(default_factory=TierRates)
     steps: StepLearner = field(default_factory=StepLearner)
 
     def __post_init__(self) -> None:
@@ -104,10 +119,25 @@ class Member:
             return "incompatible"
         if not self.link.up:
             return "unreachable"
-        return "suspect" if self.link.suspect else "ready"
+        if self.link.suspect:
+            return "suspect"
+        return "draining" if self.next_role is not None else "ready"
+
+    @property
+    def takes_requests(self) -> bool:
+        return self.in_use and not self.link.suspect and self.next_role is None
+
+    def change_role(self, report: pb.RoleReport) -> None:
+        """Raises ValueError for a role that no fleet knows."""
+        role, next_role = check_role(report.role), _ROLES.get(report.next_role)
+        if role is not self.role:
+            self.links.clear()  # those of the old role are closed without a word
+            self.seen_links = None
+        self.role, self.next_role = role, next_role
 
     def join(self, hello: pb.WorkerHello, role: Role, now_s: float) -> None:
         self.hello, self.role, self.joined_s, self.in_use = hello, role, now_s, True
+        self.next_role = _ROLES.get(hello.next_role)
         self.incompatible = ""
         # Until its first report it is empty, as a worker without sequences is.
         self.note_load(pb.LoadReport(free_blocks=hello.num_blocks, total_blocks=hello.num_blocks))
@@ -115,6 +145,7 @@ class Member:
     def leave(self) -> None:
         """The session ended: what it said holds no longer. What was sent to it stays remembered."""
         self.in_use = False
+        self.store, self.store_shares = None, False
         self.events = EventCursor()
         self.links.clear()
         self.seen_links = None
@@ -137,6 +168,15 @@ class Member:
         if facts is None or incarnation != peer.hello.incarnation:
             return None
         return replace(facts, up=False, error="a hand-over failed") if incarnation in self.distrusted else facts
+
+    def note_store(self, report: pb.StoreReport) -> None:
+        self.store = StoreLife(report.address, report.incarnation) if report.address else None
+        self.store_shares = report.shares
+
+    def note_fetch(self, tiers: Sequence[Tier], elapsed_s: float) -> None:
+        """Blocks came from these tiers of the store, in all this time."""
+        if tiers and self.tier_rates.fetched(tiers, self.hello.block_bytes, elapsed_s):
+            self.columns.set_byte_s(self.slot, [self.tier_rates.byte_s(tier) for tier in FETCH_TIERS])
 
     def note_load(self, load: pb.LoadReport) -> None:
         """A step without prompts in it says how long one with so many sequences takes."""
@@ -198,11 +238,14 @@ class Member:
             role=self.role,
             alive=self.in_use and not self.link.suspect,
             incompatible=self.incompatible,
+            leaving=f"drains to become a {self.next_role.value} worker" if self.next_role is not None else "",
             max_model_len=self.hello.max_model_len,
             max_sequences=self.hello.max_sequences,
             total_blocks=self.hello.num_blocks,
             block_bytes=self.hello.block_bytes,
             has_store=self.hello.has_store,
+            store_node=self.store_node,
+            store_shares=self.store_shares,
             partners=self.partners,
         )
 
@@ -223,6 +266,7 @@ class Member:
             "admin_address": self.hello.admin_address,
             "state": self.state,
             "role": self.role.value if self.worker_id else None,
+            "next_role": self.next_role.value if self.next_role is not None else None,
             "error": self.incompatible or ("" if self.link.up else self.link.last_error),
             "free_blocks": self.load.free_blocks,
             "total_blocks": self.load.total_blocks,

@@ -15,6 +15,7 @@ from router.policy import Considered, Decision, Need, Phase, Policy, Role
 # Beyond the predicted end of its prefill, blocks count as held so long without a word from the worker.
 _EXPECT_MARGIN_S = 5.0
 _EXPECT_AT_MOST_S = 60.0
+_LOADS = (Phase.PROMPT, Phase.WHOLE)  # phases in which a worker loads from the store what it lacks
 
 
 class Claim:
@@ -83,7 +84,8 @@ class Placer:
         assert member is not None
         disaggregated = decision.phase is Phase.PROMPT and member.role is Role.PREFILL and need.max_tokens > 1
         self._expect(member, keys, decision.chosen)
-        return Placed(self._claim(member, need, decision.chosen.matched_blocks), disaggregated)
+        held_blocks = decision.chosen.matched_blocks + decision.chosen.fetched_blocks
+        return Placed(self._claim(member, need, held_blocks), disaggregated)
 
     def place_whole_on(self, worker_id: str, need: Need, keys: Sequence[BlockKey]) -> Placed | None:
         """The whole request on the worker that has its KV, by no policy; None when it is gone."""
@@ -124,16 +126,18 @@ class Placer:
 
     def _look(self, need: Need, keys: Sequence[BlockKey], linked_from: str | None = None) -> Decision:
         match = self._fleet.index.match(keys)
-        candidates = self._fleet.candidates(match, time.monotonic(), linked_from=linked_from)
+        stored = self._fleet.stores.index.match(keys) if need.phase in _LOADS else None
+        candidates = self._fleet.candidates(match, time.monotonic(), linked_from=linked_from, stored=stored)
         return self._policy.decide(need, candidates, self._turns[need.phase])
 
     def _expect(self, member: Member, keys: Sequence[BlockKey], chosen: Considered) -> None:
         """Whoever shares this prompt's beginning may follow it there, before the worker says that it has the blocks."""
         now_s = time.monotonic()
-        expires_s = now_s + min(chosen.queued_s + chosen.uncached_s + _EXPECT_MARGIN_S, _EXPECT_AT_MOST_S)
+        computed_s = chosen.queued_s + chosen.fetch_s + chosen.uncached_s
+        expires_s = now_s + min(computed_s + _EXPECT_MARGIN_S, _EXPECT_AT_MOST_S)
         self._fleet.index.expect(member.slot, landmarks(keys), now_s, expires_s)
 
-    def _claim(self, member: Member, need: Need, matched_blocks: int) -> Claim:
-        uncached_tokens = max(1, need.tokens - matched_blocks * need.block_size)
+    def _claim(self, member: Member, need: Need, held_blocks: int) -> Claim:
+        uncached_tokens = max(1, need.tokens - held_blocks * need.block_size)
         self._fleet.columns.add_recent(member.slot, uncached_tokens, time.monotonic())
         return Claim(member, uncached_tokens)

@@ -102,10 +102,10 @@ class Record:
 
 
 def predicted_ttft_s(decision: Decision | None) -> float | None:
-    """Queueing and computing on the chosen worker; memory of earlier work weighs in a choice, but delays nobody."""
+    """Queueing, fetching and computing on the chosen worker; earlier work weighs in a choice, but delays nobody."""
     if decision is None or decision.chosen is None or decision.phase in (Phase.DECODE, Phase.RESUME):
         return None
-    return decision.chosen.uncached_s + decision.chosen.queued_s
+    return decision.chosen.fetch_s + decision.chosen.uncached_s + decision.chosen.queued_s
 
 
 def _describe_verdict(verdict: Verdict | None) -> dict[str, Any] | None:
@@ -129,6 +129,8 @@ def describe_decision(decision: Decision) -> dict[str, Any]:
         "runner_up": decision.runner_up_id,
         "hit_blocks": chosen.matched_blocks if chosen is not None else 0,
         "best_hit_blocks": decision.best_hit_blocks,
+        "fetched_blocks": chosen.fetched_blocks if chosen is not None else 0,
+        "reachable_blocks": decision.reachable_blocks,
         "predicted_ttft_s": predicted_ttft_s(decision),
         "candidates": [_describe_candidate(each) for each in decision.considered],
         "filtered": [asdict(each) for each in decision.filtered],
@@ -142,6 +144,7 @@ def _describe_candidate(each: Considered) -> dict[str, Any]:
         "cost_s": each.cost,
         "terms_s": dict(each.terms),
         "hit_blocks": each.matched_blocks,
+        "fetch": {"blocks": each.fetched_blocks, "tier": each.fetch_tier or None, "seconds": each.fetch_s},
         "uncached_tokens": each.uncached_tokens,
         "compute_s": each.uncached_s,
         "queue_s": each.queued_s,

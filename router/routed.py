@@ -121,18 +121,18 @@ class RoutedGeneration:
 
     def on_refused(self, worker_id: str, message: pb.Refused) -> None:
         if attempt := self._current(worker_id, message.attempt):
-            attempt.post(Failed(worker_id, message.reason, refused=True))
+            self._worker_failed(attempt, worker_id, message.reason, refused=True)
 
     def on_worker_lost(self, worker_id: str, reason: str) -> None:
         attempt = self._attempt
         if attempt is not None and worker_id in attempt.worker_ids:
             self._worker_failed(attempt, worker_id, f"lost: {reason}")
 
-    def _worker_failed(self, attempt: Attempt, worker_id: str, reason: str) -> None:
+    def _worker_failed(self, attempt: Attempt, worker_id: str, reason: str, *, refused: bool = False) -> None:
         """What becomes of prefill once decode goes on by itself does not matter."""
         decode_goes_on = attempt.decode is not None and attempt.state is State.DECODING and not self._order.gap
         if worker_id != attempt.prompt_id or not decode_goes_on:
-            attempt.post(Failed(worker_id, reason))
+            attempt.post(Failed(worker_id, reason, refused))
 
     def _current(self, worker_id: str, number: int) -> Attempt | None:
         attempt = self._attempt
@@ -342,17 +342,18 @@ class RoutedGeneration:
         )
         self._leave(attempt)
         self._avoid.add(failure.worker_id)
-        if attempt.state is State.HANDING_OFF and attempt.decode_id is not None:
+        if attempt.state is State.HANDING_OFF and attempt.decode_id is not None and not failure.refused:
             self._fleet.distrust(attempt.prompt_id, attempt.decode_id)
         if failure.refused and attempt.state is State.PREFILLING:
             self._counts["refusals"] += 1  # nothing was begun; how long this may go on is the queue's limit
             return
         self._queued_s = time.monotonic()
+        # A worker that changes its role has not failed: moving away from it costs no retry.
         if self._order.token_ids:
-            self._migrations += 1
+            self._migrations += not failure.refused
             self._counts["migrations"] += 1
         else:
-            self._redispatches += 1
+            self._redispatches += not failure.refused
             self._counts["redispatches"] += 1
         if self._redispatches > self._limits.redispatches or self._migrations > self._limits.migrations:
             if failure.stalled:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,12 +31,22 @@ ATTACH_TIMEOUT_S = 30.0  # the first worker waits while the node takes its memor
 _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
+@dataclass(frozen=True, slots=True)
+class StoreNode:
+    """One life of a node, and where others reach it; `shares`: with other nodes."""
+
+    address: str
+    incarnation: int
+    shares: bool
+
+
 class Attachment:
     """A session. Use on the asyncio loop only."""
 
-    def __init__(self, connection: Connection, lease_s: float, arena: ArenaMap | None) -> None:
+    def __init__(self, connection: Connection, welcome: Welcome, arena: ArenaMap | None) -> None:
         self.connection = connection
-        self.lease_s = lease_s
+        self.node = StoreNode(welcome.address, welcome.incarnation, welcome.shares)
+        self.lease_s = welcome.lease_s
         self.slots: Sequence[Buffer] = () if arena is None else arena.slots  # none without a host tier
         self._arena = arena
         self._last_told = 0
@@ -77,6 +87,7 @@ class Attaching:
 
     def __init__(self, path: Path, hello: Hello, writing: Collection[tuple[int, int]]) -> None:
         """`writing` is looked at whenever a session begins: slot and generation of what its callers still write."""
+        self.changed: Callable[[], None] = lambda: None  # `current` has
         self._attachment: Attachment | None = None
         self._path = path
         self._hello = hello
@@ -127,11 +138,12 @@ class Attaching:
                     log.warning("the store refuses us: %s", connection.refusal)
                 return connection.refusal
             welcome = Welcome.decode(answer)
-            self._attachment = Attachment(connection, welcome.lease_s, self._map(welcome))
+            self._attachment = Attachment(connection, welcome, self._map(welcome))
             self._hello = replace(self._hello, previous_session=welcome.session_id)
             log.info("attached to the store: %d slots in %s", welcome.num_slots, welcome.arena_path or "no host tier")
             if not self._first.done():
                 self._first.set_result(None)
+            self.changed()
             reason = await asyncio.shield(connection.ended)
             log.warning("the store node does not answer (%s): every look-up misses until it is back", reason)
         except (BadFrame, OSError) as error:  # OSError: the arena cannot be mapped
@@ -139,6 +151,7 @@ class Attaching:
             return ""
         finally:
             self._attachment = None
+            self.changed()
             connection.close("this worker leaves")
         return None
 

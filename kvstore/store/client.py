@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from kvstore.keys import BlockKey
-from kvstore.store.attachment import Attaching, Attachment
+from kvstore.store.attachment import Attaching, Attachment, StoreNode
 from kvstore.store.frames import Kind
 from kvstore.store.handles import Lease, LeasedBlock, SaveSlot
 from kvstore.store.messages import (
@@ -75,6 +75,16 @@ class StoreClient:
             await client.close()
             raise
         return client
+
+    @property
+    def node(self) -> StoreNode | None:
+        """The node that it is attached to."""
+        attachment = self._attaching.current
+        return None if attachment is None else attachment.node
+
+    def on_change(self, changed: Callable[[], None]) -> None:
+        """Have `changed` called whenever `node` has changed."""
+        self._attaching.changed = changed
 
     @property
     def attached(self) -> bool:

@@ -2,7 +2,8 @@
 
     HELLO           magic "PDKV" | version u16 | owner_bytes u16 | block_bytes u64 | fingerprint 16 |
                     previous_session u64 | owner | slot u32 ... | generation u64 ...     of what it still writes
-      reply         session u64 | incarnation u64 | lease_s f64 | num_slots u32 | arena path
+      reply         session u64 | incarnation u64 | lease_s f64 | num_slots u32 | address_bytes u16 |
+                    shares u8 | address | arena path
     LOOKUP          key 16 ...                           reply: tier u8 ...             of the leading run
     LOAD            deadline_s f64 | key 16 ...
       reply         lease u64 | slot u32 ... | checksum u64 ... | tier u8 ...
@@ -38,7 +39,7 @@ TOLD = 1 << 63  # in the number of a lease that the worker gave; the node's own 
 _MAGIC = b"PDKV"
 _OPENING = struct.Struct("=4sH")  # what every version of HELLO begins with
 _HELLO = struct.Struct("=4sHHQ16sQ")
-_WELCOME = struct.Struct("=QQdI")
+_WELCOME = struct.Struct("=QQdIH?")
 _DEADLINE = struct.Struct("=d")
 _NUMBER = struct.Struct("=Q")
 _COUNT = struct.Struct("=I")
@@ -79,24 +80,33 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """A session with one life of the node. Without a host tier `arena_path` is empty."""
+    """A session with one life of the node. Without a host tier `arena_path` is empty.
+
+    `address` is where other nodes and routers reach it; `shares`: it fetches from other nodes, and they from it.
+    """
 
     session_id: int
     incarnation: int
     lease_s: float
     num_slots: int
     arena_path: str
+    address: str = ""
+    shares: bool = False
 
     def encode(self) -> bytes:
-        head = _WELCOME.pack(self.session_id, self.incarnation, self.lease_s, self.num_slots)
-        return head + self.arena_path.encode()
+        address = self.address.encode()
+        sizes = (self.num_slots, len(address), self.shares)
+        head = _WELCOME.pack(self.session_id, self.incarnation, self.lease_s, *sizes)
+        return b"".join((head, address, self.arena_path.encode()))
 
     @classmethod
     def decode(cls, data: bytes) -> Welcome:
         if len(data) < _WELCOME.size:
             raise BadFrame("the answer to HELLO is too short")
-        session_id, incarnation, lease_s, num_slots = _WELCOME.unpack_from(data)
-        return cls(session_id, incarnation, lease_s, num_slots, data[_WELCOME.size :].decode(errors="replace"))
+        session_id, incarnation, lease_s, num_slots, address_bytes, shares = _WELCOME.unpack_from(data)
+        end = _WELCOME.size + address_bytes
+        address, arena_path = (part.decode(errors="replace") for part in (data[_WELCOME.size : end], data[end:]))
+        return cls(session_id, incarnation, lease_s, num_slots, arena_path, address, shares)
 
 
 @dataclass(frozen=True, slots=True)

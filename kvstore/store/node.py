@@ -113,6 +113,7 @@ def _server() -> grpc.aio.Server:
         options=[
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.http2.min_ping_interval_without_data_ms", 1000),  # who watches asks whether we are alive
             ("grpc.so_reuseport", 0),
         ]
     )

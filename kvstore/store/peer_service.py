@@ -32,8 +32,7 @@ class PeerService(StorePeerServicer):
 
     async def Offer(self, request: pb.OfferRequest, context: Context) -> pb.OfferReply:
         side = await self._side(request.node_id, context)
-        if request.incarnation != self._state.incarnation:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this node has restarted since it was listed")
+        await self._check_life(request.incarnation, context)
         keys = await keys_of(request.keys, context)
         offer_id, blocks = await side.offers.offer(request.node_id, keys, request.deadline_s)
         return pb.OfferReply(
@@ -59,6 +58,7 @@ class PeerService(StorePeerServicer):
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.KvEvent]:
         """Waits for the first worker to attach: before it there is nothing to tell."""
+        await self._check_life(request.incarnation or self._state.incarnation, context)
         opened = await self._state.wait_opened()
         subscription = None if opened is None else opened.store.events.subscribe(opened.store.held())
         if subscription is None:
@@ -70,6 +70,10 @@ class PeerService(StorePeerServicer):
                 yield pb.KvEvent(sequence=event.sequence, kind=kind, tier=event.tier, keys=b"".join(event.keys))
         finally:
             subscription.end()
+
+    async def _check_life(self, incarnation: int, context: Context) -> None:
+        if incarnation != self._state.incarnation:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this node has restarted since it was listed")
 
     async def _side(self, node_id: str, context: Context) -> PeerSide:
         if not 0 < len(node_id) <= _MAX_NODE_ID:

@@ -234,6 +234,8 @@ class WorkerConnection(asyncio.Protocol):
             opened.store.limits.lease_s,
             opened.store.host.num_slots,
             opened.arena_path,
+            self._state.address,
+            opened.peers is not None,
         )
         self._reply(call, welcome.encode())
 

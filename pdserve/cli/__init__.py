@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from pdserve.cli import bench, chat, doctor, explain, key, kv, models, replay, router, store, up, version, worker
+from pdserve.cli import bench, chat, doctor, explain, key, kv, models, replay, role, router, store, up, version, worker
 from pdserve.errors import ConfigError
 
 app = typer.Typer(
@@ -16,7 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (up, worker, router, store, chat, explain, key, replay, models, doctor, bench, version):
+for _command in (up, worker, router, store, chat, explain, key, role, replay, models, doctor, bench, version):
     _command.register(app)
 app.add_typer(kv.app, name="kv")
 

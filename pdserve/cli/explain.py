@@ -43,7 +43,8 @@ def _show(record: dict[str, Any]) -> None:
     for decision in record["decisions"]:
         console.print(
             f"\n{decision['phase']} by {decision['policy']}: {decision['chosen'] or decision['why_not']}, "
-            f"prefix {decision['hit_blocks']} of {decision['best_hit_blocks']} blocks that some worker holds"
+            f"prefix {decision['hit_blocks']} of {decision['best_hit_blocks']} blocks that some worker holds, "
+            f"{decision['fetched_blocks']} more from the store; {decision['reachable_blocks']} were in reach"
         )
         console.print(_candidates(decision))
         for rejected in decision["filtered"]:
@@ -59,7 +60,7 @@ def _show(record: dict[str, Any]) -> None:
 
 def _candidates(decision: dict[str, Any]) -> Table:
     terms = list(decision["candidates"][0]["terms_s"]) if decision["candidates"] else []
-    table = Table("worker", "cost", *terms, "hit blocks", "to compute", "to move", "link", box=None)
+    table = Table("worker", "cost", *terms, "hit blocks", "to fetch", "to compute", "to move", "link", box=None)
     for each in decision["candidates"]:
         mark = {decision["chosen"]: " <", decision["runner_up"]: " 2nd"}.get(each["worker_id"], "")
         table.add_row(
@@ -67,11 +68,16 @@ def _candidates(decision: dict[str, Any]) -> Table:
             _ms(each["cost_s"]),
             *(_ms(each["terms_s"][term]) for term in terms),
             str(each["hit_blocks"]),
+            _fetch(each["fetch"]),
             f"{each['uncached_tokens']} tokens, {_ms(each['compute_s'])}",
             f"{each['move_bytes'] / 1e6:.1f} MB",
             each["link"] or "-",
         )
     return table
+
+
+def _fetch(fetch: dict[str, Any]) -> str:
+    return f"{fetch['blocks']} blocks ({fetch['tier']}), {_ms(fetch['seconds'])}" if fetch["blocks"] else "-"
 
 
 def _against(predicted_s: float | None, actual_s: float | None) -> str:

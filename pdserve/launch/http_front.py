@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import socket
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -75,22 +76,45 @@ def get_json(url: str, path: str, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
         OSError: nothing answers, or not in time (http.client.HTTPException, a broken answer, is turned into one).
         ValueError: it answers with another status or something other than JSON.
     """
+    status, body = _exchange(url, "GET", path, None, {}, timeout_s)
+    if status in (401, 403):
+        raise ValueError(f"it wants another key in PDSERVE_API_KEY (status {status})")
+    if status != 200:
+        raise ValueError(f"it answered with status {status}")
+    return json.loads(body)
+
+
+def post_json(url: str, path: str, body: Any, headers: Mapping[str, str], timeout_s: float) -> Any:
+    """The JSON that `POST path` answers with 200.
+
+    Raises:
+        OSError: nothing answers, or not in time.
+        ValueError: it answers with another status, whose message this is, or something other than JSON.
+    """
+    headers = {"content-type": "application/json", **headers}
+    status, answer = _exchange(url, "POST", path, json.dumps(body).encode(), headers, timeout_s)
+    found = json.loads(answer)
+    if status != 200:
+        raise ValueError(found["error"]["message"] if "error" in found else f"it answered with status {status}")
+    return found
+
+
+def _exchange(
+    url: str, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
+) -> tuple[int, bytes]:
+    """Status and body."""
     connection = connect(url, timeout_s)
     try:
-        connection.request("GET", path, headers=credentials())
+        connection.request(method, path, body, {**credentials(), **headers})
         response = connection.getresponse()
-        body = response.read(MAX_ANSWER_BYTES + 1)
+        answer = response.read(MAX_ANSWER_BYTES + 1)
     except http.client.HTTPException as error:
         raise OSError(f"no valid HTTP answer: {type(error).__name__}") from error
     finally:
         connection.close()
-    if response.status in (401, 403):
-        raise ValueError(f"it wants another key in PDSERVE_API_KEY (status {response.status})")
-    if response.status != 200:
-        raise ValueError(f"it answered with status {response.status}")
-    if len(body) > MAX_ANSWER_BYTES:
+    if len(answer) > MAX_ANSWER_BYTES:
         raise ValueError(f"its answer is longer than {MAX_ANSWER_BYTES >> 20} MiB")
-    return json.loads(body)
+    return response.status, answer
 
 
 def first_model(url: str) -> str:

@@ -32,7 +32,7 @@ ABORT: Finish
 ERROR: Finish
 
 class RouterMessage(_message.Message):
-    __slots__ = ("hello", "submit", "reserve", "handoff", "abort", "peers", "ping")
+    __slots__ = ("hello", "submit", "reserve", "handoff", "abort", "peers", "ping", "prefetch")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,7 @@ class RouterMessage(_message.Message):
     ABORT_FIELD_NUMBER: _ClassVar[int]
     PEERS_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_FIELD_NUMBER: _ClassVar[int]
     hello: RouterHello
     submit: Submit
     reserve: Reserve
@@ -47,10 +48,11 @@ class RouterMessage(_message.Message):
     abort: Abort
     peers: Peers
     ping: Ping
-    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., peers: _Optional[_Union[Peers, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ...) -> None: ...
+    prefetch: Prefetch
+    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., peers: _Optional[_Union[Peers, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., prefetch: _Optional[_Union[Prefetch, _Mapping]] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("hello", "step", "handoff_wanted", "reserved", "refused", "load", "kv_events", "link", "pong")
+    __slots__ = ("hello", "step", "handoff_wanted", "reserved", "refused", "load", "kv_events", "link", "pong", "role", "store")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_WANTED_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +62,8 @@ class WorkerMessage(_message.Message):
     KV_EVENTS_FIELD_NUMBER: _ClassVar[int]
     LINK_FIELD_NUMBER: _ClassVar[int]
     PONG_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
     hello: WorkerHello
     step: StepOutput
     handoff_wanted: HandoffWanted
@@ -69,7 +73,9 @@ class WorkerMessage(_message.Message):
     kv_events: KvEvents
     link: LinkReport
     pong: Pong
-    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., handoff_wanted: _Optional[_Union[HandoffWanted, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., kv_events: _Optional[_Union[KvEvents, _Mapping]] = ..., link: _Optional[_Union[LinkReport, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ...) -> None: ...
+    role: RoleReport
+    store: StoreReport
+    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., handoff_wanted: _Optional[_Union[HandoffWanted, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., kv_events: _Optional[_Union[KvEvents, _Mapping]] = ..., link: _Optional[_Union[LinkReport, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., role: _Optional[_Union[RoleReport, _Mapping]] = ..., store: _Optional[_Union[StoreReport, _Mapping]] = ...) -> None: ...
 
 class RouterHello(_message.Message):
     __slots__ = ("protocol_version", "router_id")
@@ -80,7 +86,7 @@ class RouterHello(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., router_id: _Optional[str] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("protocol_version", "worker_id", "incarnation", "role", "model", "fingerprint", "block_size", "block_bytes", "num_blocks", "max_model_len", "max_sequences", "address", "admin_address", "host_id", "eos_token_ids", "vocab_size", "has_store")
+    __slots__ = ("protocol_version", "worker_id", "incarnation", "role", "model", "fingerprint", "block_size", "block_bytes", "num_blocks", "max_model_len", "max_sequences", "address", "admin_address", "host_id", "eos_token_ids", "vocab_size", "has_store", "next_role")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +104,7 @@ class WorkerHello(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     HAS_STORE_FIELD_NUMBER: _ClassVar[int]
+    NEXT_ROLE_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     worker_id: str
     incarnation: int
@@ -115,7 +122,8 @@ class WorkerHello(_message.Message):
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     vocab_size: int
     has_store: bool
-    def __init__(self, protocol_version: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., block_size: _Optional[int] = ..., block_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_sequences: _Optional[int] = ..., address: _Optional[str] = ..., admin_address: _Optional[str] = ..., host_id: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., has_store: _Optional[bool] = ...) -> None: ...
+    next_role: Role
+    def __init__(self, protocol_version: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., block_size: _Optional[int] = ..., block_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_sequences: _Optional[int] = ..., address: _Optional[str] = ..., admin_address: _Optional[str] = ..., host_id: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., has_store: _Optional[bool] = ..., next_role: _Optional[_Union[Role, str]] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "seed", "temperature", "top_p", "top_k", "min_tokens", "stop_token_ids", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "prompt_logprobs", "grammar")
@@ -375,6 +383,38 @@ class StageTimes(_message.Message):
     commit_s: float
     fetch_s: float
     def __init__(self, queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., reserve_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., commit_s: _Optional[float] = ..., fetch_s: _Optional[float] = ...) -> None: ...
+
+class ChangeRoleRequest(_message.Message):
+    __slots__ = ("role", "drain_s")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_S_FIELD_NUMBER: _ClassVar[int]
+    role: Role
+    drain_s: float
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., drain_s: _Optional[float] = ...) -> None: ...
+
+class RoleReport(_message.Message):
+    __slots__ = ("role", "next_role")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    NEXT_ROLE_FIELD_NUMBER: _ClassVar[int]
+    role: Role
+    next_role: Role
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., next_role: _Optional[_Union[Role, str]] = ...) -> None: ...
+
+class StoreReport(_message.Message):
+    __slots__ = ("address", "incarnation", "shares")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    incarnation: int
+    shares: bool
+    def __init__(self, address: _Optional[str] = ..., incarnation: _Optional[int] = ..., shares: _Optional[bool] = ...) -> None: ...
+
+class Prefetch(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: bytes
+    def __init__(self, keys: _Optional[bytes] = ...) -> None: ...
 
 class LoadReport(_message.Message):
     __slots__ = ("waiting_sequences", "running_sequences", "waiting_tokens", "free_blocks", "total_blocks", "step_s", "pending_reservations", "context_tokens")

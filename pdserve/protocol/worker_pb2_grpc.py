@@ -49,6 +49,11 @@ class WorkerStub:
                 request_serializer=pdserve_dot_protocol_dot_worker__pb2.FenceRequest.SerializeToString,
                 response_deserializer=pdserve_dot_protocol_dot_worker__pb2.FenceReply.FromString,
                 _registered_method=True)
+        self.ChangeRole = channel.unary_unary(
+                '/pdserve.v1.Worker/ChangeRole',
+                request_serializer=pdserve_dot_protocol_dot_worker__pb2.ChangeRoleRequest.SerializeToString,
+                response_deserializer=pdserve_dot_protocol_dot_worker__pb2.RoleReport.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -76,6 +81,14 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ChangeRole(self, request, context):
+        """Take another role: drain what the old one has, then change. Weights and blocks stay. FAILED_PRECONDITION: another
+        change is under way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -93,6 +106,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Fence,
                     request_deserializer=pdserve_dot_protocol_dot_worker__pb2.FenceRequest.FromString,
                     response_serializer=pdserve_dot_protocol_dot_worker__pb2.FenceReply.SerializeToString,
+            ),
+            'ChangeRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChangeRole,
+                    request_deserializer=pdserve_dot_protocol_dot_worker__pb2.ChangeRoleRequest.FromString,
+                    response_serializer=pdserve_dot_protocol_dot_worker__pb2.RoleReport.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -176,6 +194,33 @@ class Worker:
             '/pdserve.v1.Worker/Fence',
             pdserve_dot_protocol_dot_worker__pb2.FenceRequest.SerializeToString,
             pdserve_dot_protocol_dot_worker__pb2.FenceReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChangeRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.Worker/ChangeRole',
+            pdserve_dot_protocol_dot_worker__pb2.ChangeRoleRequest.SerializeToString,
+            pdserve_dot_protocol_dot_worker__pb2.RoleReport.FromString,
             options,
             channel_credentials,
             insecure,

@@ -7,35 +7,15 @@ time is saved, by rates that this worker has measured: its own prefill, and each
 
 from __future__ import annotations
 
-import statistics
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
+from kvstore.store.rates import PRIORS, RunningMedian, TierRates
 from kvstore.store.tier import Tier
 
-WINDOW = 16  # measurements that a rate is the median of: an outlier or two change nothing
 GRACE_S = 0.2  # what a fetch may take beyond four times its prediction
 _MIN_TOKENS = 64  # a step of fewer says little about prefill
-_MIN_BYTES = 1 << 20  # likewise of a fetch
 
-
-@dataclass(frozen=True, slots=True)
-class TierPrior:
-    """Assumed until measured."""
-
-    latency_s: float
-    bytes_per_s: float
-
-
-PRIORS: Mapping[Tier, TierPrior] = MappingProxyType(
-    {
-        Tier.HOST: TierPrior(0.001, 4e9),
-        Tier.DISK: TierPrior(0.003, 0.8e9),
-        Tier.REMOTE: TierPrior(0.010, 0.8e9),
-    }
-)
 _PREFILL_PRIOR_TOKENS_PER_S = 1000.0
 
 
@@ -53,8 +33,8 @@ class FetchPlanner:
     def __init__(self, block_size: int, block_bytes: int) -> None:
         self._block_size = block_size
         self._block_bytes = block_bytes
-        self._token_s = _Median(1 / _PREFILL_PRIOR_TOKENS_PER_S)
-        self._byte_s = {tier: _Median(1 / prior.bytes_per_s) for tier, prior in PRIORS.items()}
+        self._token_s = RunningMedian(1 / _PREFILL_PRIOR_TOKENS_PER_S)
+        self._rates = TierRates()
 
     def computed(self, num_tokens: int, step_s: float) -> None:
         """A step of prefill was measured."""
@@ -62,13 +42,8 @@ class FetchPlanner:
             self._token_s.add(step_s / num_tokens)
 
     def fetched(self, tiers: Sequence[Tier], elapsed_s: float) -> None:
-        """Blocks came from these tiers; the time counts for the slowest of them, which the others waited for."""
-        if not tiers:
-            return
-        slowest = max(tiers)
-        num_bytes = len(tiers) * self._block_bytes
-        if num_bytes >= _MIN_BYTES:
-            self._byte_s[slowest].add(max(elapsed_s - PRIORS[slowest].latency_s, 0.0) / num_bytes)
+        """Blocks came from these tiers in all this time."""
+        self._rates.fetched(tiers, self._block_bytes, elapsed_s)
 
     def plan(self, tiers: Sequence[Tier]) -> FetchPlan:
         """Where to cut a run of missing blocks that lie in these tiers."""
@@ -79,21 +54,9 @@ class FetchPlanner:
             if tier not in seen:
                 seen.add(tier)
                 fetch_s += PRIORS[tier].latency_s
-            fetch_s += self._block_bytes * self._byte_s[tier].value
+            fetch_s += self._block_bytes * self._rates.byte_s(tier)
             saved_s = count * self._block_size * self._token_s.value - fetch_s
             if saved_s > best_saved_s:
                 best_blocks, best_saved_s, best_fetch_s = count, saved_s, fetch_s
         compute_s = best_saved_s + best_fetch_s
         return FetchPlan(best_blocks, min(compute_s, GRACE_S + 4 * best_fetch_s))
-
-
-class _Median:
-    """The median of the latest measurements."""
-
-    def __init__(self, prior: float) -> None:
-        self.value = prior
-        self._latest: deque[float] = deque(maxlen=WINDOW)
-
-    def add(self, measured: float) -> None:
-        self._latest.append(measured)
-        self.value = statistics.median(self._latest)

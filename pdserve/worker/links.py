@@ -186,6 +186,8 @@ class LinkTable:
 
     async def _dial(self, peer: pb.Peer) -> PeerLink:
         same_host = peer.host_id == self._hello.host_id
+        if (older := self._links.get(peer.worker_id)) is not None:  # accepted while the roles were the other way round
+            await self.close(older, "it is dialled")
         link = self._open(peer.worker_id, peer.incarnation, peer.address, same_host=same_host)
         try:
             reply = await self._connect(peer, link)

@@ -20,9 +20,8 @@ class WorkerMetrics:
 
     def __init__(self, role: str) -> None:
         self.registry = registry = CollectorRegistry()
-        Info("pdserve_build", "Version of this process.", registry=registry).info(
-            {"version": __version__, "role": role}
-        )
+        self._build = Info("pdserve_build", "Version of this process.", registry=registry)
+        self.set_role(role)
         self._step_seconds = Histogram(
             "pdserve_step_seconds", "Time of one engine step.", registry=registry, buckets=_SECONDS
         )
@@ -95,6 +94,9 @@ class WorkerMetrics:
         self.save_backlog = Gauge(
             "pdserve_store_save_backlog_blocks", "Blocks that wait to be written to the store.", registry=registry
         )
+
+    def set_role(self, role: str) -> None:
+        self._build.info({"version": __version__, "role": role})
 
     def on_load(self, tiers: Sequence[Tier], block_bytes: int, elapsed_s: float) -> None:
         """Blocks from these tiers are in the pool now."""

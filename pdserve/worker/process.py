@@ -156,10 +156,13 @@ async def running_worker(config: WorkerConfig, built: Built, transport: Transpor
     await server.start()
     await healthy.set(_SERVICE, health_pb2.HealthCheckResponse.SERVING)
     try:
-        async with _lease(config, hello):
+        async with _lease(config, hello) as lease:
+            if lease is not None:
+                worker.on_role = lambda report: lease.update(role=pb.Role.Name(report.role).lower())
             yield hello
     finally:
         watch.cancel()
+        worker.roles.stop()
         await healthy.enter_graceful_shutdown()
         await server.stop(None)  # ends the sessions, which ends every request
         if store is not None:
@@ -236,7 +239,7 @@ def _add_services(server: grpc.aio.Server, worker: Worker) -> health.aio.HealthS
     return healthy
 
 
-def _lease(config: WorkerConfig, hello: pb.WorkerHello) -> contextlib.AbstractAsyncContextManager[object]:
+def _lease(config: WorkerConfig, hello: pb.WorkerHello) -> contextlib.AbstractAsyncContextManager[Lease | None]:
     if config.redis_url is None:
         return contextlib.nullcontext()
     endpoint = Endpoint(

@@ -87,6 +87,11 @@ class RequestTable:
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def idle(self) -> bool:
+        """Nothing runs, and nothing that has ended is still being read."""
+        return not self._entries and not self._draining
+
     def get(self, name: str) -> Entry | None:
         return self._entries.get(name)
 
@@ -121,9 +126,14 @@ class RequestTable:
     def refuse(self, entry: Entry, reason: str) -> None:
         """Not now: the router may try elsewhere."""
         if self.get(entry.name) is entry:
-            refused = pb.Refused(request_id=entry.request_id, attempt=entry.attempt, reason=reason)
-            entry.session.send(pb.WorkerMessage(refused=refused))
+            self.turn_away(entry.session, entry.request_id, entry.attempt, reason)
             self.end(entry)
+
+    @staticmethod
+    def turn_away(session: RouterSession, request_id: str, attempt: int, reason: str) -> None:
+        """Not now, before there is an entry."""
+        refused = pb.Refused(request_id=request_id, attempt=attempt, reason=reason)
+        session.send(pb.WorkerMessage(refused=refused))
 
     def fail(self, entry: Entry, error: str) -> None:
         """This attempt cannot go on."""

@@ -14,6 +14,7 @@ from kvstore.errors import TransferError
 from pdserve.protocol import PROTOCOL_VERSION
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.protocol.worker_pb2_grpc import WorkerServicer
+from pdserve.worker.role_change import RoleChangeRefused
 from pdserve.worker.session import RouterSession
 from pdserve.worker.worker import Worker
 
@@ -72,6 +73,16 @@ class WorkerService(WorkerServicer):
             return await self._worker.links.accept(request)
         except TransferError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            raise
+
+    async def ChangeRole(self, request: pb.ChangeRoleRequest, context: Context) -> pb.RoleReport:
+        try:
+            return self._worker.roles.ask(request.role, request.drain_s)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            raise
+        except RoleChangeRefused as refused:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(refused))
             raise
 
     async def Fence(self, request: pb.FenceRequest, context: Context) -> pb.FenceReply:

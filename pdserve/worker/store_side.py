@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+import itertools
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from kvstore.keys import BlockKey
 from kvstore.store.client import StoreClient
 from kvstore.store.tier import Tier
+from pdserve.protocol import worker_pb2 as pb
 from pdserve.worker.engine_thread import EngineThread, StepReport
 from pdserve.worker.fetch import FetchPlanner
 from pdserve.worker.loader import Loader
 from pdserve.worker.memory import BlockMemory
 from pdserve.worker.metrics import WorkerMetrics
 from pdserve.worker.saver import Saver
+
+_PREFETCHES = 4  # under way
 
 
 class StoreSide:
@@ -36,6 +40,32 @@ class StoreSide:
         self._saver = Saver(client, engine, memory, metrics, num_blocks)
         self._saving = asyncio.create_task(self._saver.run(), name="write-behind")
         self._tasks: set[asyncio.Task[None]] = set()
+        self._prefetching = 0
+        self._most_prefetched = num_blocks // 4  # blocks: the rest is for what runs
+        self._numbers = itertools.count(1)
+
+    def on_node(self, changed: Callable[[], None]) -> None:
+        """`changed` is called whenever `report` says something else."""
+        self._client.on_change(changed)
+
+    def report(self) -> pb.StoreReport:
+        """The node that it is attached to."""
+        node = self._client.node
+        if node is None:
+            return pb.StoreReport()
+        return pb.StoreReport(address=node.address, incarnation=node.incarnation, shares=node.shares)
+
+    def prefetch(self, keys: Sequence[BlockKey]) -> None:
+        """Bring leading blocks into the pool before a prompt asks for them, if that is faster than to compute them."""
+        if self._prefetching < _PREFETCHES and keys:
+            self._prefetching += 1
+            self.start(self._prefetch(keys[: self._most_prefetched]))
+
+    async def _prefetch(self, keys: Sequence[BlockKey]) -> None:
+        try:
+            await self._loader.load(f"prefetch {next(self._numbers)}", keys)
+        finally:
+            self._prefetching -= 1
 
     async def load(self, owner: str, keys: Sequence[BlockKey]) -> tuple[Tier, ...]:
         """As `Loader.load`; to be called from a task given to `start`."""

@@ -13,10 +13,12 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry
 
 from kvstore.pool import Ledger
+from kvstore.store.wire import split_keys
 from pdserve.engine.engine import StepToken
 from pdserve.grammars import Grammars
 from pdserve.protocol import codec
@@ -30,6 +32,7 @@ from pdserve.worker.metrics import WorkerMetrics
 from pdserve.worker.parts import Parts
 from pdserve.worker.prefill import PrefillSide
 from pdserve.worker.requests import Entry, RequestTable, entry_name
+from pdserve.worker.role_change import RoleKeeper
 from pdserve.worker.session import RouterSession
 from pdserve.worker.store_side import StoreSide
 
@@ -70,7 +73,11 @@ class Worker:
         parts = Parts(self._requests, engine, links, memory, metrics, limits, store)
         self.prefill = PrefillSide(parts)
         self._decode = DecodeSide(parts, hello.worker_id, hello.incarnation)
+        self.roles = RoleKeeper(hello.role, self._requests, self._role_changed)
+        self.on_role: Callable[[pb.RoleReport], None] = lambda report: None  # heard after the routers
         links.on_report = self._report_link
+        if store is not None:
+            store.on_node(lambda: self._tell_all(pb.WorkerMessage(store=store.report())))
         self._sessions: dict[RouterSession, list[pb.Peer]] = {}  # with the peers that the router wants linked
         self._load = Load(0, 0, 0, 0, hello.num_blocks, 0)
         self._step_s = 0.0
@@ -88,6 +95,8 @@ class Worker:
         for report in self.links.reports():
             session.send(pb.WorkerMessage(link=report))
         session.send(self._load_message())
+        if self._store is not None:
+            session.send(pb.WorkerMessage(store=self._store.report()))
         # Events since the last step are in the snapshot too; telling one twice does no harm.
         self._engine.tell(lambda engine, now_s: engine.pool.visible_keys(), session.subscribe)
 
@@ -102,16 +111,21 @@ class Worker:
     def handle(self, session: RouterSession, message: pb.RouterMessage) -> None:
         """One message of a router, in order. What is malformed is answered; what comes too late is ignored."""
         match message.WhichOneof("body"):
-            case "submit":
+            case "submit" if self._takes(session, message.submit):
                 self.prefill.submit(session, message.submit)
-            case "reserve":
+            case "reserve" if self._takes(session, message.reserve.request):
                 self._decode.reserve(session, message.reserve)
+            case "submit" | "reserve":
+                pass  # turned away
             case "handoff":
                 self.prefill.hand_off(message.handoff)
             case "abort":
                 entry = self._requests.get(entry_name(message.abort.request_id, message.abort.attempt))
                 if entry is not None and entry.session is session:
                     self._requests.end(entry)
+            case "prefetch":
+                if self._store is not None and self.roles.takes_requests:
+                    self._store.prefetch(split_keys(message.prefetch.keys))
             case "peers":
                 self._sessions[session] = list(message.peers.peers)
                 self._set_peers()
@@ -122,9 +136,24 @@ class Worker:
             case other:
                 log.warning("router %s sent %s, which has no meaning here", session.router_id, other)
 
+    def _takes(self, session: RouterSession, submit: pb.Submit) -> bool:
+        """While its role changes it turns away what routers sent before they heard of it."""
+        if not self.roles.takes_requests:
+            self._requests.turn_away(session, submit.request_id, submit.attempt, self.roles.why_not)
+        return self.roles.takes_requests
+
     def _report_link(self, report: pb.LinkReport) -> None:
+        self._tell_all(pb.WorkerMessage(link=report))
+
+    def _role_changed(self, report: pb.RoleReport) -> None:
+        self._hello.role, self._hello.next_role = report.role, report.next_role
+        self._tell_all(pb.WorkerMessage(role=report))
+        self._metrics.set_role(pb.Role.Name(report.role).lower())
+        self.on_role(report)
+
+    def _tell_all(self, message: pb.WorkerMessage) -> None:
         for session in self._sessions:
-            session.send(pb.WorkerMessage(link=report))
+            session.send(message)
 
     def _set_peers(self) -> None:
         self.links.set_peers({peer.worker_id: peer for peers in self._sessions.values() for peer in peers}.values())
@@ -158,8 +187,7 @@ class Worker:
         now_s = time.monotonic()
         if now_s - self._load_sent_s >= _LOAD_EVERY_S or not report.load.running_sequences:
             self._load_sent_s = now_s
-            for session in self._sessions:
-                session.send(self._load_message())
+            self._tell_all(self._load_message())
         self._decode.retry()
 
     def _send_token(self, token: StepToken) -> None:

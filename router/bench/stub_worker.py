@@ -88,6 +88,9 @@ class StubWorker(WorkerServicer):
     def __init__(self, spec: StubSpec, fabric: Fabric) -> None:
         self.spec = spec
         self.address = ""
+        self.role = spec.role
+        self.next_role = pb.ROLE_UNSPECIFIED
+        self.prefetches: list[pb.Prefetch] = []
         self.submits: list[pb.Submit] = []
         self.reserves: list[pb.Reserve] = []
         self.aborts: list[tuple[str, int]] = []
@@ -120,6 +123,34 @@ class StubWorker(WorkerServicer):
         session.send(step=pb.StepOutput(tokens=[event]))
 
     # --- the protocol ---
+
+    async def ChangeRole(self, request: pb.ChangeRoleRequest, context: Any) -> pb.RoleReport:
+        if request.drain_s < 0.0:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "drain_s is negative")
+        if self.next_role not in (pb.ROLE_UNSPECIFIED, request.role):
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "it changes to another role")
+        if self.next_role == pb.ROLE_UNSPECIFIED and request.role != self.role:
+            self.next_role = request.role
+            self._tell_role()
+            self._draining = asyncio.create_task(self._drain(request.drain_s))
+        return pb.RoleReport(role=self.role, next_role=self.next_role)
+
+    async def _drain(self, drain_s: float) -> None:
+        """What is left after `drain_s` is refused."""
+        until_s = asyncio.get_running_loop().time() + drain_s
+        while any(session.tasks for session in self.sessions):
+            if asyncio.get_running_loop().time() >= until_s:
+                for session in self.sessions:
+                    for (request_id, attempt), task in session.tasks.items():
+                        session.send(refused=pb.Refused(request_id=request_id, attempt=attempt, reason="it drains"))
+                        task.cancel()
+            await asyncio.sleep(0.01)
+        self.role, self.next_role = self.next_role, pb.ROLE_UNSPECIFIED
+        self._tell_role()
+
+    def _tell_role(self) -> None:
+        for session in self.sessions:
+            session.send(role=pb.RoleReport(role=self.role, next_role=self.next_role))
 
     async def Session(
         self, request_iterator: AsyncIterator[pb.RouterMessage], context: Any
@@ -175,11 +206,17 @@ class StubWorker(WorkerServicer):
                             peer_id=peer.worker_id, peer_incarnation=peer.incarnation, up=True, transport="stub"
                         )
                         session.send(link=report)
+                case "prefetch":
+                    self.prefetches.append(message.prefetch)
                 case "ping":
                     session.send(pong=pb.Pong(sequence=message.ping.sequence))
 
     def _spawn(self, session: StubSession, submit: pb.Submit, work: Coroutine[Any, Any, None]) -> None:
         key = (submit.request_id, submit.attempt)
+        if self.next_role != pb.ROLE_UNSPECIFIED:
+            work.close()
+            session.send(refused=pb.Refused(request_id=key[0], attempt=key[1], reason="it drains"))
+            return
         session.handoffs[key] = asyncio.get_running_loop().create_future()
         task = session.tasks[key] = asyncio.create_task(work, name=f"{self.spec.worker_id} {key}")
 
@@ -275,7 +312,8 @@ class StubWorker(WorkerServicer):
             protocol_version=PROTOCOL_VERSION,
             worker_id=spec.worker_id,
             incarnation=spec.incarnation,
-            role=spec.role,
+            role=self.role,
+            next_role=self.next_role,
             model=spec.model,
             fingerprint=spec.fingerprint,
             block_size=spec.block_size,

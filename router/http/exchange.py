@@ -49,6 +49,7 @@ class Exchange:
         "extra_headers",
         "gone",
         "headers",
+        "path_params",
         "request_id",
     )
 
@@ -56,6 +57,7 @@ class Exchange:
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.caller: Caller = scope[CALLER_KEY]
         self.request_id: str = scope[REQUEST_ID_KEY]
+        self.path_params: Mapping[str, str] = scope.get("path_params", {})
         self.extra_headers: list[tuple[bytes, bytes]] = []
         self.gone = False
         self._receive = receive

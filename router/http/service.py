@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from kvstore.keys import BlockKey
 from pdserve.request import Grammar, Request
@@ -16,6 +16,8 @@ from router.metrics import RouterMetrics
 from router.text.chat_template import ChatTemplate
 from router.text.tokenizer import Tokenizer
 from router.wishes import Wishes
+
+RoleName = Literal["prefill", "decode", "mixed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,10 @@ class Routing(Protocol):
 
     def dry_run(self, request: Request, wishes: Wishes) -> dict[str, Any]:
         """Raises Overloaded or InvalidRequest."""
+        ...
+
+    async def change_role(self, worker_id: str, role: RoleName, *, drain_s: float, force: bool) -> dict[str, Any]:
+        """Raises UnknownWorker, Conflict, Overloaded or InvalidRequest."""
         ...
 
     def slo(self) -> dict[str, Any]: ...

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstore.store.rates import PRIORS
+from kvstore.store.tier import Tier
 from router.policy.candidate import RATE_BITS, Candidate, LinkFacts, LoadView, Need, Role, Speed
 
 Numbers = NDArray[np.float64]
@@ -22,6 +24,9 @@ RATE_COLUMNS = RATE_BITS + 1
 # Rows of a table of loads, a column a worker.
 WAITING_TOKENS, RECENT_TOKENS, SEQUENCES, CONTEXT_TOKENS, FREE_BLOCKS = range(5)
 LOAD_ROWS = 5
+# Rows of a table of what stores hold; a tier's number is one more than its row.
+FETCH_TIERS = (Tier.HOST, Tier.DISK, Tier.REMOTE)
+_LATENCY_S = np.array([[PRIORS[tier].latency_s] for tier in FETCH_TIERS])
 
 
 def load_column(load: LoadView) -> tuple[float, ...]:
@@ -37,15 +42,20 @@ class Roster:
     incompatible: tuple[str, ...]
     compatible: Flags
     alive: Flags
+    leaving: tuple[str, ...]
+    takes_requests: Flags
     prefill: Flags  # of that role
     shares_step: Numbers  # 1 where decoding shares the step with a prompt, 0 on a prefill worker
     decode: Flags
     has_store: Flags
+    store_node: NDArray[np.intp]
+    store_shares: Numbers  # 1 where its node fetches from others
     max_model_len: Numbers
     max_sequences: Numbers
     total_blocks: Numbers
     block_bytes: Numbers
     partners: Numbers
+    none_s: Numbers  # zeros
     # What follows from the roster alone, kept by whoever works it out: the same key, the same value.
     memo: dict[Hashable, Flags] = field(default_factory=dict)
 
@@ -59,15 +69,20 @@ class Roster:
             incompatible=tuple(each.incompatible for each in workers),
             compatible=_flags(not each.incompatible for each in workers),
             alive=_flags(each.alive for each in workers),
+            leaving=tuple(each.leaving for each in workers),
+            takes_requests=_flags(not each.leaving for each in workers),
             prefill=_flags(role is Role.PREFILL for role in roles),
             shares_step=_numbers(role is not Role.PREFILL for role in roles),
             decode=_flags(role is Role.DECODE for role in roles),
             has_store=_flags(each.has_store for each in workers),
+            store_node=np.fromiter((each.store_node for each in workers), dtype=np.intp),
+            store_shares=_numbers(each.store_shares for each in workers),
             max_model_len=_numbers(each.max_model_len for each in workers),
             max_sequences=_numbers(each.max_sequences for each in workers),
             total_blocks=_numbers(each.total_blocks for each in workers),
             block_bytes=_numbers(each.block_bytes for each in workers),
             partners=_numbers(each.partners for each in workers),
+            none_s=np.zeros(len(workers)),
         )
 
     def __len__(self) -> int:
@@ -92,6 +107,19 @@ class Links:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Reach:
+    """What each worker's store holds of a request.
+
+    Attributes:
+        blocks: leading blocks that are in the host tier or before it, on disk or before it, anywhere; [3, workers].
+        byte_s: seconds a byte out of these tiers, behind their latency; [3, workers].
+    """
+
+    blocks: Numbers
+    byte_s: Numbers
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
     """What a decision was made from and is explained from."""
 
@@ -100,6 +128,7 @@ class Snapshot:
     matched_blocks: Numbers  # leading blocks of the request that each holds
     speeds: tuple[Speed, ...]
     links: Links | None = None  # in phase DECODE
+    reach: Reach | None = None  # None: no store node is known, or the phase reads none
 
     def __len__(self) -> int:
         return len(self.roster.worker_ids)
@@ -129,9 +158,9 @@ class Snapshot:
         return self._row(FREE_BLOCKS)
 
 
-def uncached_tokens(need: Need, matched_blocks: Numbers) -> Numbers:
+def uncached_tokens(need: Need, held_blocks: Numbers) -> Numbers:
     """Never below one: the last token is computed even when every block is there."""
-    return np.maximum(need.tokens - need.block_size * matched_blocks, 1.0)
+    return np.maximum(need.tokens - need.block_size * held_blocks, 1.0)
 
 
 class Candidates:
@@ -140,7 +169,7 @@ class Candidates:
         seen: the columns.
     """
 
-    __slots__ = ("_first", "_load_s", "_rates", "_uncached_s", "seen")
+    __slots__ = ("_fetched", "_first", "_load_s", "_rates", "_uncached_s", "seen")
 
     def __init__(self, seen: Snapshot, rates: Numbers, first: NDArray[np.intp]) -> None:
         """
@@ -153,6 +182,7 @@ class Candidates:
         self._first = first
         self._load_s: Numbers | None = None
         self._uncached_s: tuple[Need, Numbers] | None = None
+        self._fetched: tuple[Need, Fetched] | None = None
 
     @classmethod
     def of(cls, workers: Iterable[Candidate]) -> Candidates:
@@ -169,6 +199,11 @@ class Candidates:
         rates = np.array([each.speed.prefill_rates() for each in ordered], dtype=np.float64).reshape(-1)
         return cls(seen, rates, np.arange(len(ordered)) * RATE_COLUMNS)
 
+    @property
+    def none_s(self) -> Numbers:
+        """Nothing for anybody."""
+        return self.seen.roster.none_s
+
     def load_s(self, row: int) -> Numbers:
         """Seconds to compute what waits on each (WAITING_TOKENS), or what was sent there lately (RECENT_TOKENS)."""
         if self._load_s is None:  # both at once cost little more than one
@@ -177,10 +212,20 @@ class Candidates:
         return seconds
 
     def uncached_s(self, need: Need) -> Numbers:
-        """To compute what each does not hold."""
+        """To compute what each neither holds nor fetches."""
         if self._uncached_s is None or self._uncached_s[0] is not need:
-            self._uncached_s = need, self.prefill_s(uncached_tokens(need, self.seen.matched_blocks))
+            fetched = self.fetched(need)
+            held = self.seen.matched_blocks if fetched is None else self.seen.matched_blocks + fetched.blocks
+            self._uncached_s = need, self.prefill_s(uncached_tokens(need, held))
         return self._uncached_s[1]
+
+    def fetched(self, need: Need) -> Fetched | None:
+        """What each would bring from the store first; None where there is none."""
+        if self.seen.reach is None:
+            return None
+        if self._fetched is None or self._fetched[0] is not need:
+            self._fetched = need, plan_fetches(need, self)
+        return self._fetched[1]
 
     def prefill_s(self, tokens: Numbers) -> Numbers:
         """As `Speed.prefill_s` of each worker for its own number of tokens, below 2**RATE_BITS; [..., workers]."""
@@ -190,6 +235,33 @@ class Candidates:
     def constant_prefill_s(self, tokens: int) -> Numbers:
         """As `prefill_s` for the same number of tokens on each."""
         return tokens / self._rates.take(self._first + tokens.bit_length())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fetched:
+    """What each worker would bring from the store before it computes; an element a worker."""
+
+    blocks: Numbers
+    seconds: Numbers
+    tier: NDArray[np.intp]  # the farthest that they come from: a `Tier`, or 0 for none
+
+
+def plan_fetches(need: Need, candidates: Candidates) -> Fetched:
+    """Where each worker cuts between fetching and computing, as its own planner would: behind what it holds, behind the
+    host tier, behind the disk, or behind all that there is, whichever takes least. The last token is always computed.
+    """
+    seen = candidates.seen
+    assert seen.reach is not None
+    most = max(0, need.tokens - 1) // need.block_size
+    ends = np.vstack([seen.matched_blocks, np.minimum(seen.reach.blocks, most)])
+    np.maximum.accumulate(ends, axis=0, out=ends)
+    blocks = ends[1:] - ends[:-1]
+    seconds = np.zeros_like(ends)
+    seconds[1:] = blocks * seen.roster.block_bytes * seen.reach.byte_s + (blocks > 0.0) * _LATENCY_S
+    np.cumsum(seconds, axis=0, out=seconds)
+    cut = (seconds + candidates.prefill_s(uncached_tokens(need, ends))).argmin(axis=0)
+    at = cut, np.arange(len(seen))
+    return Fetched(ends[at] - ends[0], seconds[at], cut)
 
 
 def _flags(values: Iterable[bool]) -> Flags:

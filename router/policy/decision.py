@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvstore.store.tier import Tier
 from router.policy.candidate import Need, Phase
-from router.policy.candidates import Flags, Numbers, Snapshot, uncached_tokens
+from router.policy.candidates import Fetched, Flags, Numbers, Snapshot
 from router.policy.filters import Filter
 from router.policy.scorers import missing_bytes
 
@@ -25,6 +26,9 @@ class Considered:
     terms: Mapping[str, float]
     cost: float
     # What is predicted and moved, whatever the policy weighs:
+    fetched_blocks: int  # that it brings from the store, behind those that it holds
+    fetch_tier: str  # the farthest that they come from; empty for none
+    fetch_s: float
     uncached_tokens: int
     uncached_s: float  # to compute them
     queued_s: float  # to compute what waits there
@@ -42,7 +46,7 @@ class Rejected:
 class Decision:
     """Read-only. Rows are positions in `seen`, in the order of the worker ids."""
 
-    __slots__ = ("_chosen", "_cost", "_eligible", "_filters", "_need", "_seen", "_terms", "policy", "row")
+    __slots__ = ("_chosen", "_cost", "_eligible", "_fetched", "_filters", "_need", "_seen", "_terms", "policy", "row")
 
     def __init__(
         self,
@@ -54,6 +58,7 @@ class Decision:
         terms: Mapping[str, Numbers],
         cost: Numbers,
         row: int | None,
+        fetched: Fetched | None,
     ) -> None:
         """`row` was chosen; None: nobody was eligible."""
         self.policy = policy
@@ -64,6 +69,7 @@ class Decision:
         self._eligible = eligible
         self._terms = terms
         self._cost = cost
+        self._fetched = fetched
         self._chosen: Considered | None = None
 
     @property
@@ -118,6 +124,13 @@ class Decision:
         """The longest prefix that an eligible worker holds: what a choice for locality alone would have reached."""
         return int(self._seen.matched_blocks[self._eligible].max(initial=0.0))
 
+    @property
+    def reachable_blocks(self) -> int:
+        """The longest prefix that an eligible worker holds or can bring from the store."""
+        reach = self._seen.reach
+        held = self._seen.matched_blocks if reach is None else np.maximum(self._seen.matched_blocks, reach.blocks[-1])
+        return int(held[self._eligible].max(initial=0.0))
+
     def why_not(self) -> str:
         """One line that says why nobody was eligible."""
         filtered = self.filtered
@@ -137,12 +150,19 @@ class Decision:
         need, seen = self._need, self._seen
         speed, links = seen.speeds[row], seen.links
         link = links.facts[row] if links is not None else None
-        tokens = int(uncached_tokens(need, seen.matched_blocks[row : row + 1])[0])
+        fetched_blocks, fetch_s, tier = 0, 0.0, 0
+        if (fetched := self._fetched) is not None:
+            fetched_blocks, tier = int(fetched.blocks[row]), int(fetched.tier[row])
+            fetch_s = float(fetched.seconds[row])
+        tokens = max(1, need.tokens - need.block_size * (int(seen.matched_blocks[row]) + fetched_blocks))
         return Considered(
             worker_id=seen.roster.worker_ids[row],
             matched_blocks=int(seen.matched_blocks[row]),
             terms={name: float(values[row]) for name, values in self._terms.items()},
             cost=float(self._cost[row]),
+            fetched_blocks=fetched_blocks,
+            fetch_tier=Tier(tier).label if tier else "",
+            fetch_s=fetch_s,
             uncached_tokens=tokens,
             uncached_s=speed.prefill_s(tokens),
             queued_s=speed.prefill_s(float(seen.waiting_tokens[row])),

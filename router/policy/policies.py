@@ -86,7 +86,8 @@ class Policy:
         cost = sum(terms.values(), start=np.zeros(len(seen)))
         rows = passing.nonzero()[0]
         row = int(rows[self.pick(Choice(need, seen, rows, cost[rows], turn))]) if len(rows) else None
-        return Decision(self.name, need, seen, self.filters, passing, terms, cost, row)
+        fetched = candidates.fetched(need)
+        return Decision(self.name, need, seen, self.filters, passing, terms, cost, row, fetched)
 
 
 _BUILT_IN = (

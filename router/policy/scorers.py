@@ -1,6 +1,7 @@
 """Scorers: what each candidate would cost, term by term, in seconds, from the workers' measured speed.
 
-    prompt   uncached + WORK * uncached + queued + RECENT * recent + SEQUENCE * sequences (if decoding shares the step)
+    prompt   uncached + fetch + WORK * uncached + queued + RECENT * recent
+             + SEQUENCE * sequences (if decoding shares the step)
     decode   bytes to move + SEQUENCE * sequences + CONTEXT * context
 
 The term of recent work is what keeps equal workers equal: a term of in-flight work alone sends everything to one worker
@@ -40,6 +41,12 @@ def uncached(need: Need, candidates: Candidates) -> Numbers:
     return candidates.uncached_s(need)
 
 
+def fetch(need: Need, candidates: Candidates) -> Numbers:
+    """To bring from the store what is sooner brought than computed."""
+    fetched = candidates.fetched(need)
+    return candidates.none_s if fetched is None else fetched.seconds
+
+
 def work(need: Need, candidates: Candidates) -> Numbers:
     """What it makes those who come after wait: a prefix computed once more is time of a worker that they would have."""
     return WORK_WEIGHT * candidates.uncached_s(need)
@@ -74,6 +81,7 @@ def context(_: Need, candidates: Candidates) -> Numbers:
 
 _PROMPT: Mapping[str, Scorer] = {
     "uncached": uncached,
+    "fetch": fetch,
     "work": work,
     "queued": queued,
     "recent": recent,

@@ -115,6 +115,7 @@ def test_a_decision_keeps_every_term_and_the_runner_up() -> None:
     assert decision.runner_up.worker_id == "a"
     assert dict(decision.considered[0].terms) == {
         "uncached": 0.016,
+        "fetch": 0.0,
         "work": 0.032,
         "queued": 0.0,
         "recent": 0.0,

@@ -274,6 +274,13 @@ def get_json(url: str, headers: Mapping[str, str] = MappingProxyType({})) -> dic
         return value
 
 
+def post_json(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=10) as response:
+        value: dict[str, Any] = json.load(response)
+        return value
+
+
 def scrape(url: str) -> list[Sample]:
     """Raises ValueError if Prometheus would not take the page."""
     with urllib.request.urlopen(url, timeout=5) as response:

@@ -113,9 +113,11 @@ def test_hello_of_another_version_is_told_which_one_is_spoken() -> None:
     assert len(Hello.decode(Hello("x" * 2000, 1, bytes(16)).encode()).owner) == MAX_OWNER_BYTES
 
 
-@given(u64, u64, st.floats(allow_nan=False), u32, st.text(max_size=60))
-def test_welcome_comes_out_as_it_went_in(session: int, life: int, lease_s: float, slots: int, path: str) -> None:
-    welcome = Welcome(session, life, lease_s, slots, path)
+@given(u64, u64, st.floats(allow_nan=False), u32, st.text(max_size=60), st.text(max_size=60), st.booleans())
+def test_welcome_comes_out_as_it_went_in(
+    session: int, life: int, lease_s: float, slots: int, path: str, address: str, shares: bool
+) -> None:
+    welcome = Welcome(session, life, lease_s, slots, path, address, shares)
     assert Welcome.decode(welcome.encode()) == welcome
 
 

@@ -29,6 +29,8 @@ RECORD = {
             "runner_up": "p1",
             "hit_blocks": 2,
             "best_hit_blocks": 3,
+            "fetched_blocks": 0,
+            "reachable_blocks": 3,
             "why_not": "",
             "candidates": [
                 {
@@ -36,6 +38,7 @@ RECORD = {
                     "cost_s": 0.012,
                     "terms_s": {"uncached": 0.012},
                     "hit_blocks": 2,
+                    "fetch": {"blocks": 0, "tier": None, "seconds": 0.0},
                     "uncached_tokens": 8,
                     "compute_s": 0.012,
                     "move_bytes": 0,

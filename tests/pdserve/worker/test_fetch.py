@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstore.store.rates import PRIORS, WINDOW
 from kvstore.store.tier import Tier
-from pdserve.worker.fetch import GRACE_S, PRIORS, WINDOW, FetchPlanner
+from pdserve.worker.fetch import GRACE_S, FetchPlanner
 
 BLOCK_SIZE, BLOCK_BYTES = 16, 1 << 20
 tiers = st.lists(st.sampled_from(Tier), max_size=40)

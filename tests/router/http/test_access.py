@@ -20,7 +20,7 @@ from pdserve.request import Request
 from pdserve.tenants import TenantsFile, add_key
 from router.http.access import Access, AccessControl
 from router.http.app import RequestIds, make_app
-from router.http.service import Service
+from router.http.service import RoleName, Service
 from router.http.trust import Trust
 from router.wishes import Wishes
 from tests.router.http.conftest import FakeFleet
@@ -46,6 +46,9 @@ class Routing:
 
     def dry_run(self, request: Request, wishes: Wishes) -> dict[str, Any]:
         return {"tenant": wishes.tenant, "slo": wishes.slo.name, "root": request.root_key.hex()}
+
+    async def change_role(self, worker_id: str, role: RoleName, *, drain_s: float, force: bool) -> dict[str, Any]:
+        return {}
 
     def slo(self) -> dict[str, Any]:
         return {}
@@ -115,10 +118,11 @@ async def test_every_route_but_those_named_wants_a_key(app: RequestIds, connect:
             if path in OPEN:
                 assert response.status_code in (200, 404, 503), path
             else:
-                assert response.status_code == 401, path
-                assert response.headers["www-authenticate"] == "Bearer"
+                admin = path.startswith("/admin/")
+                assert response.status_code == (403 if admin else 401), path
                 assert response.headers["x-request-id"]
-                assert response.json()["error"]["code"] == "invalid_api_key"
+                assert response.json()["error"]["code"] == ("forbidden" if admin else "invalid_api_key")
+                assert response.headers.get("www-authenticate") == (None if admin else "Bearer")
 
 
 async def test_only_operators_are_told_who_is_missing(fleet: FakeFleet, connect: Connect, key: str) -> None:
