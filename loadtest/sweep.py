@@ -112,6 +112,14 @@ def open_target(text: str, model: str | None, log_dir: Path) -> Iterator[tuple[s
         raise SystemExit(f"{text!r} is none of {', '.join(TOPOLOGIES)} and no NAME=URL")
 
 
+def _name(text: str) -> str:
+    return text.partition("=")[0]
+
+
+def _described(text: str) -> str:
+    return f"pdserve up {' '.join(TOPOLOGIES[text])}" if text in TOPOLOGIES else text.partition("=")[2]
+
+
 def _found(url: str, model: str | None) -> Target:
     try:
         return find_target(url, model, os.environ.get("OPENAI_API_KEY"))
@@ -132,6 +140,7 @@ def sweep(targets: list[str], plan: Plan, slo: Slo | None, model: str | None, ou
             results.append(measure(name, target, alone, plan, slo))
     assert slo is not None
     settings = {
+        **{_name(text): _described(text) for text in targets},
         "a rate holds if good": f"{ATTAINMENT:.0%} of requests, the rejected and failed among them",
         "seconds of arrivals a point": f"{plan.point_s:g}",
         "points at most": str(plan.max_points),
@@ -149,9 +158,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ttft", type=float, help="objective in seconds; with --tpot")
     parser.add_argument("--tpot", type=float, help="objective in seconds; with --ttft")
     parser.add_argument("--rate", type=float, default=1.0, help="first rate, requests a second")
-    parser.add_argument("--points", type=int, default=6, help="rates to try at most, each target")
-    parser.add_argument("--point", type=float, default=25.0, help="seconds of arrivals a rate")
-    parser.add_argument("--timeout", type=float, default=30.0, help="seconds after which a request has failed")
+    parser.add_argument("--points", type=int, default=5, help="rates to try at most, each target")
+    parser.add_argument("--point", type=float, default=30.0, help="seconds of arrivals a rate")
+    parser.add_argument("--timeout", type=float, default=20.0, help="seconds after which a request has failed")
     parser.add_argument("--closed", type=int, default=0, metavar="CLIENTS", help="also a closed loop of that many")
     parser.add_argument("--workload", choices=KINDS, default="synthetic")
     add_workload_options(parser)

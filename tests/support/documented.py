@@ -1,15 +1,13 @@
-"""The commands that README and docs show: every line of their `sh` and `python` blocks."""
+"""The blocks that README and docs show."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Generated pages have tests of their own.
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -21,33 +19,21 @@ class Block:
     language: str
     text: str
 
-    @property
-    def commands(self) -> list[str]:
-        """Of a shell block: one for each that a reader would type, comments left out."""
-        found, begun = [], ""
-        for line in self.text.splitlines():
-            begun += line + "\n"
-            if not begun.strip().startswith("#") and (not _closed(begun) or line.endswith("\\")):
-                continue
-            if words := shlex.split(begun, comments=True):
-                found.append(_uncommented(begun) if words else "")
-            begun = ""
-        assert not begun, f"{self.page}: {begun!r} has no end"
-        return found
+    def __str__(self) -> str:
+        return f"{self.page}: {self.text.splitlines()[0][:40]}"
 
 
-def blocks(path: Path) -> list[Block]:
-    return [Block(path.name, language, text) for language, text in _BLOCK.findall(path.read_text())]
+def blocks(language: str | None = None) -> list[Block]:
+    """Of all pages in order; `language` None is all."""
+    return [
+        Block(path.name, each, text)
+        for path in PAGES
+        for each, text in _BLOCK.findall(path.read_text())
+        if language in (None, each)
+    ]
 
 
-def _closed(text: str) -> bool:
-    try:
-        shlex.split(text, comments=True)
-    except ValueError:
-        return False
-    return True
-
-
-def _uncommented(text: str) -> str:
-    """Our comments stand behind at least two spaces or at the start of a line."""
-    return re.sub(r"(^|\s{2,})#[^\n]*", "", text).strip()
+def block(page: str, beginning: str) -> Block:
+    """The only one of `page` that begins so."""
+    [found] = [each for each in blocks() if each.page == page and each.text.startswith(beginning)]
+    return found
