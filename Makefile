@@ -57,7 +57,7 @@ types: $(VENV)/.dev ## mypy --strict
 
 .PHONY: loadtest
 loadtest: $(VENV)/.loadtest ## mixed against disaggregated on this machine, under 10 minutes; loadtest-report/report.html (LOADTEST="--rate 2" adds options)
-	@PYTHONPATH=. $(BIN)/python -m loadtest sweep mixed disaggregated $(LOADTEST)
+	@PYTHONPATH=. $(BIN)/python -m loadtest sweep $(or $(TARGETS),mixed disaggregated) $(LOADTEST)
 
 .PHONY: bench
 bench: $(VENV)/.loadtest ## every benchmark, one after the other; JSON lines (BENCH="engine transfer" chooses)

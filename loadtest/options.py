@@ -22,6 +22,8 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", type=Path, help="replay: a Mooncake or Azure trace")
     parser.add_argument("--trace-rows", type=int, default=500, help="replay: the first rows, over and over")
     parser.add_argument("--length-scale", type=float, default=0.05, help="replay: factor of all lengths")
+    parser.add_argument("--max-prompt-tokens", type=int, default=1536, help="replay: what is longer then is cut")
+    parser.add_argument("--max-output-tokens", type=int, default=256, help="replay: what is longer then is cut")
 
 
 def workload_of(kind: str, args: argparse.Namespace) -> Workload:
@@ -32,4 +34,5 @@ def workload_of(kind: str, args: argparse.Namespace) -> Workload:
         return Synthetic(args.prompt_tokens, args.output_tokens, args.cv, args.shared_tokens)
     if args.trace is None:
         raise ValueError("a replay needs --trace")
-    return Replay(read_trace(args.trace, args.trace_rows), args.length_scale)
+    trace = read_trace(args.trace, args.trace_rows)
+    return Replay(trace, args.length_scale, args.max_prompt_tokens, args.max_output_tokens)

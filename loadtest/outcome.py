@@ -12,9 +12,7 @@ from pdserve.slo import Slo, is_good
 class ServerTimes:
     """The server's own account (`x_pdserve` in the last chunk), in seconds."""
 
-    ttft_s: float | None
-    tpot_s: float | None
-    stages: Mapping[str, float]  # sum to ttft_s
+    stages: Mapping[str, float]  # sum to its TTFT
     handoff: Mapping[str, float]  # sum to the first gap; empty if nothing was handed over
 
 
@@ -56,7 +54,3 @@ class Outcome:
 
     def good(self, slo: Slo) -> bool:
         return self.ok and is_good(slo, self.ttft_s, self.tpot_s)
-
-    def good_by_server(self, slo: Slo) -> bool:
-        """By the server's clock; False where it gave no account."""
-        return self.ok and self.server is not None and is_good(slo, self.server.ttft_s, self.server.tpot_s)

@@ -24,6 +24,8 @@ _STYLE: Any = {
     "axes.grid": True,
     "grid.alpha": 0.3,
 }
+# Of lines that say what would be good.
+_REFERENCE: Any = {"color": "#555555", "linewidth": 1.2, "linestyle": ":"}
 _METADATA = {"Date": None, "Creator": None}
 
 
@@ -32,7 +34,7 @@ def goodput_curve(results: Sequence[Result]) -> str:
 
     def draw(axes: Axes) -> None:
         highest = max(point.rate_rps for result in results for point in result.points)
-        axes.plot([0, highest], [0, highest], color="grey", linewidth=0.8, linestyle=":", label="every request good")
+        axes.plot([0, highest], [0, highest], **_REFERENCE, label="every request good")
         for result, colour in _coloured(results):
             rates = [point.rate_rps for point in result.points]
             axes.plot(rates, [p.goodput_rps for p in result.points], marker="o", color=colour, label=result.name)
@@ -53,7 +55,7 @@ def attainment(results: Sequence[Result]) -> str:
             ttft, tpot = ([100 * p.ttft_share for p in result.points], [100 * p.tpot_share for p in result.points])
             axes.plot(rates, ttft, marker="o", color=colour, label=f"{result.name}, TTFT")
             axes.plot(rates, tpot, marker="s", color=colour, linestyle="--", label=f"{result.name}, TPOT")
-        axes.axhline(100 * ATTAINMENT, color="grey", linewidth=0.8, linestyle=":")
+        axes.axhline(100 * ATTAINMENT, **_REFERENCE)
         axes.set(xlabel="rate (req/s)", ylabel="requests that met it (%)", ylim=(0, 103), title="Attainment")
         axes.legend()
 
@@ -69,7 +71,7 @@ def latency_cdf(points: Mapping[str, Point], quantity: str, title: str, objectiv
             if not math.isnan(spread.mean_s):
                 axes.plot([value * 1e3 for value in spread.cdf_s], range(len(spread.cdf_s)), color=colour, label=name)
         if objective_s is not None:
-            axes.axvline(objective_s * 1e3, color="grey", linewidth=0.8, linestyle=":", label="objective")
+            axes.axvline(objective_s * 1e3, **_REFERENCE, label="objective")
         axes.set(xlabel="ms", ylabel="requests (%)" if quantity != "gap" else "gaps (%)", title=title)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
@@ -90,7 +92,7 @@ def stages(points: Mapping[str, Point], slo: Slo) -> str:
             widths = [by_stage.get(stage, 0.0) * 1e3 for by_stage in told.values()]
             axes.barh(list(told), widths, left=left, color=colour, label=stage, height=0.5)
             left = [start + width for start, width in zip(left, widths, strict=True)]
-        axes.axvline(slo.ttft_s * 1e3, color="grey", linewidth=0.8, linestyle=":", label="objective")
+        axes.axvline(slo.ttft_s * 1e3, **_REFERENCE, label="objective")
         axes.set(xlabel="ms", title="Mean TTFT by stage (server's timeline)")
         axes.legend(ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22))
 

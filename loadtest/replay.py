@@ -45,12 +45,13 @@ class Replay:
 
     def _turn(self, row: Row, salt: str, rng: random.Random) -> Turn:
         length = _scaled(row.prompt_tokens, self.length_scale, self.max_prompt_tokens)
-        block_tokens = _scaled(self.trace.block_tokens, self.length_scale, self.trace.block_tokens)
         prompt: list[int] = []
-        for block in row.blocks:
+        for number, block in enumerate(row.blocks, start=1):
             if len(prompt) >= length:
                 break
-            prompt += tokens(random.Random(f"{salt} {block}"), block_tokens)
+            # From the block's end in the whole prompt, so that small blocks keep their share too.
+            end = round(number * self.trace.block_tokens * self.length_scale)
+            prompt += tokens(random.Random(f"{salt} {block}"), end - len(prompt))
         prompt += tokens(rng, max(0, length - len(prompt)))
         return Turn(tuple(prompt[:length]), _scaled(row.output_tokens, self.length_scale, self.max_output_tokens))
 

@@ -62,10 +62,7 @@ def held(point: Point) -> bool:
 
 
 def common_rate(results: Sequence[Result]) -> float | None:
-    """Where to compare all: the lowest rate at which one of them broke, if all were given it; else the highest that
-    all were given."""
+    """Where to compare all: of the rates that all were given, the lowest at which one broke, else the highest."""
     shared = set.intersection(*({point.rate_rps for point in result.points} for result in results))
-    broken = [result.broken.rate_rps for result in results if result.broken is not None]
-    if broken and min(broken) in shared:
-        return min(broken)
-    return max(shared, default=None)
+    broken = [rate_rps for rate_rps in shared if not all(held(result.at(rate_rps)) for result in results)]
+    return min(broken, default=max(shared, default=None))

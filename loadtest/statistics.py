@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from loadtest.live import Count
 from loadtest.run import Run
 from pdserve.slo import Slo
 
@@ -33,7 +34,7 @@ class Point:
     Attributes:
         rate_rps: asked for; `offered_rps` is what the arrivals came to.
         goodput_rps: good requests by the time in which they were sent.
-        server_good_share: the same share by the server's own times; None if it gives none.
+        server_good_share: the same share by the server's live count; None if it keeps none.
         longest_gaps_s: mean of the longest 10 % of all gaps.
         stages_s: mean seconds by stage of the TTFT, of the requests the server gave an account of.
         handoff_s: likewise of the first gap.
@@ -66,7 +67,8 @@ class Point:
     late_p99_s: float
 
 
-def summarise(run: Run, slo: Slo, rate_rps: float) -> Point:
+def summarise(run: Run, slo: Slo, rate_rps: float, live: Count | None = None) -> Point:
+    """`live`: what the server counted meanwhile."""
     outcomes = run.outcomes
     ok = [outcome for outcome in outcomes if outcome.ok]
     gaps_s = [gap_s for outcome in ok for gap_s in outcome.gaps_s]
@@ -84,7 +86,7 @@ def summarise(run: Run, slo: Slo, rate_rps: float) -> Point:
         ttft_share=sum(outcome.meets_ttft(slo) for outcome in outcomes) / total,
         tpot_share=sum(outcome.meets_tpot(slo) for outcome in outcomes) / total,
         goodput_rps=good / run.offered_s,
-        server_good_share=sum(outcome.good_by_server(slo) for outcome in outcomes) / total if servers else None,
+        server_good_share=live.good / live.requests if live is not None and live.requests else None,
         output_tokens_per_s=output_tokens / run.elapsed_s,
         prompt_tokens=sum(outcome.prompt_tokens for outcome in ok),
         cached_tokens=sum(outcome.cached_tokens for outcome in ok),

@@ -15,11 +15,13 @@ import os
 import signal
 import statistics
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loadtest.environment import environment
+from loadtest.live import Count, read_count
 from loadtest.options import KINDS, add_workload_options, workload_of
 from loadtest.report import write_report
 from loadtest.result import ATTAINMENT, Alone, Result, Sweep, held
@@ -36,6 +38,8 @@ from pdserve.slo import Slo
 TTFT_SCALE, TPOT_SCALE = 8.0, 2.5
 _ALONE_REQUESTS = 4
 _CLOSED_REQUESTS_A_CLIENT = 3
+# Until a server has noticed who gave up.
+_SETTLE_S = 0.5
 # Above every seed of a point, which are numbered from 0.
 _ALONE_SEED, _CLOSED_SEED = 10_001, 10_002
 
@@ -68,6 +72,7 @@ def measure_alone(target: Target, plan: Plan) -> Alone:
 
 def measure(name: str, target: Target, alone: Alone, plan: Plan, slo: Slo) -> Result:
     """Rate after rate until the highest that holds is known, as `search` says."""
+    target = replace(target, slo=slo)
     points: dict[float, Point] = {}
     for seed in itertools.count():
         tried = {rate: held(point) for rate, point in points.items()}
@@ -75,8 +80,9 @@ def measure(name: str, target: Target, alone: Alone, plan: Plan, slo: Slo) -> Re
         if rate_rps is None:
             break
         sessions = fitted(plan.workload.sessions(rate_rps, seed), rate_rps, plan.point_s)
+        before = read_count(target)
         run = asyncio.run(run_open(target, sessions, plan.point_s, plan.timeout_s))
-        points[rate_rps] = point = summarise(run, slo, rate_rps)
+        points[rate_rps] = point = summarise(run, slo, rate_rps, _counted_since(before, target))
         print(f"  {rate_rps:6.3g} req/s: {point.good_share:4.0%} of {point.requests} good", flush=True)
     closed = None
     if plan.closed_clients:
@@ -85,6 +91,12 @@ def measure(name: str, target: Target, alone: Alone, plan: Plan, slo: Slo) -> Re
         run = asyncio.run(run_closed(target, endless, plan.closed_clients, count, plan.timeout_s))
         closed = summarise(run, slo, len(run.outcomes) / run.elapsed_s)
     return Result(name, alone, tuple(points[rate] for rate in sorted(points)), closed)
+
+
+def _counted_since(before: Count | None, target: Target) -> Count | None:
+    time.sleep(_SETTLE_S)
+    after = read_count(target)
+    return after.since(before) if before is not None and after is not None else None
 
 
 @contextlib.contextmanager
@@ -98,6 +110,14 @@ def open_target(text: str, model: str | None, log_dir: Path) -> Iterator[tuple[s
             yield text, _found(deployment.url, None)
     else:
         raise SystemExit(f"{text!r} is none of {', '.join(TOPOLOGIES)} and no NAME=URL")
+
+
+def _name(text: str) -> str:
+    return text.partition("=")[0]
+
+
+def _described(text: str) -> str:
+    return f"pdserve up {' '.join(TOPOLOGIES[text])}" if text in TOPOLOGIES else text.partition("=")[2]
 
 
 def _found(url: str, model: str | None) -> Target:
@@ -120,6 +140,7 @@ def sweep(targets: list[str], plan: Plan, slo: Slo | None, model: str | None, ou
             results.append(measure(name, target, alone, plan, slo))
     assert slo is not None
     settings = {
+        **{_name(text): _described(text) for text in targets},
         "a rate holds if good": f"{ATTAINMENT:.0%} of requests, the rejected and failed among them",
         "seconds of arrivals a point": f"{plan.point_s:g}",
         "points at most": str(plan.max_points),
@@ -137,9 +158,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ttft", type=float, help="objective in seconds; with --tpot")
     parser.add_argument("--tpot", type=float, help="objective in seconds; with --ttft")
     parser.add_argument("--rate", type=float, default=1.0, help="first rate, requests a second")
-    parser.add_argument("--points", type=int, default=6, help="rates to try at most, each target")
-    parser.add_argument("--point", type=float, default=25.0, help="seconds of arrivals a rate")
-    parser.add_argument("--timeout", type=float, default=30.0, help="seconds after which a request has failed")
+    parser.add_argument("--points", type=int, default=5, help="rates to try at most, each target")
+    parser.add_argument("--point", type=float, default=30.0, help="seconds of arrivals a rate")
+    parser.add_argument("--timeout", type=float, default=20.0, help="seconds after which a request has failed")
     parser.add_argument("--closed", type=int, default=0, metavar="CLIENTS", help="also a closed loop of that many")
     parser.add_argument("--workload", choices=KINDS, default="synthetic")
     add_workload_options(parser)

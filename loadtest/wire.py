@@ -47,8 +47,6 @@ class _Usage(msgspec.Struct):
 
 
 class _Extension(msgspec.Struct):
-    ttft_s: float | None = None
-    tpot_s: float | None = None
     stages: dict[str, float] = {}
     handoff: dict[str, float] = {}
 
@@ -74,10 +72,8 @@ def request_bytes(target: Target, path: str, body: dict[str, Any]) -> bytes:
         "Content-Type: application/json",
         f"Content-Length: {len(content)}",
         "Connection: close",
-        "x-pdserve-timeline: 1",
+        *(f"{name}: {value}" for name, value in target.headers.items()),
     ]
-    if target.api_key:
-        lines.append(f"Authorization: Bearer {target.api_key}")
     return "\r\n".join([*lines, "", ""]).encode() + content
 
 
@@ -180,5 +176,4 @@ class Exchange:
         if chunk.usage is not None:
             self._usage = chunk.usage
         if chunk.x_pdserve is not None:
-            told = chunk.x_pdserve
-            self._server = ServerTimes(told.ttft_s, told.tpot_s, told.stages, told.handoff)
+            self._server = ServerTimes(chunk.x_pdserve.stages, chunk.x_pdserve.handoff)

@@ -5,6 +5,7 @@ comes with the project.
 |---|---|---|
 | mooncake | kvcache-ai/Mooncake, FAST25-release/traces, `*.jsonl` | 512 tokens, ids across all rows |
 | azure | Azure/AzurePublicDataset, AzureLLMInferenceTrace, `*.csv` | none |
+| agentic | callanjfox/kv-cache-tester, re-encoded: a row a request, runs of blocks | 64 tokens, ids of a session |
 | recorded | `pdserve router --decision-log` | none |
 """
 
@@ -26,6 +27,10 @@ from typing import IO, Any
 # Mooncake's timestamps stand on a grid of about three seconds; Azure's are exact.
 MOONCAKE_GRID_S = 3.0
 MOONCAKE_BLOCK_TOKENS = 512
+AGENTIC_BLOCK_TOKENS = 64
+# Rows of the agentic trace have times since their session began, whose median length is an hour: sessions begin within
+# one, spread by the golden ratio, which leaves no gap wherever the rows end.
+_AGENTIC_SPREAD_S, _GOLDEN = 3600.0, (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +71,12 @@ def read_trace(path: Path, max_rows: int | None = None) -> Trace:
         OSError: it cannot be read.
     """
     rows: list[Row] = []
-    azure = mooncake = False
+    azure = mooncake = agentic = False
     try:
         with _text(path) as lines:
             first = next(lines, "")
-            azure, mooncake = first.startswith("TIMESTAMP,"), '"hash_ids"' in first
-            found = _azure(first, lines) if azure else _json_rows(first, lines)
+            azure, mooncake, agentic = first.startswith("TIMESTAMP,"), '"hash_ids"' in first, '"h":' in first
+            found = (_azure if azure else _agentic if agentic else _json_rows)(first, lines)
             rows.extend(itertools.islice(found, max_rows) if first else ())
     except (KeyError, TypeError, ValueError, EOFError, zlib.error) as error:
         line = len(rows) + (2 if azure else 1)
@@ -81,7 +86,8 @@ def read_trace(path: Path, max_rows: int | None = None) -> Trace:
     rows.sort(key=lambda row: row.at_s)
     start_s = rows[0].at_s
     shifted = tuple(replace(row, at_s=row.at_s - start_s) for row in rows)
-    return Trace(path.name.partition(".")[0], shifted, MOONCAKE_GRID_S if mooncake else 0.0)
+    block_tokens = AGENTIC_BLOCK_TOKENS if agentic else MOONCAKE_BLOCK_TOKENS
+    return Trace(path.name.partition(".")[0], shifted, MOONCAKE_GRID_S if mooncake else 0.0, block_tokens)
 
 
 def _text(path: Path) -> IO[str]:
@@ -104,6 +110,19 @@ def _azure(first: str, lines: Iterator[str]) -> Iterator[Row]:
         # Seven digits of a second, of which Python reads six.
         at = datetime.fromisoformat(value["TIMESTAMP"][:26])
         yield _row(at.timestamp(), value["ContextTokens"], value["GeneratedTokens"])
+
+
+def _agentic(first: str, lines: Iterator[str]) -> Iterator[Row]:
+    """A row's blocks are the leading `p` of the row before it in the same (sub-)agent `a` of session `s`, then runs `h`
+    of [first id, length]."""
+    before: dict[tuple[int, Any], list[int]] = {}
+    for line in itertools.chain((first,), lines):
+        value = json.loads(line)
+        session, agent = int(value["s"]), value.get("a")
+        own = [id for begin, length in value["h"] for id in range(begin, begin + length)]
+        before[session, agent] = blocks = before.get((session, agent), [])[: value["p"]] + own
+        begins_s = _AGENTIC_SPREAD_S * (session * _GOLDEN % 1.0)
+        yield _row(begins_s + value["t"], value["in"], value["out"], tuple(session << 32 | id for id in blocks))
 
 
 def _row(at_s: float, prompt_tokens: Any, output_tokens: Any, blocks: tuple[int, ...] = ()) -> Row:

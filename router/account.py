@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from pdserve.request import FinishReason, Request
 from router.drift import DriftMeter
 from router.fleet import Fleet
@@ -10,8 +12,10 @@ from router.policy.candidates import FETCH_TIERS
 from router.predictor import Predictor
 from router.records import Record, Records
 from router.routed import RoutedGeneration
-from router.slo import REFUSED, GoodputTracker, first_miss
+from router.slo import FAILED, REFUSED, GoodputTracker, SloClass, first_miss, is_lost
 from router.wishes import Wishes
+
+_WELL = (FinishReason.STOP.value, FinishReason.LENGTH.value)
 
 
 class Account:
@@ -30,18 +34,19 @@ class Account:
         return self.records.open(record)
 
     def close(self, generation: RoutedGeneration, end: str) -> bool | None:
-        """Whether it was good; None for one that was aborted, which has no objective."""
+        """Whether it was good; None for one that was aborted while it could still have been, which has no objective."""
         record, timeline = self._open.pop(generation.request.request_id), generation.timeline
         record.verdict = generation.verdict
         record.finish(end, timeline, sum(generation.cached_by_tier.values()), generation.workers)
         self._learn(record, generation)
-        if end != FinishReason.ABORT.value:  # a client that left has no objective
-            refused = generation.verdict is not None and generation.verdict.refused
-            record.missed = REFUSED if refused else first_miss(record.slo, timeline)
+        most_tokens = generation.request.sampling.max_tokens
+        judged = end != FinishReason.ABORT.value or is_lost(record.slo, timeline, most_tokens, time.monotonic())
+        if judged:
+            record.missed = _missed_by(record.slo, generation, end)
             workers = generation.workers or ["-"]
             self.goodput.note(record.slo, (workers[0], workers[-1]), record.missed)
         self.records.closed(record)
-        return record.missed is None if end != FinishReason.ABORT.value else None
+        return record.missed is None if judged else None
 
     def _learn(self, record: Record, generation: RoutedGeneration) -> None:
         """Only from requests that one prefill worker began: of others nobody knows whose time it was."""
@@ -72,3 +77,11 @@ class Account:
         self.store_drift.note(foreseen_blocks, fetched_tokens, prompt_tokens, block_size)
         tiers = [tier for tier, count in blocks.items() for _ in range(count)]
         member.note_fetch(tiers, generation.timeline.reported.get("fetch", 0.0))
+
+
+def _missed_by(slo: SloClass, generation: RoutedGeneration, end: str) -> str | None:
+    if generation.verdict is not None and generation.verdict.refused:
+        return REFUSED
+    missed = first_miss(slo, generation.timeline)
+    # However soon its tokens came, one that did not come to its end is not good.
+    return missed or (None if end in _WELL else FAILED)

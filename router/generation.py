@@ -36,6 +36,10 @@ class Generation(Protocol):
         """Stop on all workers and release everything. Idempotent, returns at once; the iterator ends with ABORT."""
         ...
 
+    def finish(self) -> None:
+        """As `abort`, of a generation whose answer is complete by a stop string: it ended well, with STOP."""
+        ...
+
 
 class Dispatcher(Protocol):
     """Turns requests into generations. Implemented by `router.dispatch`."""

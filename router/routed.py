@@ -86,6 +86,9 @@ class RoutedGeneration:
     def abort(self) -> None:
         self._end(FinishReason.ABORT)
 
+    def finish(self) -> None:
+        self._end(FinishReason.STOP)
+
     # --- the workers' side; called by the dispatcher ---
 
     def on_token(self, worker_id: str, event: pb.TokenEvent) -> None:

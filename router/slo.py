@@ -83,6 +83,14 @@ def first_miss(slo: SloClass, timeline: Timeline) -> str | None:
     return _first_over(handoff, left_s) if handoff and left_s >= 0.0 else "decode"
 
 
+def is_lost(slo: SloClass, timeline: Timeline, most_tokens: int, now_s: float) -> bool:
+    """Whether a request that has not ended could no longer become good, if all its tokens came now."""
+    if timeline.first_token_s is None:
+        return not slo.objectives.meets_ttft(now_s - timeline.received_s)
+    longest_s = slo.tpot_s * (most_tokens - 1)
+    return not slo.objectives.meets_ttft(timeline.ttft_s) or now_s - timeline.first_token_s > longest_s
+
+
 def _first_over(stages: Mapping[str, float], limit_s: float) -> str:
     """Stages in their order; together they take longer than `limit_s`, but for rounding."""
     passed_s = 0.0

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from pdserve.cli.chat_stream import AnswerStats, ChatFailed, stream_answer
 from pdserve.errors import ConfigError
-from pdserve.launch.http_front import first_model
+from pdserve.launch.http_front import URL_HELP, first_model, router_url
 
 HELP = "/reset starts over · /quit ends · Ctrl-C stops an answer"
 
@@ -20,20 +20,21 @@ HELP = "/reset starts over · /quit ends · Ctrl-C stops an answer"
 def register(app: typer.Typer) -> None:
     @app.command("chat")
     def chat(
-        url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
+        url: Annotated[str | None, typer.Option(help=URL_HELP)] = None,
         model: Annotated[str | None, typer.Option(help="Default: the first that the server lists.")] = None,
         system: Annotated[str | None, typer.Option(help="A system message.")] = None,
         max_tokens: Annotated[int, typer.Option(min=1)] = 512,
         temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; small models ramble near 1.")] = 0.3,
     ) -> None:
         """Chat with a running server; the answer streams, and each ends with its TTFT and speed."""
+        server = router_url(url)
         try:
-            name = model or first_model(url)
+            name = model or first_model(server)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"No server answers at {url} ({error}); start one with `pdserve up`.") from error
+            raise ConfigError(f"No server answers at {server} ({error}); start one with `pdserve up`.") from error
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() a history
-        Chat(url, name, system, max_tokens, temperature, Console(highlight=False)).run()
+        Chat(server, name, system, max_tokens, temperature, Console(highlight=False)).run()
 
 
 class Chat:

@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pdserve.errors import ConfigError
-from pdserve.launch.http_front import get_json
+from pdserve.launch.http_front import URL_HELP, get_json, router_url
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 _MIN_WIDTH = 120
 
 
@@ -21,16 +20,17 @@ def register(app: typer.Typer) -> None:
     @app.command("explain")
     def explain(
         request_id: Annotated[str, typer.Argument(metavar="ID", help="The response's id, or your X-Request-Id.")],
-        url: Annotated[str, typer.Option(help="The router.")] = DEFAULT_URL,
+        url: Annotated[str | None, typer.Option(help=URL_HELP)] = None,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     ) -> None:
         """Print the decision record of a request."""
+        router = router_url(url)
         try:
-            record = get_json(url, f"/v1/requests/{quote(request_id, safe='')}/explain")
+            record = get_json(router, f"/v1/requests/{quote(request_id, safe='')}/explain")
         except OSError as error:
-            raise ConfigError(f"The router {url} does not answer: {error}.") from error
+            raise ConfigError(f"The router {router} does not answer: {error}.") from error
         except ValueError as error:
-            raise ConfigError(f"The router {url} knows no request {request_id}: {error}.") from error
+            raise ConfigError(f"The router {router} knows no request {request_id}: {error}.") from error
         if as_json:
             print(json.dumps(record, indent=2))
         else:

@@ -13,9 +13,8 @@ from rich.table import Table
 from pdserve.cli import kv_store
 from pdserve.cli.ledger import STATES, Audit, audit
 from pdserve.errors import ConfigError
-from pdserve.launch.http_front import get_json
+from pdserve.launch.http_front import URL_HELP, get_json, router_url
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 _MIN_WIDTH = 120
 
 app = typer.Typer(help="Look into the KV blocks of running workers and store nodes.", no_args_is_help=True)
@@ -27,7 +26,7 @@ def audit_command(
     worker: Annotated[
         list[str] | None, typer.Option(metavar="HOST:PORT", help="A worker's admin address; may be repeated.")
     ] = None,
-    url: Annotated[str | None, typer.Option(help=f"A router; {DEFAULT_URL} where nothing is named.")] = None,
+    url: Annotated[str | None, typer.Option(help=URL_HELP)] = None,
     redis: Annotated[str | None, typer.Option(metavar="URL", help="Find the workers here.")] = None,
     namespace: Annotated[str, typer.Option(help="Of the workers in Redis.")] = "default",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -56,7 +55,7 @@ def _addresses(workers: list[str], url: str | None, redis: str | None, namespace
         raise ConfigError("Say where the workers are with only one of --worker, --url and --redis.")
     if workers:
         return workers
-    return _from_router(url or DEFAULT_URL) if redis is None else asyncio.run(_from_redis(redis, namespace))
+    return _from_router(router_url(url)) if redis is None else asyncio.run(_from_redis(redis, namespace))
 
 
 def _from_router(url: str) -> list[str]:

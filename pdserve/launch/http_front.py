@@ -15,7 +15,16 @@ from urllib.parse import urlsplit
 from pdserve.errors import ConfigError
 
 _CALL_TIMEOUT_S = 2.0
+_DEFAULT_URL = "http://127.0.0.1:8000"
+_URL_VARIABLE = "PDSERVE_URL"
+# What commands say of their `--url`.
+URL_HELP = f"The router; default: ${_URL_VARIABLE}, else {_DEFAULT_URL}."
 MAX_ANSWER_BYTES = 16 << 20
+
+
+def router_url(given: str | None) -> str:
+    """The router that a command means."""
+    return given or os.environ.get(_URL_VARIABLE) or _DEFAULT_URL
 
 
 def check_port_free(host: str, port: int) -> None:

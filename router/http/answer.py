@@ -34,7 +34,7 @@ class Answer:
     """
     Attributes:
         finish_reason: set with the last piece: STOP or LENGTH. A stop string ends the answer before its generation
-            ends, so the caller then aborts that.
+            ends, so the caller then finishes that.
         output_tokens: up to the end of the answer, a stop token included.
         prompt_logprobs: known with the first piece, if asked for.
         total_logprob: of the visible tokens, as far as log probabilities were asked for.

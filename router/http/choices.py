@@ -66,7 +66,7 @@ class Branch:
             self.num_calls += len(piece.tool_calls)
             yield piece
             if self.answer.finish_reason is not None:
-                self.stop()  # a stop string has ended the answer before its generation
+                self.generation.finish()  # a stop string has ended the answer before its generation
                 return
         raise InternalError("The generation ended without a reason.")
 

@@ -11,7 +11,7 @@ import pytest
 
 from loadtest.replay import Replay
 from loadtest.session import Session
-from pdserve.trace import MOONCAKE_GRID_S, Row, Trace, read_trace
+from pdserve.trace import AGENTIC_BLOCK_TOKENS, MOONCAKE_GRID_S, Row, Trace, read_trace
 
 PUBLIC = Path(__file__).parents[3] / "shared" / "traces"
 
@@ -51,6 +51,27 @@ def test_azure_rows_compressed(tmp_path: Path) -> None:
     assert trace.grid_s == 0.0
 
 
+def test_agentic_rows_share_what_came_before_in_their_session(tmp_path: Path) -> None:
+    path = tmp_path / "agents.jsonl"
+    rows: list[dict[str, object]] = [
+        {"s": 1, "t": 0.0, "in": 200, "out": 5, "p": 0, "h": [[1, 3]]},
+        {"s": 1, "t": 9.0, "in": 270, "out": 6, "p": 2, "h": [[7, 1], [9, 1]]},
+        {"s": 1, "a": "sub", "t": 3.0, "in": 64, "out": 7, "p": 0, "h": [[1, 1]]},
+        {"s": 2, "t": 0.0, "in": 64, "out": 8, "p": 0, "h": [[1, 1]]},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trace = read_trace(path)
+    assert trace.block_tokens == AGENTIC_BLOCK_TOKENS
+    by_output = {row.output_tokens: row for row in trace.rows}
+    one, two, sub, other = (by_output[tokens] for tokens in (5, 6, 7, 8))
+    assert len(one.blocks) == 3
+    assert two.blocks[:2] == one.blocks[:2]
+    assert not set(two.blocks[2:]) & set(one.blocks)
+    assert sub.blocks == one.blocks[:1]
+    assert other.blocks != one.blocks[:1]
+    assert two.at_s - one.at_s == pytest.approx(9.0)
+
+
 @pytest.mark.parametrize("text", ["", "not a trace\n", '{"timestamp": 1}\n', "[1]\n", "TIMESTAMP,A\nnow,1\n"])
 def test_no_trace_is_a_value_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "file.jsonl"
@@ -85,6 +106,15 @@ def test_scaling_keeps_prefixes_and_lengths_in_proportion() -> None:
     assert other != one[: len(other)]
 
 
+def test_blocks_of_less_than_a_token_keep_their_share() -> None:
+    rows = (Row(0.0, 1000, 1, tuple(range(10))), Row(1.0, 1000, 1, (*range(5), *range(20, 25))))
+    trace = Trace("t", rows, block_tokens=100)
+    one, two = map(prompt_of, first(Replay(trace, length_scale=0.025), 2))
+    assert len(one) == len(two) == 25
+    assert one[:12] == two[:12]
+    assert one[12:] != two[12:]
+
+
 def test_a_second_lap_and_another_seed_have_prompts_of_their_own() -> None:
     replay = Replay(Trace("t", (Row(0.0, 600, 5, (0, 1)),), grid_s=1.0), length_scale=0.1)
     prompts = [*map(prompt_of, first(replay, 3)), *map(prompt_of, first(replay, 3, seed=1))]
@@ -98,10 +128,17 @@ def test_what_is_too_long_is_cut_and_nothing_is_empty() -> None:
     assert (len(prompt_of(short)), short.turns[0].output_tokens) == (1, 1)
 
 
-@pytest.mark.parametrize("name", ["conversation_trace.jsonl.gz", "AzureLLMInferenceTrace_conv.csv.gz"])
-def test_public_traces_replay(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "length_scale"),
+    [
+        ("conversation_trace.jsonl.gz", 0.05),
+        ("AzureLLMInferenceTrace_conv.csv.gz", 0.05),
+        ("weka_agentic_compact.jsonl.gz", 0.005),
+    ],
+)
+def test_public_traces_replay(name: str, length_scale: float) -> None:
     if not (PUBLIC / name).exists():
         pytest.skip(f"{PUBLIC / name} is not there")
-    sessions = first(Replay(read_trace(PUBLIC / name, 200), length_scale=0.05), 400, rate_rps=3.0)
+    sessions = first(Replay(read_trace(PUBLIC / name, 200), length_scale=length_scale), 400, rate_rps=3.0)
     assert 400 / sessions[-1].at_s == pytest.approx(3.0, rel=0.1)
     assert 5 < sum(len(prompt_of(session)) for session in sessions) / 400 < 1_000

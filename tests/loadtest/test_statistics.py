@@ -8,18 +8,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.statistics import mean_of_longest, means, percentile, spread
-from tests.support.outcomes import answered, failed, point
+from loadtest.live import Count
+from loadtest.run import Run
+from loadtest.statistics import mean_of_longest, means, percentile, spread, summarise
+from tests.support.outcomes import SLO, answered, failed, point
 
 
 def test_failed_requests_count_in_every_share() -> None:
     outcomes = [answered()] * 6 + [answered(ttft_s=2.0)] * 2 + [answered(tpot_s=0.2)] + [failed()]
     found = point(1.0, outcomes)
     assert (found.requests, found.failed) == (10, 1)
-    assert found.good_share == found.server_good_share == 0.6
+    assert found.good_share == 0.6
     assert (found.ttft_share, found.tpot_share) == (0.7, 0.8)
     assert found.goodput_rps == pytest.approx(0.6)
     assert found.errors == {"HTTP 503: busy": 1}
+
+
+@pytest.mark.parametrize(("live", "share"), [(Count(8, 6), 0.75), (Count(0, 0), None), (None, None)])
+def test_share_by_the_server_is_of_its_own_count(live: Count | None, share: float | None) -> None:
+    run = Run((answered(), failed()), offered_s=1.0, elapsed_s=1.0, client_cpu_s=0.0)
+    assert summarise(run, SLO, 1.0, live).server_good_share == share
 
 
 def test_rates_tokens_and_cost() -> None:

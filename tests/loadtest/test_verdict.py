@@ -17,6 +17,17 @@ def test_winner_with_ratio_and_reasons() -> None:
     assert "Given 2 req/s, disaggregated has a median TTFT of 500 ms" in text
 
 
+def test_compared_at_the_lowest_rate_that_all_were_given_and_one_missed() -> None:
+    text = verdict(
+        sweep(
+            mixed=[holding(1.0), slow(1.2), slow(1.4), slow(2.0)],
+            disaggregated=[holding(1.0), holding(1.4), late(2.0)],
+        ),
+    )
+    assert "mixed breaks on TPOT: at 1.2 req/s" in text
+    assert "Given 1.4 req/s" in text
+
+
 def test_what_is_closer_than_the_resolution_is_no_win() -> None:
     text = verdict(sweep(mixed=[holding(2.0), late(4.0)], disaggregated=[holding(2.2), late(4.0)]))
     assert text.startswith("No winner: disaggregated and mixed hold 2.2 req/s and 2 req/s")

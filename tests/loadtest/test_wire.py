@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from loadtest.target import Target, parse_target
 from loadtest.wire import Exchange, request_bytes
+from pdserve.slo import Slo
 
 TARGET = Target("host", 80, "m", api_key="secret")
 
@@ -117,9 +119,16 @@ def test_the_request_asks_for_usage_and_timeline() -> None:
     assert head.startswith(b"POST /v1/completions HTTP/1.1\r\n")
     assert b"x-pdserve-timeline: 1" in head
     assert b"Authorization: Bearer secret" in head
+    assert b"x-pdserve-slo" not in head
     sent = json.loads(body)
     assert sent == {"model": "m", "prompt": [1, 2], "stream": True, "stream_options": {"include_usage": True}}
     assert f"Content-Length: {len(body)}".encode() in head
+
+
+def test_the_server_is_told_by_what_it_is_judged() -> None:
+    head = request_bytes(replace(TARGET, slo=Slo(0.5, 0.05)), "/completions", {}).partition(b"\r\n\r\n")[0]
+    told = next(line for line in head.split(b"\r\n") if line.startswith(b"x-pdserve-slo: "))
+    assert json.loads(told.partition(b": ")[2]) == {"ttft_ms": 500.0, "tpot_ms": 50.0}
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,26 @@ async def test_an_aborted_request_misses_no_objective() -> None:
         assert not cluster.dispatcher.account.goodput.outcomes
 
 
+async def test_a_client_that_leaves_too_late_to_be_served_well_has_been_missed() -> None:
+    async with StubCluster(*four()) as cluster:
+        generation = cluster.start(GREEDY)
+        generation.timeline.received_s -= CLASSES["standard"].ttft_s
+        generation.abort()
+        [(_, _, _, stage)] = cluster.dispatcher.account.goodput.outcomes
+        assert stage == "failed"
+
+
+async def test_an_answer_that_a_stop_string_completes_is_good() -> None:
+    async with StubCluster(*four()) as cluster:
+        generation = cluster.start(GREEDY)
+        await anext(aiter(generation))
+        generation.finish()
+        record = cluster.dispatcher.account.records.find(generation.request.request_id)
+        assert record is not None
+        assert (record.end, record.missed) == ("stop", None)
+        assert cluster.dispatcher.account.goodput.by_class() == {("standard", ""): 1}
+
+
 def record(number: int, label: str = "") -> Record:
     return Record(f"r{number}", label, 10, CLASSES["standard"])
 

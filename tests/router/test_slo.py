@@ -6,7 +6,7 @@ import pytest
 
 from pdserve.errors import InvalidRequest
 from pdserve.timeline import Timeline
-from router.slo import CLASSES, GoodputTracker, SloClass, first_miss, parse_slo
+from router.slo import CLASSES, GoodputTracker, SloClass, first_miss, is_lost, parse_slo
 
 SLO = SloClass("test", ttft_s=1.0, tpot_s=0.1)
 
@@ -51,6 +51,21 @@ def test_a_hand_over_is_put_down_to_the_stage_in_which_the_gaps_became_too_long(
     made = timeline(gaps_s=(2.0, *(0.05,) * 9))
     made.reported.update(reserve=0.9, transfer=1.0, commit=0.05)
     assert first_miss(SLO, made) == "reserve"
+
+
+@pytest.mark.parametrize(
+    ("made", "now_s", "lost"),
+    [
+        (Timeline(received_s=0.0), 0.9, False),
+        (Timeline(received_s=0.0), 1.1, True),
+        (timeline(compute_s=2.0, gaps_s=()), 2.1, True),
+        # Ten tokens at most may take 0.9 s after the first, which came after 0.32 s.
+        (timeline(gaps_s=()), 1.2, False),
+        (timeline(gaps_s=()), 1.3, True),
+    ],
+)
+def test_what_can_no_longer_be_good(made: Timeline, now_s: float, lost: bool) -> None:
+    assert is_lost(SLO, made, 10, now_s) == lost
 
 
 def test_classes_by_name_and_by_numbers() -> None:

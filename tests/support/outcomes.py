@@ -26,7 +26,7 @@ def answered(ttft_s: float = 0.5, tpot_s: float = 0.05, tokens: int = 11) -> Out
         prompt_tokens=100,
         cached_tokens=25,
         output_tokens=tokens,
-        server=ServerTimes(ttft_s, tpot_s, stages, {"transfer": 0.01}),
+        server=ServerTimes(stages, {"transfer": 0.01}),
     )
 
 

@@ -94,6 +94,7 @@ def test_workers_of_a_router(server: Server, other_server: Server) -> None:
     server.pages["/ledger"] = ledger()
     other_server.pages["/workers"] = {"workers": [{"worker_id": "prefill-0", "admin_address": server.address}]}
     assert CliRunner().invoke(app, ["kv", "audit", "--url", other_server.url]).exit_code == 0
+    assert CliRunner(env={"PDSERVE_URL": other_server.url}).invoke(app, ["kv", "audit"]).exit_code == 0
     other_server.pages["/workers"] = 404
     result = CliRunner().invoke(app, ["kv", "audit", "--url", other_server.url])
     assert isinstance(result.exception, ConfigError)

@@ -43,6 +43,7 @@ class FakeGeneration:
         self.timeline = timeline
         self.cached_by_tier = {"device": 2, "disk": 1}
         self.aborted = asyncio.Event()
+        self.finished = False
         self.ended = threading.Event()  # aborted or run to its end; may be awaited from another thread
         self._script = list(script)
         timeline.reported["transfer"] = 0.25  # as of a request that was handed over
@@ -65,6 +66,10 @@ class FakeGeneration:
     def abort(self) -> None:
         self.aborted.set()
         self.ended.set()
+
+    def finish(self) -> None:
+        self.finished = True
+        self.abort()
 
 
 class FakeDispatcher:

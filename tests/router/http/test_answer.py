@@ -30,10 +30,10 @@ LENGTH = Tokens((), FinishReason.LENGTH)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 100])
-async def test_stop_string_cuts_text_and_count_and_aborts(complete: Any, dispatcher: Any, size: int) -> None:
+async def test_stop_string_cuts_text_and_count_and_finishes(complete: Any, dispatcher: Any, size: int) -> None:
     """The script goes on after the stop string: nothing of that is read."""
     assert await complete("one two three", size, LENGTH, stop="two") == ("one ", "stop", 7)
-    assert dispatcher.started[-1].aborted.is_set()
+    assert dispatcher.started[-1].finished
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])
