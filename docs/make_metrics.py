@@ -10,35 +10,49 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.store.metrics import StoreMetrics
 from pdserve import vllm_names
+from pdserve.protocol import worker_pb2 as pb
 from pdserve.vllm_names import Same
+from pdserve.worker.link_metrics import LinkCollector
 from pdserve.worker.metrics import WorkerMetrics
 from router.account_metrics import AccountCollector
 from router.admission_metrics import AdmissionCollector
 from router.dispatch import RouterDispatcher
 from router.drift import DriftMeter
-from router.feeder import Feeder, wait_histogram
+from router.feeder import Depth, Feeder, wait_histogram
 from router.fleet import Fleet
 from router.fleet_metrics import FleetCollector
 from router.metrics import RouterMetrics
+from router.policy import Role
 from router.refusals import RefusalLedger
-from router.slo import CLASSES, STANDARD, GoodputTracker
+from router.slo import CLASSES, STANDARD, GoodputTracker, SloClass
 from router.speed import ErrorMeter
 
 TARGET = Path(__file__).parent.parent / "METRICS.md"
 HEAD = """# Metrics
 
 Generated from the code (`make docs`). Base units everywhere. A histogram `x` has the series `x_bucket`, `x_sum` and
-`x_count`.
+`x_count`. A process serves one model in one role, so neither is a label of every series: the chart's PodMonitors add
+`model_name` and `component`, and `pdserve_build_info` has the role of now. The series of a worker or link go with it.
 """
 VLLM_HEAD = """
 ## Names of vLLM
 
 The same values under the names that autoscalers, endpoint pickers and dashboards made for vLLM read, with its labels
-`model_name` and `engine`; `--no-vllm-names` leaves them out.
+`model_name` and `engine`; `--no-vllm-names` leaves them out. There is no `vllm:lora_requests_info`, since there are no
+adapters. Their colons are all that `promtool check metrics` has to say about a page. Buckets have vLLM's edges, and
+some between them.
 
 | name | on | of ours |
 |---|---|---|
 """
+CONSTANT = ("le", "version", "block_size", "num_blocks", "block_bytes")  # labels that tell no series from another
+
+
+class IdleWorker:
+    worker_id, role, outstanding_tokens = "mixed-0", Role.MIXED, 0
+
+    def backlog_s(self, now_s: float) -> float:
+        return 0.0
 
 
 class OneWorker:
@@ -48,6 +62,9 @@ class OneWorker:
 
     def counts(self) -> dict[tuple[str, str], int]:
         return {("mixed", "ready"): 1}
+
+    def in_use(self) -> list[IdleWorker]:
+        return [IdleWorker()]
 
 
 class NoDrift:
@@ -59,7 +76,9 @@ class OneEvent:
 
     num_active = 0
     account = NoDrift()
+    draining = False
     counts: ClassVar[dict[str, int]] = {"migrations": 0}
+    decisions: ClassVar[dict[tuple[str, str, str], int]] = {("cost", "prompt", "chosen"): 0}
 
 
 class OneRefusal:
@@ -71,9 +90,13 @@ class OneRefusal:
         self.ledger.turned_away(CLASSES[STANDARD], "ttft")
         self.ledger.ran(condemned=False, good=True)
         self.wait_seconds = wait_histogram()
+        self.wait_seconds.labels(STANDARD)
 
-    def depths(self) -> dict[str, int]:
-        return {STANDARD: 1}
+    def backlog(self) -> dict[tuple[str, str], Depth]:
+        return {}
+
+    def predicted_wait_s(self, slo: SloClass) -> float:
+        return 0.0
 
 
 def router_registry() -> CollectorRegistry:
@@ -88,6 +111,12 @@ def router_registry() -> CollectorRegistry:
     return registry
 
 
+def worker_registry() -> CollectorRegistry:
+    registry = WorkerMetrics("mixed").registry
+    registry.register(LinkCollector(lambda: [pb.LinkReport(peer_id="decode-0", up=True)]))
+    return registry
+
+
 def rows(registry: CollectorRegistry) -> list[str]:
     """One row a metric: name as scraped, type, labels, help."""
     found = []
@@ -95,7 +124,7 @@ def rows(registry: CollectorRegistry) -> list[str]:
     for collector in collectors:
         for metric in collector.collect():
             names = getattr(collector, "_labelnames", None) or [n for sample in metric.samples for n in sample.labels]
-            labels = ", ".join(f"`{name}`" for name in names if name not in ("le", "version", "component"))
+            labels = ", ".join(f"`{name}`" for name in dict.fromkeys(names) if name not in CONSTANT)
             name = metric.name + {"counter": "_total", "info": "_info"}.get(metric.type, "")
             found.append(f"| `{name}` | {metric.type} | {labels} | {metric.documentation} |")
     return sorted(found)
@@ -111,7 +140,7 @@ def render() -> str:
     parts = [HEAD]
     for title, port, registry in (
         ("Router", "`/metrics` on the HTTP port", router_registry()),
-        ("Worker", "`/metrics` on the admin port", WorkerMetrics("mixed").registry),
+        ("Worker", "`/metrics` on the admin port", worker_registry()),
         ("Store node", "`/metrics` on the admin port", StoreMetrics().registry),
     ):
         parts.append(f"\n## {title}\n\n{port}.\n\n| name | type | labels | meaning |\n|---|---|---|---|\n")

@@ -1,3 +1,3 @@
 """Workers: engine, models, kernels, worker roles, control protocol, command line. Imports `kvstore`, never `router`."""
 
-__version__ = "0.1.0"
+from kvstore import __version__ as __version__

@@ -36,20 +36,30 @@ ROUTER = (
     Same("vllm:inter_token_latency_seconds", "pdserve_itl_seconds"),
     Same("vllm:request_time_per_output_token_seconds", "pdserve_tpot_seconds"),
     Same("vllm:e2e_request_latency_seconds", "pdserve_e2e_seconds"),
-    Same("vllm:request_queue_time_seconds", "pdserve_ttft_stage_seconds", {"stage": ("queue",)}),
+    Same("vllm:request_queue_time_seconds", "pdserve_queue_seconds"),
     Same("vllm:request_prefill_time_seconds", "pdserve_ttft_stage_seconds", {"stage": ("compute",)}),
+    Same("vllm:request_decode_time_seconds", "pdserve_decode_seconds"),
+    Same("vllm:request_inference_time_seconds", "pdserve_inference_seconds"),
+    Same("vllm:request_prompt_tokens", "pdserve_request_prompt_tokens"),
+    Same("vllm:request_generation_tokens", "pdserve_request_output_tokens"),
     Same("vllm:prompt_tokens", "pdserve_prompt_tokens"),
     Same("vllm:generation_tokens", "pdserve_output_tokens"),
     Same("vllm:prefix_cache_queries", "pdserve_prompt_tokens"),
     Same("vllm:prefix_cache_hits", "pdserve_cached_tokens"),
     Same("vllm:request_success", "pdserve_requests", {"outcome": ("stop", "length")}, {"finished_reason": "outcome"}),
     Same("vllm:num_requests_running", "pdserve_router_active_requests"),
+    Same("vllm:num_requests_waiting", "pdserve_queue_requests"),
 )
 WORKER = (
     Same("vllm:num_requests_waiting", "pdserve_sequences", {"state": ("waiting",)}),
     Same("vllm:num_requests_running", "pdserve_sequences", {"state": ("running",)}),
     Same("vllm:kv_cache_usage_perc", "pdserve_kv_usage_ratio"),
+    Same("vllm:cache_config", "pdserve_kv_pool", kept={"block_size": "block_size", "num_gpu_blocks": "num_blocks"}),
     Same("vllm:num_preemptions", "pdserve_preempted_sequences"),
+    Same("vllm:nixl_xfer_time_seconds", "pdserve_transfer_seconds"),
+    Same("vllm:nixl_bytes_transferred", "pdserve_transfer_size_bytes"),
+    Same("vllm:nixl_num_failed_transfers", "pdserve_transfer_failures"),
+    Same("vllm:nixl_num_kv_expired_reqs", "pdserve_transfer_failures", {"reason": ("expired",)}),
 )
 
 
@@ -90,4 +100,5 @@ class VllmNames(Collector):
 
 
 def _counts(labels: Mapping[str, str], same: Same) -> bool:
-    return all(labels.get(name) in values for name, values in same.labels.items())
+    kept = all(name in labels for name in same.kept.values())
+    return kept and all(labels.get(name) in values for name, values in same.labels.items())

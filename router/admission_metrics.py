@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from router.feeder import Feeder
+from router.feeder import Depth, Feeder
+from router.slo import CLASSES
 
 
 class AdmissionCollector(Collector):
@@ -16,10 +17,7 @@ class AdmissionCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         ledger = self._feeder.ledger
-        depth = GaugeMetricFamily("pdserve_queue_requests", "Requests in the router's queue.", labels=("slo_class",))
-        for name, count in sorted(self._feeder.depths().items()):
-            depth.add_metric((name,), count)
-        yield depth
+        yield from self._queue()
         yield from self._feeder.wait_seconds.collect()
         verdicts = CounterMetricFamily(
             "pdserve_admission_verdicts",
@@ -47,3 +45,28 @@ class AdmissionCollector(Collector):
         for labels, count in sorted(ledger.checked.items()):
             checked.add_metric(labels, count)
         yield checked
+
+    def _queue(self) -> Iterable[Metric]:
+        what = "by SLO class and by what they wait for: prefill, decode (no batch has room), or any worker."
+        labels = ("slo_class", "waits_for")
+        requests = GaugeMetricFamily("pdserve_queue_requests", f"Requests in the router's queue, {what}", labels=labels)
+        tokens = GaugeMetricFamily("pdserve_queue_tokens", f"Uncached prompt tokens of requests, {what}", labels=labels)
+        backlog = self._feeder.backlog()
+        for name in CLASSES:  # a queue that is empty says so, else autoscalers find nothing to read
+            backlog.setdefault((name, "prefill"), Depth())
+            backlog.setdefault((name, "decode"), Depth())
+        for key, depth in sorted(backlog.items()):
+            requests.add_metric(key, depth.requests)
+            tokens.add_metric(key, depth.tokens)
+        yield requests
+        yield tokens
+        wait = GaugeMetricFamily(
+            "pdserve_queue_predicted_wait_seconds",
+            "How long a short prompt of the SLO class would wait in the router's queue if it came now.",
+            labels=("slo_class",),
+        )
+        for slo in CLASSES.values():
+            wait_s = self._feeder.predicted_wait_s(slo)
+            if wait_s is not None:
+                wait.add_metric((slo.name,), wait_s)
+        yield wait

@@ -28,7 +28,10 @@ log = logging.getLogger(__name__)
 class RouterDispatcher:
     """Implements `router.generation.Dispatcher` and `router.fleet.RequestListener`.
 
-    `counts` only rise: rejected_tokens, refusals, redispatches, migrations, handoffs_without_room, spills.
+    Attributes:
+        counts: only rise: rejected_tokens, refusals, redispatches, migrations, handoffs_without_room, spills.
+        decisions: by policy, phase and outcome ("chosen" or "nobody"); only rise.
+        draining: the router ends, and takes nothing new.
     """
 
     def __init__(
@@ -40,6 +43,8 @@ class RouterDispatcher:
         mode: Mode = Mode.SHADOW,
     ) -> None:
         self.counts: Counter[str] = Counter()
+        self.decisions: Counter[tuple[str, str, str]] = Counter()
+        self.draining = False
         self.account = Account(fleet, records if records is not None else Records())
         self.feeder = Feeder(fleet, self.account.predictor, limits, mode)
         self._fleet = fleet
@@ -61,7 +66,13 @@ class RouterDispatcher:
         assert request.request_id not in self._active, "the front makes unique ids"
         self._check_length(request)
         record = self.account.open(request, wishes)
-        placer = Placer(self._fleet, self._policy_of(wishes), self._turns, record.note)
+
+        def note(decision: Decision) -> None:
+            outcome = "chosen" if decision.chosen is not None else "nobody"
+            self.decisions[decision.policy, decision.phase.value, outcome] += 1
+            record.note(decision)
+
+        placer = Placer(self._fleet, self._policy_of(wishes), self._turns, note)
         generation = RoutedGeneration(
             request, timeline, wishes, self._fleet, placer, self.feeder, self._limits, self.counts, self._ended
         )
@@ -104,6 +115,7 @@ class RouterDispatcher:
 
     async def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is active; whether that was so in time."""
+        self.draining = True
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()

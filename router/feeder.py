@@ -54,7 +54,17 @@ class Waiting(Queued):
     judged: bool  # before, so that it is taken whatever is forecast now
     answer: asyncio.Future[Placed] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     plan: tuple[str, int] | None = None  # the worker that it waits for, and the uncached tokens it will bring
+    wants_decode: bool = False  # at the last look its worker was free, and no decode batch had room for it
     stranded_s: float | None = None  # since when no worker can take it at all
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    requests: int = 0
+    tokens: int = 0  # of their prompts, those that no worker has
+
+    def plus(self, tokens: int) -> Depth:
+        return Depth(self.requests + 1, self.tokens + tokens)
 
 
 def wait_histogram() -> Histogram:
@@ -77,6 +87,32 @@ class Feeder:
     def depths(self) -> Mapping[str, int]:
         """Requests that wait, by SLO class."""
         return self._queue.depths()
+
+    def backlog(self) -> dict[tuple[str, str], Depth]:
+        """What waits, by SLO class and by what it waits for: "prefill", "decode" or any "worker" at all."""
+        now_s = time.monotonic()
+        idle = any(self._free(worker, now_s) for worker in self._prompt_workers())
+        found: dict[tuple[str, str], Depth] = {}
+        for item in self._queue:
+            wants = "worker" if item.plan is None else "decode" if idle and item.wants_decode else "prefill"
+            key = item.slo.name, wants
+            found[key] = found.get(key, Depth()).plus(item.plan[1] if item.plan is not None else 0)
+        return found
+
+    def predicted_wait_s(self, slo: SloClass) -> float | None:
+        """In the queue, of a short prompt of this class that would come now; None while there is no worker."""
+        now_s = time.monotonic()
+        workers = self._prompt_workers()
+        if not workers:
+            return None
+        first = min(workers, key=lambda each: each.backlog_s(now_s))
+        before = [item for item in self._queue if item.due_s <= now_s + slo.ttft_s]
+        prompts_s = self._predictor.prompt.factor * first.backlog_s(now_s)
+        prompts_s += sum(item.work_s for item in before) / len(workers)
+        room = decode_room(self._fleet.in_use(), first, self._predictor.step.factor)
+        tpot_s, stay_s = self._strictest_s(slo, ()), self._predictor.stay_s
+        wait_s = room.wait_s(tpot_s, room.sequences_after(prompts_s, len(before), stay_s), stay_s)
+        return prompts_s + (wait_s or 0.0)
 
     def ended(self, request_id: str) -> None:
         self._running.pop(request_id, None)
@@ -226,7 +262,8 @@ class Feeder:
         if self.mode is Mode.OFF or (self.mode is Mode.SHADOW and now_s > item.due_s):
             return True
         room = decode_room(self._fleet.in_use(), member, self._predictor.step.factor)
-        return room.has_place(self._strictest_s(item.slo, waits))
+        item.wants_decode = not room.has_place(self._strictest_s(item.slo, waits))
+        return not item.wants_decode
 
     def _begin(self, item: Waiting, decision: Decision, now_s: float) -> None:
         self._queue.take(item, now_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -36,8 +37,23 @@ class FleetCollector(Collector):
         for event, count in sorted(self._dispatcher.counts.items()):
             events.add_metric((event,), count)
         yield events
+        decisions = CounterMetricFamily(
+            "pdserve_router_decisions",
+            "Choices of a worker by policy, phase (prompt; whole: for lack of a role it does everything; decode: takes "
+            "over; resume: takes over from the store) and outcome (chosen, or nobody could take it).",
+            labels=("policy", "phase", "outcome"),
+        )
+        for choice, count in sorted(self._dispatcher.decisions.items()):
+            decisions.add_metric(choice, count)
+        yield decisions
+        yield GaugeMetricFamily(
+            "pdserve_router_draining",
+            "1 while this router ends: it takes nothing new.",
+            value=self._dispatcher.draining,
+        )
         active = self._dispatcher.num_active
         yield GaugeMetricFamily("pdserve_router_active_requests", "Requests that workers have.", value=active)
+        yield from self._backlogs()
         yield from self._drift()
         yield GaugeMetricFamily(
             "pdserve_router_index_keys", "Block keys in the prefix index.", value=len(self._fleet.index)
@@ -54,6 +70,24 @@ class FleetCollector(Collector):
         yield CounterMetricFamily(
             "pdserve_router_store_resyncs", "Subscriptions to a store node's events that ended.", value=stores.resyncs
         )
+
+    def _backlogs(self) -> Iterable[Metric]:
+        """Of workers that are in use: the series of one that goes, goes with it."""
+        labels = ("worker", "role")
+        tokens = GaugeMetricFamily(
+            "pdserve_router_backlog_tokens",
+            "Uncached prompt tokens that this router sent to the worker and that it has not computed.",
+            labels=labels,
+        )
+        seconds = GaugeMetricFamily(
+            "pdserve_router_backlog_seconds", "Until the worker has computed its prompts, as predicted.", labels=labels
+        )
+        now_s = time.monotonic()
+        for member in sorted(self._fleet.in_use(), key=lambda each: each.worker_id):
+            tokens.add_metric((member.worker_id, member.role.value), member.outstanding_tokens)
+            seconds.add_metric((member.worker_id, member.role.value), member.backlog_s(now_s))
+        yield tokens
+        yield seconds
 
     def _drift(self) -> Iterable[Metric]:
         account = self._dispatcher.account

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from pdserve import __version__
 from pdserve.timeline import Timeline
 
-# Seconds. Each is a superset of vLLM's buckets for the same quantity, so that dashboards can compare.
+# Each is a superset of vLLM's buckets for the same quantity, so that queries for an exact `le` find it. In seconds:
 TTFT_BUCKETS_S = (
     *(0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75),
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
@@ -19,10 +19,13 @@ TOKEN_BUCKETS_S = (
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
 )
 E2E_BUCKETS_S = (
-    *(0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
     *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
-STAGE_BUCKETS_S = (0.0001, 0.0005, *TTFT_BUCKETS_S[:-2])
+# From a decision to a wait for the first token, which vLLM has in the buckets of whole requests.
+STAGE_BUCKETS_S = tuple(sorted({0.0001, 0.0002, 0.0005, 0.002, *TTFT_BUCKETS_S, *E2E_BUCKETS_S}))
+TOKENS_BUCKETS = tuple(step * 10**power for power in range(6) for step in (1, 2, 5))
+_EXEMPLAR_CHARACTERS = 128 - len("request_id")  # OpenMetrics allows so many for names and values together
 
 
 class RouterMetrics:
@@ -61,6 +64,19 @@ class RouterMetrics:
             TOKEN_BUCKETS_S,
         )
         self._e2e = _histogram(registry, "pdserve_e2e_seconds", "Receipt to last token.", E2E_BUCKETS_S)
+        self._inference = _histogram(
+            registry, "pdserve_inference_seconds", "Turn in the router's queue to last token.", E2E_BUCKETS_S
+        )
+        self._decode = _histogram(registry, "pdserve_decode_seconds", "First token to last token.", E2E_BUCKETS_S)
+        self._handoff = _histogram(
+            registry, "pdserve_handoff_seconds", "First token to second, if decode took over.", TTFT_BUCKETS_S
+        )
+        self._request_prompt_tokens = _histogram(
+            registry, "pdserve_request_prompt_tokens", "Tokens of a request's prompt.", TOKENS_BUCKETS
+        )
+        self._request_output_tokens = _histogram(
+            registry, "pdserve_request_output_tokens", "Tokens generated for a request.", TOKENS_BUCKETS
+        )
         self._ttft_stage = Histogram(
             "pdserve_ttft_stage_seconds",
             "Stages that sum to the TTFT.",
@@ -80,26 +96,46 @@ class RouterMetrics:
         self._requests.labels(endpoint, outcome).inc()
 
     def observe_generation(
-        self, timeline: Timeline, *, prompt_tokens: int, cached_by_tier: Mapping[str, int], gaps_s: Iterable[float]
+        self,
+        timeline: Timeline,
+        *,
+        prompt_tokens: int,
+        cached_by_tier: Mapping[str, int],
+        gaps_s: Iterable[float],
+        request_id: str = "",
     ) -> None:
-        """A generation ended, for whatever reason. `gaps_s`: seconds between deliveries to the client."""
+        """A generation ended, for whatever reason.
+
+        Args:
+            gaps_s: seconds between deliveries to the client.
+            request_id: the exemplar of what it took, under which `/v1/requests/{id}/explain` tells why.
+        """
+        exemplar = {"request_id": request_id} if 0 < len(request_id) <= _EXEMPLAR_CHARACTERS else None
         self._prompt_tokens.inc(prompt_tokens)
         for tier, tokens in cached_by_tier.items():
             self._cached_tokens.labels(tier).inc(tokens)
         self._output_tokens.inc(timeline.output_tokens)
         if timeline.ttft_s is not None:
-            self._ttft.observe(timeline.ttft_s)
-        if timeline.last_token_s is not None:
-            self._e2e.observe(timeline.last_token_s - timeline.received_s)
+            self._ttft.observe(timeline.ttft_s, exemplar)
+        if timeline.last_token_s is not None and timeline.first_token_s is not None:
+            self._e2e.observe(timeline.last_token_s - timeline.received_s, exemplar)
+            self._decode.observe(timeline.last_token_s - timeline.first_token_s)
+            if timeline.dispatched_s is not None:
+                self._inference.observe(timeline.last_token_s - timeline.dispatched_s)
+            self._request_prompt_tokens.observe(prompt_tokens)
+            self._request_output_tokens.observe(timeline.output_tokens)
         if timeline.tpot_s is not None:
             self._tpot.observe(timeline.tpot_s)
         for gap_s in gaps_s:
             self._itl.observe(gap_s)
         for stage, seconds in timeline.ttft_stages().items():
             self._ttft_stage.labels(stage).observe(seconds)
-        for stage, seconds in timeline.handoff_stages().items():
+        handoff = timeline.handoff_stages()
+        if handoff:
+            self._handoff.observe(sum(handoff.values()))
+        for stage, seconds in handoff.items():
             self._handoff_stage.labels(stage).observe(seconds)
 
 
-def _histogram(registry: CollectorRegistry, name: str, text: str, buckets_s: tuple[float, ...]) -> Histogram:
-    return Histogram(name, text, registry=registry, buckets=buckets_s)
+def _histogram(registry: CollectorRegistry, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+    return Histogram(name, text, registry=registry, buckets=buckets)

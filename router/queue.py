@@ -13,7 +13,7 @@ Nothing starves. A request's place rises with time, since what comes later is du
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -52,6 +52,10 @@ class RequestQueue(Generic[Item]):
 
     def __len__(self) -> int:
         return len(self._items)
+
+    def __iter__(self) -> Iterator[Item]:
+        """In no order that means anything; not while it changes."""
+        return iter(self._items)
 
     def depths(self) -> dict[str, int]:
         """Requests by SLO class."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
+from kvstore import __version__
 from kvstore.store.tier import Tier
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -14,6 +15,8 @@ class StoreMetrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        build = Info("pdserve_build", "Version of this process.", registry=registry)
+        build.info({"version": __version__, "role": "store"})
 
         def counter(name: str, text: str) -> dict[Tier, Counter]:
             """By tier: to find a child by its label costs more than to count."""

@@ -187,8 +187,7 @@ class DecodeSide:
         self._parts.engine.post(admit)
         assert entry.times is not None
         entry.times.transfer_s, entry.times.commit_s = arrival.transfer_s, arrival.verify_s
-        self._parts.metrics.transfer_seconds.observe(arrival.transfer_s)
-        self._parts.metrics.transfer_bytes.labels("received").inc(len(arrival.blocks) * self._parts.memory.block_bytes)
+        self._parts.metrics.on_received(arrival.transfer_s, len(arrival.blocks) * self._parts.memory.block_bytes)
 
     def failed(self, arrival: Arrival, reason: str) -> None:
         """Ends the request first, which puts the blocks into quarantine; they are drained after that."""

@@ -10,8 +10,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from kvstore.pool import Ledger
 from kvstore.store.tier import Tier
 from pdserve import __version__
+from pdserve.protocol import worker_pb2 as pb
 from pdserve.worker.engine_thread import StepReport
 
+# Supersets of the buckets that vLLM has for transfers of its NIXL connector; bytes from 2 KiB to 8 GiB.
+_TRANSFER_SECONDS = (
+    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0),
+)
+_TRANSFER_BYTES = tuple(2**power for power in range(11, 34, 2))
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
@@ -53,14 +59,21 @@ class WorkerMetrics:
         self._kv_usage = Gauge(
             "pdserve_kv_usage_ratio", "Share of the KV pool that is neither free nor cached, 0 to 1.", registry=registry
         )
+        self._pool = Info("pdserve_kv_pool", "Blocks of the pool, and tokens and bytes of one.", registry=registry)
         self._overdue = Gauge(
             "pdserve_kv_holds_overdue", "Holds on blocks whose deadline has passed; stays at 0.", registry=registry
         )
-        self.transfer_seconds = Histogram(
+        self._transfer_seconds = Histogram(
             "pdserve_transfer_seconds",
             "Time from the ticket until all blocks of a hand-over were verified.",
             registry=registry,
-            buckets=_SECONDS,
+            buckets=_TRANSFER_SECONDS,
+        )
+        self._transfer_size = Histogram(
+            "pdserve_transfer_size_bytes",
+            "Bytes of a hand-over, what the receiver had already left out.",
+            registry=registry,
+            buckets=_TRANSFER_BYTES,
         )
         self.transfer_bytes = Counter(
             "pdserve_transfer_bytes_total", "Bytes of blocks moved.", ["direction"], registry=registry
@@ -97,6 +110,16 @@ class WorkerMetrics:
 
     def set_role(self, role: str) -> None:
         self._build.info({"version": __version__, "role": role})
+
+    def set_pool(self, hello: pb.WorkerHello) -> None:
+        sizes = {"block_size": hello.block_size, "num_blocks": hello.num_blocks, "block_bytes": hello.block_bytes}
+        self._pool.info({name: str(value) for name, value in sizes.items()})
+
+    def on_received(self, elapsed_s: float, num_bytes: int) -> None:
+        """All blocks of a hand-over came, and are verified."""
+        self._transfer_seconds.observe(elapsed_s)
+        self._transfer_size.observe(num_bytes)
+        self.transfer_bytes.labels("received").inc(num_bytes)
 
     def on_load(self, tiers: Sequence[Tier], block_bytes: int, elapsed_s: float) -> None:
         """Blocks from these tiers are in the pool now."""

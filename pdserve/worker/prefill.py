@@ -117,16 +117,16 @@ class PrefillSide:
         else:
             self._failed(entry, error)
 
-    def _failed(self, entry: Entry, error: str) -> None:
+    def _failed(self, entry: Entry, error: str, reason: str = "push") -> None:
         if self._parts.requests.get(entry.name) is entry:
-            self._parts.metrics.transfer_failures.labels("push").inc()
+            self._parts.metrics.transfer_failures.labels(reason).inc()
             self._parts.requests.fail(entry, error)
 
     def expire(self, now_s: float) -> None:
         """Fail prompts whose blocks nobody has taken in time."""
         for entry in self._parts.requests:
             if entry.push is not None and entry.push.overdue(now_s):
-                self._failed(entry, "its blocks were not pushed in time")
+                self._failed(entry, "its blocks were not pushed in time", "expired")
 
     async def fence(self, request: pb.FenceRequest) -> pb.FenceReply:
         """Nothing is sent under this ticket once this has returned; the reply lists what was."""

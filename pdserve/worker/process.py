@@ -49,6 +49,7 @@ from pdserve.vllm_names import VllmNames
 from pdserve.worker.admin import make_admin_app
 from pdserve.worker.config import WorkerConfig
 from pdserve.worker.engine_thread import EngineThread
+from pdserve.worker.link_metrics import LinkCollector
 from pdserve.worker.links import CHANNEL_OPTIONS, LinkTable
 from pdserve.worker.memory import BlockMemory
 from pdserve.worker.metrics import WorkerMetrics
@@ -142,6 +143,8 @@ async def running_worker(config: WorkerConfig, built: Built, transport: Transpor
     engine = EngineThread(built.engine, loop)
     links = LinkTable(hello, transport, config.limits.link)
     memory, metrics = BlockMemory(built.engine.runner.pool), WorkerMetrics(config.role.value)
+    metrics.set_pool(hello)
+    metrics.registry.register(LinkCollector(links.reports))
     if config.vllm_names:
         metrics.registry.register(VllmNames(metrics.registry, vllm_names.WORKER, config.model.name))
     store = await _attach_store(config, hello, engine, memory, metrics)

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -154,7 +154,8 @@ def _operator_routes(service: Service) -> list[Route]:
         return JSONResponse(service.topology())
 
     async def metrics(request: Request) -> Response:
-        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        encode, media_type = choose_encoder(request.headers.get("accept", ""))  # OpenMetrics has the exemplars
+        return Response(encode(service.metrics.registry), media_type=media_type)
 
     return [
         Route("/livez", livez),

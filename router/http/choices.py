@@ -77,6 +77,7 @@ class Branch:
                 prompt_tokens=len(self.prompt.token_ids),
                 cached_by_tier=self._generation.cached_by_tier,
                 gaps_s=self.answer.gaps_s,
+                request_id=self._generation.request.request_id,
             )
 
 

@@ -14,6 +14,7 @@ from pdserve.request import FinishReason
 from router.admission import Mode
 from router.bench.stub_worker import Fabric, StubSession, StubSpec, StubWorker
 from router.explain import Explainer
+from router.feeder import Depth
 from router.routed import RoutedGeneration
 from router.slo import CLASSES, SloClass
 from tests.support.stub_cluster import (
@@ -283,6 +284,7 @@ async def test_a_full_decode_batch_keeps_prompts_waiting_while_that_helps(mode: 
         await waiting(cluster, 1)
         await asyncio.sleep(0.3)
         assert not prefill.submits
+        assert cluster.dispatcher.feeder.backlog() == {("custom", "decode"): Depth(1, 40)}
         if mode is Mode.ENFORCE:
             await asyncio.sleep(1.0)
             assert not prefill.submits

@@ -152,8 +152,12 @@ async def test_unlisted_peer_loses_its_link() -> None:
     async with worker_pair(limits=shorter(fence_s=0.2)) as pair:
         with pair.faults.on(blocks, Fault(delay_s=HELD)):
             await pair.hand_over(ASK)
+            page = (await pair.prefill.get("/metrics")).text
+            assert 'pdserve_link_up{peer="d"} 1.0' in page
+            assert 'pdserve_link_bandwidth_bytes_per_second{peer="d",transport="' in page
             pair.prefill.list_peers()
             assert await pair.prefill.router.until(lambda: ended(pair.prefill))
+            assert 'peer="d"' not in (await pair.prefill.get("/metrics")).text, "a series of a peer that is gone"
         pair.decode.abort(ASK)
         await pair.whole()
         before = len(pair.prefill.router.messages)

@@ -49,3 +49,12 @@ async def test_metrics_page(client: httpx.AsyncClient) -> None:
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/plain")
     assert "pdserve_itl_seconds_bucket" in response.text
+
+
+async def test_slow_requests_are_found_through_the_exemplars(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/completions", json={"model": "tiny", "prompt": "hey"})
+    page = await client.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
+    assert page.headers["content-type"].startswith("application/openmetrics-text")
+    exemplar = f'# {{request_id="{answer.json()["id"]}"}}'
+    for name in ("pdserve_ttft_seconds", "pdserve_e2e_seconds"):
+        assert any(line.startswith(f"{name}_bucket") and exemplar in line for line in page.text.splitlines())
