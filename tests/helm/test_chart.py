@@ -12,6 +12,7 @@ import pytest
 import typer
 import yaml
 
+from router.admission import Mode
 from tests.support.chart import (
     CHART,
     HELMS,
@@ -223,6 +224,13 @@ def test_secrets_stay_out_of_arguments(profile: str) -> None:
 def test_wrong_values_are_refused_with_their_name(setting: str, words: str) -> None:
     with pytest.raises(RuntimeError, match=words):
         template("cpu-demo", "--set", setting)
+
+
+@pytest.mark.parametrize("mode", [mode.value for mode in Mode])
+def test_the_router_takes_each_admission_mode(mode: str) -> None:
+    found = list(yaml.safe_load_all(template("cpu-demo", "--set-string", f"router.admission={mode}")))
+    [router] = [pod for name, pod in pod_templates(found) if name == "rel-pdserve-router"]
+    assert parse(router["spec"]["containers"][0]["args"])["admission"] == mode
 
 
 def test_workers_and_store_of_a_node_share_files_and_process_ids() -> None:
