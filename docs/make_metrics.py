@@ -26,6 +26,7 @@ from router.policy import Role
 from router.refusals import RefusalLedger
 from router.slo import CLASSES, STANDARD, GoodputTracker, SloClass
 from router.speed import ErrorMeter
+from router.store_index import StoreIndex
 
 TARGET = Path(__file__).parent.parent / "METRICS.md"
 HEAD = """# Metrics
@@ -55,10 +56,17 @@ class IdleWorker:
         return 0.0
 
 
+class NoStores:
+    index = StoreIndex()
+    resyncs = 0
+
+
 class OneWorker:
     """What `FleetCollector` asks of a fleet, with one worker in it, so that its labels show."""
 
     index: tuple[()] = ()
+    stores = NoStores()
+    role_changes: ClassVar[dict[tuple[str, str], int]] = {("prefill", "decode"): 0}
 
     def counts(self) -> dict[tuple[str, str], int]:
         return {("mixed", "ready"): 1}
@@ -68,7 +76,7 @@ class OneWorker:
 
 
 class NoDrift:
-    drift = DriftMeter()
+    drift = store_drift = DriftMeter()
 
 
 class OneEvent:
