@@ -48,6 +48,10 @@ def main(
             help="Tenants, their API keys and limits (`pdserve key`); without one everybody is let in.",
         ),
     ] = None,
+    tls_dir: Annotated[
+        Path | None,
+        typer.Option(envvar="PDSERVE_TLS_DIR", help="tls.crt, tls.key, ca.crt: TLS on both sides between processes."),
+    ] = None,
     decision_log: Annotated[Path | None, typer.Option(help="Append each decision's record to this file.")] = None,
     vllm_names: Annotated[bool, typer.Option(help="Export metrics under the names of vLLM too.")] = True,
 ) -> None:
@@ -66,6 +70,7 @@ def main(
             admission=admission,
             admin_key_file=admin_key_file,
             tenants_file=tenants_file,
+            tls_dir=tls_dir,
             decision_log=decision_log,
             vllm_names=vllm_names,
         )

@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any, Protocol
 
+from kvstore.control_plane import IN_THE_CLEAR, ControlPlane
 from kvstore.keys import BlockKey, root_key
 from pdserve.discovery import Discovery
 from pdserve.errors import Overloaded
@@ -44,16 +45,22 @@ class RequestListener(Protocol):
 
 class Fleet:
     def __init__(
-        self, discovery: Discovery, router_id: str, limits: FleetLimits, vocab_size: int | None = None
+        self,
+        discovery: Discovery,
+        router_id: str,
+        limits: FleetLimits,
+        vocab_size: int | None = None,
+        control: ControlPlane = IN_THE_CLEAR,
     ) -> None:
         """`vocab_size` is that of the router's own model; a worker with another one is refused."""
         self.index = PrefixIndex()
         self.columns = Columns()
-        self.stores = StoreWatch(limits.link)
+        self.stores = StoreWatch(limits.link, control)
         self._discovery = discovery
         self._router_id = router_id
         self._limits = limits
         self._vocab_size = vocab_size
+        self._control = control
         self._members: dict[str, Member] = {}  # by address
         self._by_id: dict[str, Member] = {}  # those in use
         self._by_link: dict[WorkerLink, Member] = {}
@@ -96,7 +103,7 @@ class Fleet:
         if member is not None:
             member.listed_s = now_s
         elif len(self._members) < self._limits.workers:
-            link = WorkerLink(address, self._router_id, self, self._limits.link)
+            link = WorkerLink(address, self._router_id, self, self._limits.link, self._control)
             used = {each.slot for each in self._members.values()}
             slot = next(number for number in range(self._limits.workers) if number not in used)
             self._members[address] = self._by_link[link] = Member(slot, self.columns, link, now_s)

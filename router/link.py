@@ -19,6 +19,8 @@ from typing import Any, Protocol
 
 import grpc
 
+from kvstore.control_plane import ControlPlane
+from kvstore.errors import Unavailable
 from pdserve.protocol import PROTOCOL_VERSION
 from pdserve.protocol.worker_pb2 import (
     ChangeRoleRequest,
@@ -65,7 +67,9 @@ class LinkListener(Protocol):
 
 
 class WorkerLink:
-    def __init__(self, address: str, router_id: str, listener: LinkListener, limits: LinkLimits) -> None:
+    def __init__(
+        self, address: str, router_id: str, listener: LinkListener, limits: LinkLimits, control: ControlPlane
+    ) -> None:
         self.address = address
         self.up = False
         self.suspect = False
@@ -73,6 +77,7 @@ class WorkerLink:
         self._router_id = router_id
         self._listener = listener
         self._limits = limits
+        self._control = control
         self._outbox: asyncio.Queue[RouterMessage] = asyncio.Queue()
         self._ended: asyncio.Future[str] | None = None
         self._silent_s = 0.0
@@ -133,7 +138,11 @@ class WorkerLink:
         self.suspect = False
         was_up = False
         reason = ""
-        channel = grpc.aio.insecure_channel(self.address, options=_OPTIONS)
+        try:
+            channel = self._control.channel(self.address, _OPTIONS)
+        except Unavailable as error:
+            self.last_error = str(error)
+            return False
         self._stub = WorkerStub(channel)
         call = self._stub.Session()
         tasks: list[asyncio.Task[None]] = []

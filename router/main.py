@@ -22,6 +22,8 @@ from typing import Any
 import uvicorn
 from prometheus_client import CollectorRegistry
 
+from kvstore.control_plane import ControlPlane, control_plane
+from kvstore.errors import Unavailable
 from kvstore.keys import BlockKey
 from pdserve import vllm_names
 from pdserve.discovery import Discovery, RedisDiscovery, StaticDiscovery
@@ -73,6 +75,7 @@ class RouterConfig:
     admission: str = Mode.SHADOW.value
     admin_key_file: Path | None = None  # whoever has what is in it is an operator
     tenants_file: Path | None = None  # as `pdserve.tenants` has it; None lets everybody in
+    tls_dir: Path | None = None  # as `kvstore.control_plane` has it
     decision_log: Path | None = None  # one JSON line a request is appended
     vllm_names: bool = True  # metrics under the names of vLLM too
 
@@ -127,6 +130,14 @@ def _trust(key_file: Path | None) -> Trust:
     return Trust(key)
 
 
+def _control(tls_dir: Path | None) -> ControlPlane:
+    """Raises ConfigError."""
+    try:
+        return control_plane(tls_dir)
+    except Unavailable as error:
+        raise ConfigError(str(error)) from error
+
+
 def _access(config: RouterConfig) -> Access:
     """Raises ConfigError."""
     tenants = TenantsFile(config.tenants_file, check_slo) if config.tenants_file is not None else None
@@ -140,7 +151,7 @@ class Router:
         limits = RouterLimits()
         router_id = secrets.token_hex(4)
         registry = CollectorRegistry()
-        self.fleet = Fleet(config.discovery(), router_id, limits.fleet, vocab_size=model.vocab_size)
+        self.fleet = Fleet(config.discovery(), router_id, limits.fleet, model.vocab_size, _control(config.tls_dir))
         self._records = _records(config.decision_log)
         self._grammars = GrammarCheck(config.model / "tokenizer.json", model.vocab_size, model.eos_token_ids)
         self.dispatcher = RouterDispatcher(

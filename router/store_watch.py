@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import grpc
 
+from kvstore.control_plane import IN_THE_CLEAR, ControlPlane
+from kvstore.errors import Unavailable
 from kvstore.store import store_pb2 as pb
 from kvstore.store.store_pb2_grpc import StorePeerStub
 from kvstore.store.tier import Tier
@@ -43,10 +45,11 @@ class StoreLife:
 class StoreWatch:
     """All methods run in the event loop."""
 
-    def __init__(self, limits: LinkLimits) -> None:
+    def __init__(self, limits: LinkLimits, control: ControlPlane = IN_THE_CLEAR) -> None:
         self.index = StoreIndex()
         self.resyncs = 0  # subscriptions that ended
         self._limits = limits
+        self._control = control
         self._watched: dict[StoreLife, tuple[int, asyncio.Task[None]]] = {}
 
     def watch(self, lives: Iterable[StoreLife]) -> None:
@@ -86,6 +89,8 @@ class StoreWatch:
                 complete, reason = False, error.details() or error.code().name
             except ValueError as error:
                 complete, reason = True, str(error)
+            except Unavailable as error:
+                complete, reason = False, str(error)
             self.index.leave(node)
             self.resyncs += 1
             if reason != told:
@@ -99,10 +104,11 @@ class StoreWatch:
 
         Raises:
             AioRpcError: the node is not reached, or is another life.
+            Unavailable: there are no certificates to reach it with.
             ValueError: an event is missing or malformed.
         """
         complete = False
-        async with grpc.aio.insecure_channel(life.address, options=_OPTIONS) as channel:
+        async with self._control.channel(life.address, _OPTIONS) as channel:
             async for event in StorePeerStub(channel).Watch(pb.WatchRequest(incarnation=life.incarnation)):
                 self._apply(node, event)
                 if event.kind == pb.KvEvent.SNAPSHOT_END:

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 import uvloop
 
+from kvstore.control_plane import control_plane
 from kvstore.errors import KvError
 from kvstore.sizes import parse_bytes
 from kvstore.store.config import SavePolicy, StoreConfig
@@ -38,6 +39,10 @@ def main(
     node_id: Annotated[str, typer.Option(help="Unique name; default: machine and process id.")] = "",
     policy: Annotated[SavePolicy, typer.Option(help="Which blocks go to disk.")] = SavePolicy.SECOND_TOUCH,
     tenant_bytes: Annotated[str, typer.Option(help="What one tenant may hold in a tier; 0: no cap.")] = "0",
+    tls_dir: Annotated[
+        Path | None,
+        typer.Option(envvar="PDSERVE_TLS_DIR", help="tls.crt, tls.key, ca.crt: TLS on both sides between processes."),
+    ] = None,
     fingerprint: Annotated[str, typer.Option(help="Hex; with --block-bytes: open before a worker attaches.")] = "",
     block_bytes: Annotated[int, typer.Option(help="Bytes of one block; the first worker tells.")] = 0,
     ready_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
@@ -47,6 +52,10 @@ def main(
     name = node_id or f"{socket.gethostname()}-{os.getpid()}"
     if not re.fullmatch(r"[\w.-]{1,64}", name):
         raise typer.BadParameter("--node-id takes 1 to 64 letters, digits, dots and dashes")
+    try:
+        control = control_plane(tls_dir)
+    except KvError as error:
+        raise typer.BadParameter(str(error)) from error
     config = StoreConfig(
         node_id=name,
         socket_path=socket_path or Path(tempfile.gettempdir()) / f"pdserve-store-{os.getuid()}" / "store.sock",
@@ -60,6 +69,7 @@ def main(
         namespace=namespace,
         policy=policy,
         tenant_bytes=parse_bytes(tenant_bytes),
+        control=control,
     )
     if config.disk_bytes and disk_path is None:
         raise typer.BadParameter("--disk-bytes needs --disk-path")

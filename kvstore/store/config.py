@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
+from kvstore.control_plane import IN_THE_CLEAR, ControlPlane
+
 
 class SavePolicy(Enum):
     """Which blocks of the host tier go to disk too."""
@@ -48,6 +50,7 @@ class StoreConfig:
     namespace: str = "default"
     policy: SavePolicy = SavePolicy.SECOND_TOUCH
     tenant_bytes: int = 0
+    control: ControlPlane = IN_THE_CLEAR  # how other nodes reach us and we them
     limits: StoreLimits = field(default_factory=StoreLimits)
 
 

@@ -62,7 +62,7 @@ async def running_node(config: StoreConfig, geometry: Geometry | None = None) ->
     add_StoreOperatorServicer_to_server(OperatorService(state), operators)
     remote = _server()
     try:
-        port = remote.add_insecure_port(f"{config.host}:{config.port}")
+        port = config.control.listen(remote, f"{config.host}:{config.port}")
     except RuntimeError as error:
         raise Unavailable(f"{config.host}:{config.port} cannot be listened on; choose another --port") from error
     admin = uvicorn.Server(uvicorn.Config(make_admin_app(state), log_level="warning", lifespan="off"))

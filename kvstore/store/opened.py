@@ -164,7 +164,7 @@ class NodeState:
         except Unavailable as error:
             self._note(f"no remote tier: {error}")
             return None
-        links = PeerLinks(me, geometry, transport, limits.peer_dial_s)
+        links = PeerLinks(me, geometry, transport, limits.peer_dial_s, config.control)
         store.remote = Remote(store, locations, links, config.node_id)
         return PeerSide(locations, links, Offers(store, links))
 

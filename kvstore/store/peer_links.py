@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import grpc
 import grpc.aio
 
+from kvstore.control_plane import IN_THE_CLEAR, ControlPlane
 from kvstore.errors import LinkClosed, TransferError
 from kvstore.store import store_pb2 as pb
 from kvstore.store.geometry import Geometry
@@ -97,11 +98,19 @@ class PeerLink:
 class PeerLinks:
     """All links of this node. Use on the asyncio loop only."""
 
-    def __init__(self, me: NodeRecord, geometry: Geometry, transport: Transport, dial_s: float) -> None:
+    def __init__(
+        self,
+        me: NodeRecord,
+        geometry: Geometry,
+        transport: Transport,
+        dial_s: float,
+        control: ControlPlane = IN_THE_CLEAR,
+    ) -> None:
         self._me = me
         self._geometry = geometry
         self._transport = transport
         self._dial_s = dial_s
+        self._control = control
         self._loop = asyncio.get_running_loop()
         self._dialled: dict[int, PeerLink] = {}  # by the peer's incarnation
         self._accepted: dict[str, PeerLink] = {}  # by the peer's node id
@@ -113,7 +122,7 @@ class PeerLinks:
         """A client for another node's service."""
         channel = self._channels.get(address)
         if channel is None:
-            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            channel = self._channels[address] = self._control.channel(address, CHANNEL_OPTIONS)
         return StorePeerStub(channel)
 
     def accepted(self, node_id: str) -> PeerLink | None:

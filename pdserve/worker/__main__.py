@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 import uvloop
 
+from kvstore.control_plane import control_plane
 from kvstore.errors import KvError
 from kvstore.layout import KvDtype
 from pdserve.errors import ConfigError
@@ -48,6 +49,10 @@ def main(
     kernels: Annotated[str, typer.Option(help="auto, native or reference.")] = "auto",
     weights: Annotated[Literal["dense", "int4"], typer.Option(help="int4: in 4 bits for decode.")] = "dense",
     store: Annotated[Path | None, typer.Option(help="Socket of this machine's store node (pdserve store).")] = None,
+    tls_dir: Annotated[
+        Path | None,
+        typer.Option(envvar="PDSERVE_TLS_DIR", help="tls.crt, tls.key, ca.crt: TLS on both sides between processes."),
+    ] = None,
     vllm_names: Annotated[bool, typer.Option(help="Export metrics under the names of vLLM too.")] = True,
     ready_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -79,6 +84,7 @@ def main(
             weights=weights,
             vllm_names=vllm_names,
             store=store,
+            control=control_plane(tls_dir),
         )
         # Imported here, so that a wrong option is told at once and torch sees the environment set above.
         from pdserve.worker.process import build_engine, run

@@ -7,6 +7,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Literal
 
+from kvstore.control_plane import IN_THE_CLEAR, ControlPlane
 from kvstore.layout import KvDtype
 from pdserve.protocol import worker_pb2 as pb
 
@@ -73,4 +74,5 @@ class WorkerConfig:
     weights: Literal["dense", "int4"] = "dense"
     vllm_names: bool = True  # metrics under the names of vLLM too
     store: Path | None = None  # socket of the store node of this machine
+    control: ControlPlane = IN_THE_CLEAR  # how routers and peers reach us and we them
     limits: WorkerLimits = field(default_factory=WorkerLimits)

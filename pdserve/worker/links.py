@@ -23,6 +23,7 @@ import grpc
 import grpc.aio
 import numpy as np
 
+from kvstore.control_plane import IN_THE_CLEAR, ControlPlane
 from kvstore.errors import LinkClosed, TransferError
 from kvstore.transfer.tags import message_tag
 from kvstore.transfer.transport import Buffer, Completion, Link, Outcome, Transport
@@ -93,7 +94,10 @@ class PeerLink:
 class LinkTable:
     """All links of this worker, by peer. Use on the asyncio loop only."""
 
-    def __init__(self, hello: pb.WorkerHello, transport: Transport, limits: LinkLimits) -> None:
+    def __init__(
+        self, hello: pb.WorkerHello, transport: Transport, limits: LinkLimits, control: ControlPlane = IN_THE_CLEAR
+    ) -> None:
+        self._control = control
         self._hello = hello  # what peers may know of this worker
         self._transport = transport
         self._limits = limits
@@ -117,7 +121,7 @@ class LinkTable:
         """A client for a peer's control service."""
         channel = self._channels.get(address)
         if channel is None:
-            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=_CLIENT_OPTIONS)
+            channel = self._channels[address] = self._control.channel(address, _CLIENT_OPTIONS)
         return WorkerStub(channel)
 
     # --- prefill dials -----------------------------------------------------------------------------------------------

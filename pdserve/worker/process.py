@@ -141,7 +141,7 @@ async def running_worker(config: WorkerConfig, built: Built, transport: Transpor
     hello = _make_hello(config, built, f"{config.host}:{port}", f"{config.host}:{admin_socket.getsockname()[1]}")
     loop = asyncio.get_running_loop()
     engine = EngineThread(built.engine, loop)
-    links = LinkTable(hello, transport, config.limits.link)
+    links = LinkTable(hello, transport, config.limits.link, config.control)
     memory, metrics = BlockMemory(built.engine.runner.pool), WorkerMetrics(config.role.value)
     metrics.set_pool(hello)
     metrics.registry.register(LinkCollector(links.reports))
@@ -206,7 +206,7 @@ def _make_server(config: WorkerConfig) -> tuple[grpc.aio.Server, int]:
         ]
     )
     try:
-        return server, server.add_insecure_port(f"{config.host}:{config.port}")
+        return server, config.control.listen(server, f"{config.host}:{config.port}")
     except RuntimeError as error:
         raise ConfigError(f"{config.host}:{config.port} cannot be listened on; choose another --port") from error
 

@@ -1,4 +1,5 @@
-"""Tenants by API key: whoever has none is let in nowhere, and no tier gives one tenant what another has computed."""
+"""A guarded deployment: TLS between its processes, tenants by API key. Whoever has no key is let in nowhere, and no
+tier gives one tenant what another has computed."""
 
 from __future__ import annotations
 
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import openai
 import pytest
+import trustme
 
 from pdserve.tenants import add_key
 from tests.e2e.conftest import MakeStack
 from tests.support.api_client import ApiClient
+from tests.support.certificates import write_certificates
 from tests.support.passages import passage
 from tests.support.stack import Stack, wait_for
 
@@ -36,8 +39,9 @@ def keys(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def stack(make_stack: MakeStack, folder: Path, keys: dict[str, str]) -> Iterator[Stack]:
     (folder / "admin").write_text(ADMIN)
+    tls = ("--tls-dir", str(write_certificates(folder / "tls", trustme.CA())))
     options = ("--tenants-file", str(folder / "tenants.toml"), "--admin-key-file", str(folder / "admin"))
-    made = make_stack(store=("--host-bytes", "300MiB"), router=options, prefill=1, decode=1)
+    made = make_stack(*tls, store=("--host-bytes", "300MiB", *tls), router=(*options, *tls), prefill=1, decode=1)
     made.admin_key = ADMIN
     with made as stack:
         yield stack
