@@ -40,6 +40,7 @@ NOT_RUN = {
     ("models.md", "pdserve up"): "these checkpoints are not at hand",
     ("operate.md", "pdserve worker"): "test_parts_join_from_several_machines",
     ("operate.md", "pdserve store"): "test_parts_join_from_several_machines",
+    ("tenants.md", "pdserve router"): "tests/e2e/test_tenants.py has one",
     ("loadtest.md", "make loadtest"): "test_sweep",
     ("loadtest.md", "locust"): "test_locust_...",
     ("kubernetes.md", "docker build"): "no Docker, registry or cluster; tests/helm has a stand-in for the last",

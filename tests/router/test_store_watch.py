@@ -71,7 +71,7 @@ async def test_what_only_the_store_holds_is_explained_with_its_tier(node: FakeNo
     worker = StubWorker(StubSpec("m0", MIXED, has_store=True), Fabric())
     async with StubCluster(worker, policy="cost") as cluster:
         request = cluster.request(GREEDY, prompt_tokens=65)
-        node.held = block_keys(cluster.fleet.root_key(), request.prompt_token_ids, 16)
+        node.held = block_keys(cluster.fleet.root_key(b""), request.prompt_token_ids, 16)
         attach(worker, node.address, 5)  # type: ignore[attr-defined]
         await until(lambda: blocks(cluster) == 4)
         for session in worker.sessions:
