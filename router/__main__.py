@@ -34,6 +34,13 @@ def main(
             help="Requests that are predicted to miss their class: shadow only counts them; enforce, off.",
         ),
     ] = Mode.SHADOW.value,
+    skip_handoffs: Annotated[
+        bool,
+        typer.Option(
+            envvar="PDSERVE_SKIP_HANDOFFS",
+            help="Run a request on a decode worker alone when that costs less than its hand-over.",
+        ),
+    ] = False,
     admin_key_file: Annotated[
         Path | None,
         typer.Option(
@@ -68,6 +75,7 @@ def main(
             policy=policy,
             drain_s=drain_s,
             admission=admission,
+            skip_handoffs=skip_handoffs,
             admin_key_file=admin_key_file,
             tenants_file=tenants_file,
             tls_dir=tls_dir,

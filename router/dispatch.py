@@ -41,6 +41,8 @@ class RouterDispatcher:
         limits: RouterLimits,
         records: Records | None = None,
         mode: Mode = Mode.SHADOW,
+        *,
+        skips_handoffs: bool = False,
     ) -> None:
         self.counts: Counter[str] = Counter()
         self.decisions: Counter[tuple[str, str, str]] = Counter()
@@ -49,6 +51,7 @@ class RouterDispatcher:
         self.feeder = Feeder(fleet, self.account.predictor, limits, mode)
         self._fleet = fleet
         self._policy = policy
+        self._skips_handoffs = skips_handoffs
         self._turns: Counter[Phase] = Counter()
         self._limits = limits
         self._active: dict[str, RoutedGeneration] = {}
@@ -72,7 +75,7 @@ class RouterDispatcher:
             self.decisions[decision.policy, decision.phase.value, outcome] += 1
             record.note(decision)
 
-        placer = Placer(self._fleet, self._policy_of(wishes), self._turns, note)
+        placer = Placer(self._fleet, self._policy_of(wishes), self._turns, note, self._handoff_s)
         generation = RoutedGeneration(
             request, timeline, wishes, self._fleet, placer, self.feeder, self._limits, self.counts, self._ended
         )
@@ -93,13 +96,16 @@ class RouterDispatcher:
             session=wishes.session,
         )
         keys = KeyChain(request.root_key, request.prompt_token_ids, facts.block_size)
-        placer = Placer(self._fleet, self._policy_of(wishes), self._turns, lambda decision: None)
+        placer = Placer(self._fleet, self._policy_of(wishes), self._turns, lambda decision: None, self._handoff_s)
         return placer.preview(need, keys)
 
     def _check_length(self, request: Request) -> None:
         longest = self._fleet.facts().max_model_len
         if len(request.prompt_token_ids) >= longest:
             raise InvalidRequest(f"The workers serve at most {longest} tokens, the answer included.", param="prompt")
+
+    def _handoff_s(self) -> float | None:
+        return self.account.predictor.handoff_s if self._skips_handoffs else None
 
     def _policy_of(self, wishes: Wishes) -> Policy:
         return self._policy if wishes.policy is None else POLICIES[wishes.policy]

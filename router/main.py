@@ -73,6 +73,7 @@ class RouterConfig:
     policy: str
     drain_s: float
     admission: str = Mode.SHADOW.value
+    skip_handoffs: bool = False  # where a decode worker alone is predicted to cost less
     admin_key_file: Path | None = None  # whoever has what is in it is an operator
     tenants_file: Path | None = None  # as `pdserve.tenants` has it; None lets everybody in
     tls_dir: Path | None = None  # as `kvstore.control_plane` has it
@@ -155,7 +156,12 @@ class Router:
         self._records = _records(config.decision_log)
         self._grammars = GrammarCheck(config.model / "tokenizer.json", model.vocab_size, model.eos_token_ids)
         self.dispatcher = RouterDispatcher(
-            self.fleet, POLICIES[config.policy], limits, self._records, Mode(config.admission)
+            self.fleet,
+            POLICIES[config.policy],
+            limits,
+            self._records,
+            Mode(config.admission),
+            skips_handoffs=config.skip_handoffs,
         )
         registry.register(FleetCollector(self.fleet, self.dispatcher))
         account = self.dispatcher.account

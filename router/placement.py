@@ -11,11 +11,12 @@ from kvstore.keys import BlockKey, landmarks
 from router.fleet import Fleet
 from router.member import Member
 from router.policy import Considered, Decision, Need, Phase, Policy, Role
+from router.policy.local import skips_handoff
 
 # Beyond the predicted end of its prefill, blocks count as held so long without a word from the worker.
 _EXPECT_MARGIN_S = 5.0
 _EXPECT_AT_MOST_S = 60.0
-_LOADS = (Phase.PROMPT, Phase.WHOLE)  # phases in which a worker loads from the store what it lacks
+_LOADS = (Phase.PROMPT, Phase.WHOLE, Phase.LOCAL)  # phases in which a worker loads from the store what it lacks
 
 
 class Claim:
@@ -55,17 +56,47 @@ class Placed:
 class Placer:
     """Places one request. `keys` are those of all full blocks of the tokens whose KV is needed."""
 
-    def __init__(self, fleet: Fleet, policy: Policy, turns: Counter[Phase], note: Callable[[Decision], None]) -> None:
-        """`turns`, by phase, is shared by all requests of the router; `note` is told each decision."""
+    def __init__(
+        self,
+        fleet: Fleet,
+        policy: Policy,
+        turns: Counter[Phase],
+        note: Callable[[Decision], None],
+        handoff_s: Callable[[], float | None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            turns: by phase, shared by all requests of the router.
+            note: is told each decision.
+            handoff_s: what a hand-over costs a request; None: it is never skipped.
+        """
         self._fleet = fleet
         self._policy = policy
         self._turns = turns
+        self._handoff_s = handoff_s
         self.note = note
 
     def preview(self, need: Need, keys: Sequence[BlockKey]) -> Decision:
         """What `place_prompt` would decide now; changes nothing."""
         decision = self._look(need, keys)
-        return decision if decision.chosen is not None else self._look(replace(need, phase=Phase.WHOLE), keys)
+        if decision.chosen is None:
+            return self._look(replace(need, phase=Phase.WHOLE), keys)
+        return self._local(decision.chosen, need, keys) or decision
+
+    def _local(self, chosen: Considered, need: Need, keys: Sequence[BlockKey]) -> Decision | None:
+        """Where the request runs without a hand-over, if that is better than on `chosen`."""
+        handoff_s = self._handoff_s()
+        if handoff_s is None or need.target is not None or Phase.LOCAL not in self._policy.scorers:
+            return None
+        member = self._fleet.member(chosen.worker_id)
+        if member is None or not self._hands_over(member, need):
+            return None
+        local = self._look(replace(need, phase=Phase.LOCAL), keys)
+        return local if local.chosen is not None and skips_handoff(chosen, local.chosen, handoff_s) else None
+
+    @staticmethod
+    def _hands_over(member: Member, need: Need) -> bool:
+        return member.role is Role.PREFILL and need.max_tokens > 1
 
     def place_prompt(self, need: Need, keys: Sequence[BlockKey]) -> Placed | Decision:
         """The worker for the prompt; when the roles for it are missing, any worker for the whole request.
@@ -82,7 +113,7 @@ class Placer:
         assert decision.chosen is not None
         member = self._fleet.member(decision.chosen.worker_id)
         assert member is not None
-        disaggregated = decision.phase is Phase.PROMPT and member.role is Role.PREFILL and need.max_tokens > 1
+        disaggregated = decision.phase is Phase.PROMPT and self._hands_over(member, need)
         self._expect(member, keys, decision.chosen)
         held_blocks = decision.chosen.matched_blocks + decision.chosen.fetched_blocks
         return Placed(self._claim(member, need, held_blocks), disaggregated)

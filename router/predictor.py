@@ -36,6 +36,7 @@ class Predictor:
         errors: of forecasts made when a request came (`ttft`, `tpot`), and of TTFT counted from its dispatch on.
         stay_s: how long a request decodes, the median; 0 while unknown.
         overrun_s: how much longer than foreseen requests take from their dispatch to their first token, in one of ten.
+        handoff_s: what a hand-over adds to the first gap between tokens, the median; None while unknown.
         transit_s: from a worker's part of TTFT to the router's, there and back, the median.
     """
 
@@ -46,6 +47,8 @@ class Predictor:
         self._stays_s: deque[float] = deque(maxlen=_WINDOW)
         self._transits_s: deque[float] = deque(maxlen=_WINDOW)
         self.stay_s = 0.0
+        self._handoffs_s: deque[float] = deque(maxlen=_WINDOW)
+        self.handoff_s: float | None = None
         self.transit_s = 0.05
         self._overruns_s: deque[float] = deque(maxlen=_WINDOW)
         self.overrun_s = 0.0
@@ -59,6 +62,7 @@ class Predictor:
         if timeline.output_tokens > 1:
             self._stays_s.append(timeline.last_token_s - timeline.first_token_s)
             self.stay_s = median(self._stays_s)
+        self._note_handoff(timeline)
         if forecast is None:
             return
         if timeline.dispatched_s is not None:
@@ -69,3 +73,13 @@ class Predictor:
         if timeline.tpot_s is not None:
             self.errors["tpot"].note(forecast.tpot_s, timeline.tpot_s)
             self.step.note(forecast.tpot_s, timeline.tpot_s)
+
+    def _note_handoff(self, timeline: Timeline) -> None:
+        """The first gap, less one like those after it."""
+        gap_s, gaps = sum(timeline.handoff_stages().values()), timeline.output_tokens - 1
+        if gap_s == 0.0 or gaps < 2 or timeline.tpot_s is None:
+            return
+        step_s = (timeline.tpot_s * gaps - gap_s) / (gaps - 1)
+        self._handoffs_s.append(max(0.0, gap_s - step_s))
+        if len(self._handoffs_s) >= _LEAST:
+            self.handoff_s = median(self._handoffs_s)

@@ -25,6 +25,7 @@ class Phase(Enum):
 
     PROMPT = "prompt"  # prefill for a decode worker to be named later, or the whole request on a mixed worker
     WHOLE = "whole"  # the whole request, whatever the worker's role: when a role is missing
+    LOCAL = "local"  # the whole request on a decode worker, because that costs less than to hand it over
     DECODE = "decode"  # take over from the prefill worker
     RESUME = "resume"  # take over from nobody: the KV so far comes out of the store
 

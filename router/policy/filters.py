@@ -11,6 +11,7 @@ from router.policy.candidate import Need, Phase
 from router.policy.candidates import Flags, Snapshot
 
 _DECODES = (Phase.DECODE, Phase.RESUME)
+_ON_DECODE = (*_DECODES, Phase.LOCAL)  # on a worker of that role, which must have room at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def _without(seen: Snapshot, worker_ids: frozenset[str]) -> Flags | None:
 def _has_role(need: Need, seen: Snapshot) -> Flags | None:
     if need.phase is Phase.WHOLE:
         return None
-    return seen.roster.decode if need.phase in _DECODES else ~seen.roster.decode
+    return seen.roster.decode if need.phase in _ON_DECODE else ~seen.roster.decode
 
 
 def _has_partner(need: Need, seen: Snapshot) -> Flags | None:
@@ -75,7 +76,7 @@ def _why_unlinked(_: Need, seen: Snapshot, at: int) -> str:
 def _has_room(need: Need, seen: Snapshot) -> Flags:
     """Prompts may queue on a worker, so only what can never fit is refused there; a hand-over needs its room now."""
     fits: Flags = (seen.roster.max_model_len > need.tokens) & (seen.roster.total_blocks >= need.needed_blocks)
-    if need.phase not in _DECODES:
+    if need.phase not in _ON_DECODE:
         return fits
     fits &= seen.free_blocks >= need.needed_blocks - seen.matched_blocks
     fits &= seen.sequences < seen.roster.max_sequences

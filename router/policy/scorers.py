@@ -2,6 +2,7 @@
 
     prompt   uncached + fetch + WORK * uncached + queued + RECENT * recent
              + SEQUENCE * sequences (if decoding shares the step)
+    local    uncached + queued + uncached * sequences
     decode   bytes to move + SEQUENCE * sequences + CONTEXT * context
 
 The term of recent work is what keeps equal workers equal: a term of in-flight work alone sends everything to one worker
@@ -65,6 +66,11 @@ def shared_step(_: Need, candidates: Candidates) -> Numbers:
     return sequences(_, candidates) * candidates.seen.roster.shares_step
 
 
+def stall(need: Need, candidates: Candidates) -> Numbers:
+    """What all its sequences together wait while it computes this prompt."""
+    return candidates.uncached_s(need) * candidates.seen.sequences
+
+
 def move(need: Need, candidates: Candidates) -> Numbers:
     seen = candidates.seen
     measured = seen.links.bytes_per_s if seen.links is not None else np.zeros(len(seen))
@@ -87,11 +93,13 @@ _PROMPT: Mapping[str, Scorer] = {
     "recent": recent,
     "shared_step": shared_step,
 }
+_LOCAL: Mapping[str, Scorer] = {"uncached": uncached, "fetch": fetch, "queued": queued, "stall": stall}
 _DECODE: Mapping[str, Scorer] = {"move": move, "sequences": sequences, "context": context}
 
 COST: Mapping[Phase, Mapping[str, Scorer]] = {
     Phase.PROMPT: _PROMPT,
     Phase.WHOLE: _PROMPT,
+    Phase.LOCAL: _LOCAL,
     Phase.DECODE: _DECODE,
     Phase.RESUME: _DECODE,
 }

@@ -43,18 +43,22 @@ class StubCluster:
         policy: str = "round_robin",
         limits: RouterLimits = LIMITS,
         mode: Mode = Mode.SHADOW,
+        skips_handoffs: bool = False,
     ) -> None:
         self.workers = {worker.spec.worker_id: worker for worker in workers}
         self._policy = policy
         self._limits = limits
         self._mode = mode
+        self._skips_handoffs = skips_handoffs
         self._ids = itertools.count()
 
     async def __aenter__(self) -> StubCluster:
         self._tasks_before = asyncio.all_tasks()
         addresses = [await worker.start() for worker in self.workers.values()]
         self.fleet = Fleet(StaticDiscovery(addresses), "test", self._limits.fleet)
-        self.dispatcher = RouterDispatcher(self.fleet, POLICIES[self._policy], self._limits, mode=self._mode)
+        self.dispatcher = RouterDispatcher(
+            self.fleet, POLICIES[self._policy], self._limits, mode=self._mode, skips_handoffs=self._skips_handoffs
+        )
         self.fleet.start(self.dispatcher)
         await until(
             lambda: sum(n for (_, state), n in self.fleet.counts().items() if state == "ready") == len(addresses)
