@@ -14,9 +14,10 @@ import numpy as np
 from kvstore.errors import TransferError
 from kvstore.store import store_pb2 as pb
 from kvstore.store.host_block import SlotRef
-from kvstore.store.peer_links import PeerLink, PeerLinks
+from kvstore.store.peer_links import PeerLinks
 from kvstore.store.store_pb2_grpc import StorePeerStub
 from kvstore.transfer.checksum import block_checksum
+from kvstore.transfer.loop_link import LoopLink
 from kvstore.transfer.manifest import Subject, manifest_bytes
 from kvstore.transfer.session import (
     AskFence,
@@ -59,7 +60,7 @@ class Fetch:
         refs: Sequence[SlotRef],
         checksums: Sequence[int],
         slots: Sequence[Buffer],
-        peer: PeerLink,
+        peer: LoopLink,
         links: PeerLinks,
         stub: StorePeerStub,
         listener: FetchListener,
@@ -78,7 +79,7 @@ class Fetch:
         self._fence_s = fence_s
         self._manifest: Buffer = np.empty(manifest_bytes(len(refs), 0), np.uint8)
         expected = [ExpectedBlock(ref.slot, ref.generation) for ref in refs]
-        self._session = ReceiveSession(subject, peer.node_id, expected)
+        self._session = ReceiveSession(subject, peer.peer_id, expected)
         self._operations: dict[int, int] = {}
         self._fence: asyncio.Task[None] | None = None
         self._drained = asyncio.Event()
@@ -142,7 +143,7 @@ class Fetch:
         try:
             reply = await self._stub.Fence(request, timeout=self._fence_s)
         except grpc.aio.AioRpcError as error:
-            log.warning("store node %s does not acknowledge a fence: %s", self._peer.node_id, error.details())
+            log.warning("store node %s does not acknowledge a fence: %s", self._peer.peer_id, error.details())
             await self._links.close(self._peer, "a fence was not acknowledged")
             return
         self._do(self._session.fenced(reply.sent_ordinals))

@@ -13,8 +13,9 @@ from kvstore.errors import TransferError
 from kvstore.keys import BlockKey
 from kvstore.store.host_block import HostBlock
 from kvstore.store.loads import Loaded
-from kvstore.store.peer_links import PeerLink, PeerLinks
+from kvstore.store.peer_links import PeerLinks
 from kvstore.store.store import TieredStore
+from kvstore.transfer.loop_link import LoopLink
 from kvstore.transfer.session import Fenced, SendAction, SendBlock, SendManifest, SendSession, SendState
 from kvstore.transfer.tags import MANIFEST, MAX_BLOCKS, MAX_TICKET_ID, message_tag
 from kvstore.transfer.transport import Buffer, Completion, Outcome
@@ -28,7 +29,7 @@ class Sending:
 
     def __init__(
         self, ticket_id: int, blocks: Sequence[HostBlock], slots: Sequence[Buffer], generations: Sequence[int],
-        peer: PeerLink, links: PeerLinks,
+        peer: LoopLink, links: PeerLinks,
     ) -> None:  # fmt: skip
         self.drained = asyncio.Event()
         self._fenced: tuple[int, ...] = ()

@@ -9,29 +9,25 @@ operation of a closed link completes as FAILED first. On one machine the peer's 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
-import threading
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 
 import grpc
 import grpc.aio
 
 from kvstore.control_plane import IN_THE_CLEAR, ControlPlane
-from kvstore.errors import LinkClosed, TransferError
+from kvstore.errors import TransferError
 from kvstore.store import store_pb2 as pb
 from kvstore.store.geometry import Geometry
 from kvstore.store.locations import NodeRecord
 from kvstore.store.store_pb2_grpc import StorePeerStub
-from kvstore.transfer.transport import Buffer, Completion, Link, Transport
+from kvstore.transfer.loop_link import LoopLink
+from kvstore.transfer.transport import Transport
 
 log = logging.getLogger(__name__)
 
 MAX_LINKS = 256
-_TOLD_AT_ONCE = 16  # each may cost a checksum; other calls have their turn in between
 CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 2000),
     ("grpc.keepalive_timeout_ms", 2000),
@@ -39,60 +35,6 @@ CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
-
-
-@dataclass(slots=True, eq=False)
-class PeerLink:
-    """One link as this node sees it. Use on the asyncio loop only, `hand_over` excepted."""
-
-    node_id: str
-    link: Link
-    peer_address: bytes = b""
-    closing: asyncio.Future[None] | None = None  # set once the link is being closed; done when that is proven
-    pidfd: int | None = None
-    _waiting: dict[int, Callable[[Completion], None]] = field(default_factory=dict)
-    _ended: deque[Completion] = field(default_factory=deque)  # not told yet
-    _awake: bool = False  # the loop will look at `_ended`
-    _lock: threading.Lock = field(default_factory=threading.Lock)  # of the two above
-
-    def send(self, tag: int, data: Buffer, done: Callable[[Completion], None]) -> None:
-        """Raises TransferError. `done` is called on the loop, exactly once, after this returned."""
-        self._check()
-        self._waiting[self.link.send(tag, data)] = done
-
-    def receive(self, tag: int, into: Buffer, done: Callable[[Completion], None]) -> int:
-        """Raises TransferError. `done` is called on the loop, exactly once, after this returned."""
-        self._check()
-        operation = self.link.receive(tag, into)
-        self._waiting[operation] = done
-        return operation
-
-    def cancel(self, operation: int) -> None:
-        if operation in self._waiting:
-            self.link.cancel(operation)
-
-    def hand_over(self, completion: Completion, loop: asyncio.AbstractEventLoop) -> None:
-        """On the transport's thread. The loop is woken for the first of a run only: waking costs more than looking."""
-        with self._lock:
-            self._ended.append(completion)
-            wake, self._awake = not self._awake, True
-        if wake:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
-                loop.call_soon_threadsafe(self._tell, loop)
-
-    def _tell(self, loop: asyncio.AbstractEventLoop) -> None:
-        with self._lock:
-            run = [self._ended.popleft() for _ in range(min(len(self._ended), _TOLD_AT_ONCE))]
-            self._awake = bool(run)
-        if run:
-            loop.call_soon(self._tell, loop)
-        for completion in run:
-            if (done := self._waiting.pop(completion.operation, None)) is not None:
-                done(completion)
-
-    def _check(self) -> None:
-        if self.closing is not None:
-            raise LinkClosed(f"the link with {self.node_id} is closed")
 
 
 class PeerLinks:
@@ -112,8 +54,8 @@ class PeerLinks:
         self._dial_s = dial_s
         self._control = control
         self._loop = asyncio.get_running_loop()
-        self._dialled: dict[int, PeerLink] = {}  # by the peer's incarnation
-        self._accepted: dict[str, PeerLink] = {}  # by the peer's node id
+        self._dialled: dict[int, LoopLink] = {}  # by the peer's incarnation
+        self._accepted: dict[str, LoopLink] = {}  # by the peer's node id
         self._dialling: dict[int, asyncio.Lock] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._closing: set[asyncio.Future[None]] = set()
@@ -125,10 +67,10 @@ class PeerLinks:
             channel = self._channels[address] = self._control.channel(address, CHANNEL_OPTIONS)
         return StorePeerStub(channel)
 
-    def accepted(self, node_id: str) -> PeerLink | None:
+    def accepted(self, node_id: str) -> LoopLink | None:
         return self._accepted.get(node_id)
 
-    async def dialled(self, peer: NodeRecord) -> PeerLink:
+    async def dialled(self, peer: NodeRecord) -> LoopLink:
         """The link to fetch from this life of a node through. Raises TransferError or AioRpcError."""
         async with self._dialling.setdefault(peer.incarnation, asyncio.Lock()):
             link = self._dialled.get(peer.incarnation)
@@ -136,7 +78,7 @@ class PeerLinks:
                 link = await self._dial(peer)
             return link
 
-    async def _dial(self, peer: NodeRecord) -> PeerLink:
+    async def _dial(self, peer: NodeRecord) -> LoopLink:
         if len(self._dialled) >= MAX_LINKS:
             raise TransferError(f"more than {MAX_LINKS} nodes are linked")
         same_host = self._same_host(peer.host_id, peer.address)
@@ -188,22 +130,18 @@ class PeerLinks:
             raise
         return pb.ConnectReply(incarnation=self._me.incarnation, link_address=link.link.address, pid=os.getpid())
 
-    def close(self, link: PeerLink, reason: str) -> asyncio.Future[None]:
+    def close(self, link: LoopLink, reason: str) -> asyncio.Future[None]:
         """Close for good; done once it is proven that nothing lands any more. Open operations complete as FAILED."""
         if link.closing is None:
-            log.info("closing the link with store node %s: %s", link.node_id, reason)
-            if link.pidfd is not None:
-                self._loop.remove_reader(link.pidfd)
-                os.close(link.pidfd)
+            log.info("closing the link with store node %s: %s", link.peer_id, reason)
             for incarnation in [one for one, other in self._dialled.items() if other is link]:
                 del self._dialled[incarnation]
                 self._dialling.pop(incarnation, None)
-            if self._accepted.get(link.node_id) is link:
-                del self._accepted[link.node_id]
-            link.closing = self._loop.run_in_executor(None, link.link.close)
-            self._closing.add(link.closing)
-            link.closing.add_done_callback(self._closing.discard)
-        return asyncio.shield(link.closing)  # a call that is cancelled while it waits must not undo it for all
+            if self._accepted.get(link.peer_id) is link:
+                del self._accepted[link.peer_id]
+            self._closing.add(closing := link.close())
+            closing.add_done_callback(self._closing.discard)
+        return asyncio.shield(link.close())  # a call that is cancelled while it waits must not undo it for all
 
     async def shut_down(self) -> None:
         """Close all links, channels and the transport."""
@@ -219,20 +157,10 @@ class PeerLinks:
         own_host, peer_host = (address.rpartition(":")[0] for address in (self._me.address, peer_address))
         return peer_host_id == self._me.host_id and peer_host == own_host
 
-    async def _open(self, node_id: str, *, same_host: bool) -> PeerLink:
-        def on_transport_thread(completion: Completion) -> None:
-            link.hand_over(completion, self._loop)
+    async def _open(self, node_id: str, *, same_host: bool) -> LoopLink:
+        make = partial(LoopLink, node_id, self._transport, self._loop, same_host=same_host)
+        return await self._loop.run_in_executor(None, make)
 
-        opened = await self._loop.run_in_executor(
-            None, lambda: self._transport.open(on_transport_thread, same_host=same_host)
-        )
-        link = PeerLink(node_id, opened)
-        return link
-
-    def _watch(self, link: PeerLink, pid: int) -> None:
-        """Close the link as soon as the peer's process is gone."""
-        try:
-            link.pidfd = os.pidfd_open(pid)
-        except (OSError, OverflowError) as error:
-            raise TransferError(f"the process of {link.node_id} (pid {pid}) is gone") from error
-        self._loop.add_reader(link.pidfd, self.close, link, "the peer's process has ended")
+    def _watch(self, link: LoopLink, pid: int) -> None:
+        """Close the link as soon as the peer's process is gone. Raises TransferError."""
+        link.watch(pid, lambda: self.close(link, "the peer's process has ended"))

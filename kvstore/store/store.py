@@ -222,14 +222,18 @@ class TieredStore:
         if removed := self.host.drain_removed():
             if self._directory is not None:
                 self._directory.remove(removed)
-            self.events.emit(EventKind.REMOVED, Tier.HOST, removed)
+            self._tell_removed(Tier.HOST, removed, left=any(True for _ in self.host.blocks()))
         if self.disk is not None:
             if stored := self.disk.drain_stored():
                 self.events.emit(EventKind.STORED, Tier.DISK, stored)
                 if self.remote is not None:
                     self.remote.announce(Tier.DISK, stored)
             if removed := self.disk.drain_removed():
-                self.events.emit(EventKind.REMOVED, Tier.DISK, removed)
+                self._tell_removed(Tier.DISK, removed, left=len(self.disk) > 0)
+
+    def _tell_removed(self, tier: Tier, keys: Sequence[BlockKey], *, left: bool) -> None:
+        """A tier in which nothing is left needs no list."""
+        self.events.emit(EventKind.REMOVED if left else EventKind.CLEARED, tier, keys if left else ())
 
     async def demote(self) -> None:
         """Write to disk what the host tier alone has, the latest used first, for the next life. May be cancelled."""

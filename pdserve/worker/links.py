@@ -16,7 +16,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from functools import partial
 
 import grpc
@@ -24,9 +23,10 @@ import grpc.aio
 import numpy as np
 
 from kvstore.control_plane import IN_THE_CLEAR, ControlPlane
-from kvstore.errors import LinkClosed, TransferError
+from kvstore.errors import TransferError
+from kvstore.transfer.loop_link import LoopLink
 from kvstore.transfer.tags import message_tag
-from kvstore.transfer.transport import Buffer, Completion, Link, Outcome, Transport
+from kvstore.transfer.transport import Completion, Outcome, Transport
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.protocol.worker_pb2_grpc import WorkerStub
 from pdserve.worker.config import LinkLimits
@@ -49,46 +49,26 @@ _CLIENT_OPTIONS = (
 )
 
 
-@dataclass(slots=True, eq=False)
-class PeerLink:
+class PeerLink(LoopLink):
     """One link as this worker sees it. Use on the asyncio loop only."""
 
-    peer_id: str
-    incarnation: int
-    address: str
-    link: Link
-    peer_address: bytes = b""  # of the peer's end
-    transport: str = ""
-    bytes_per_second: float = 0.0
-    closing: asyncio.Future[None] | None = None  # set once the link is being closed; done when that is proven
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
-    pidfd: int | None = None
-    _waiting: dict[int, Callable[[Completion], None]] = field(default_factory=dict)
-
-    def send(self, tag: int, data: Buffer, done: Callable[[Completion], None]) -> int:
-        """Raises LinkClosed. `done` is called on the loop, exactly once, after this returned."""
-        if self.closing is not None:
-            raise LinkClosed(f"the link to {self.peer_id} is closed")
-        operation = self.link.send(tag, data)
-        self._waiting[operation] = done
-        return operation
-
-    def receive(self, tag: int, into: Buffer, done: Callable[[Completion], None]) -> int:
-        """Raises LinkClosed. `done` is called on the loop, exactly once, after this returned."""
-        if self.closing is not None:
-            raise LinkClosed(f"the link to {self.peer_id} is closed")
-        operation = self.link.receive(tag, into)
-        self._waiting[operation] = done
-        return operation
-
-    def cancel(self, operation: int) -> None:
-        if operation in self._waiting:
-            self.link.cancel(operation)
-
-    def complete(self, completion: Completion) -> None:
-        done = self._waiting.pop(completion.operation, None)
-        if done is not None:
-            done(completion)
+    def __init__(
+        self,
+        peer_id: str,
+        incarnation: int,
+        address: str,
+        transport: Transport,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        same_host: bool,
+    ) -> None:
+        super().__init__(peer_id, transport, loop, same_host=same_host)
+        self.incarnation = incarnation
+        self.address = address
+        self.peer_address = b""  # of the peer's end
+        self.transport = ""
+        self.bytes_per_second = 0.0
+        self.gone = asyncio.Event()
 
 
 class LinkTable:
@@ -275,39 +255,27 @@ class LinkTable:
     # --- one link ----------------------------------------------------------------------------------------------------
 
     def _open(self, peer_id: str, incarnation: int, address: str, *, same_host: bool) -> PeerLink:
-        def on_transport_thread(completion: Completion) -> None:
-            if not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(link.complete, completion)
-
-        link = PeerLink(peer_id, incarnation, address, self._transport.open(on_transport_thread, same_host=same_host))
+        link = PeerLink(peer_id, incarnation, address, self._transport, self._loop, same_host=same_host)
         self._links[peer_id] = link
         return link
 
     def _watch(self, link: PeerLink, pid: int) -> None:
-        """Close the link as soon as the peer's process is gone."""
-        try:
-            link.pidfd = os.pidfd_open(pid)
-        except (OSError, OverflowError) as error:
-            raise TransferError(f"the process of {link.peer_id} (pid {pid}) is gone") from error
-        self._loop.add_reader(link.pidfd, self.close, link, "the peer's process has ended")
+        """Close the link as soon as the peer's process is gone. Raises TransferError."""
+        link.watch(pid, lambda: self.close(link, "the peer's process has ended"))
 
     def close(self, link: PeerLink, reason: str) -> asyncio.Future[None]:
         """Close for good; done once it is proven that nothing lands any more. Open operations complete as FAILED."""
         if link.closing is None:
             log.info("closing the link with %s: %s", link.peer_id, reason)
-            if link.pidfd is not None:
-                self._loop.remove_reader(link.pidfd)
-                os.close(link.pidfd)
             if self._links.get(link.peer_id) is link:
                 del self._links[link.peer_id]
             last_report = self._last_report.get(link.peer_id)
             if last_report is not None and last_report.up:  # else the dialler tells why it is not up
                 self._publish(self._dialers[link.peer_id][0], error=reason)
-            link.closing = self._loop.run_in_executor(None, link.link.close)
-            self._await_end(link.closing)
-            link.closing.add_done_callback(lambda _: self._drop_channel(link.address))
+            self._await_end(closing := link.close())
+            closing.add_done_callback(lambda _: self._drop_channel(link.address))
             link.gone.set()
-        return asyncio.shield(link.closing)  # a call that is cancelled while it waits must not undo it for all
+        return asyncio.shield(link.close())  # a call that is cancelled while it waits must not undo it for all
 
     def _drop_channel(self, address: str) -> None:
         """A peer that comes back has another address: keep no channel that nobody uses."""

@@ -105,7 +105,10 @@ async def test_watching_a_node(tmp_path: Path) -> None:
             await StoreOperatorStub(operator).Evict(pb.EvictRequest(keys=early[0]))
             removed = await events.read()
             assert (removed.kind, set(split_keys(removed.keys))) == (pb.KvEvent.REMOVED, set(early))
-            assert [stored.sequence, removed.sequence] == [end.sequence + 1, end.sequence + 2]
+            await StoreOperatorStub(operator).Evict(pb.EvictRequest(all=True))
+            cleared = await events.read()
+            assert (cleared.kind, cleared.tier, cleared.keys) == (pb.KvEvent.CLEARED, Tier.HOST, b"")
+            assert [event.sequence - end.sequence for event in (stored, removed, cleared)] == [1, 2, 3]
     finally:
         await client.close()
         node.kill()
