@@ -15,7 +15,8 @@ ATTAINMENT = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Alone:
-    """One request at a time, in seconds. `cold_ttft_s` is of the first since the target was started or found."""
+    """One request at a time, in seconds. `cold_ttft_s` is of the first since the target was started or found; the
+    others are the shortest of those after it: what else runs on a machine only adds to them."""
 
     cold_ttft_s: float
     ttft_s: float

@@ -13,7 +13,6 @@ import contextlib
 import itertools
 import os
 import signal
-import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -36,7 +35,7 @@ from pdserve.bench.deployment import TOPOLOGIES, deployed
 from pdserve.slo import Slo
 
 TTFT_SCALE, TPOT_SCALE = 8.0, 2.5
-_ALONE_REQUESTS = 4
+_ALONE_REQUESTS = 6
 _CLOSED_REQUESTS_A_CLIENT = 3
 # Until a server has noticed who gave up.
 _SETTLE_S = 0.5
@@ -65,9 +64,9 @@ def measure_alone(target: Target, plan: Plan) -> Alone:
             raise SystemExit(f"{target.host}:{target.port} does not answer: {outcome.error}")
     first, *warm = run.outcomes
     assert first.ttft_s is not None
-    ttft_s = statistics.median(outcome.ttft_s for outcome in warm if outcome.ttft_s is not None)
+    ttft_s = min(outcome.ttft_s for outcome in warm if outcome.ttft_s is not None)
     tpots_s = [outcome.tpot_s for outcome in warm if outcome.tpot_s is not None]
-    return Alone(first.ttft_s, ttft_s, statistics.median(tpots_s) if tpots_s else 0.0)
+    return Alone(first.ttft_s, ttft_s, min(tpots_s, default=0.0))
 
 
 def measure(name: str, target: Target, alone: Alone, plan: Plan, slo: Slo) -> Result:
