@@ -34,6 +34,9 @@ def main(
             help="Requests that are predicted to miss their class: shadow only counts them; enforce, off.",
         ),
     ] = Mode.SHADOW.value,
+    auto_balance: Annotated[
+        bool, typer.Option(help="Change workers' roles when that is predicted to raise goodput; in one router only.")
+    ] = False,
     admin_key_file: Annotated[
         Path | None,
         typer.Option(
@@ -57,6 +60,7 @@ def main(
             policy=policy,
             drain_s=drain_s,
             admission=admission,
+            auto_balance=auto_balance,
             admin_key_file=admin_key_file,
             decision_log=decision_log,
             vllm_names=vllm_names,

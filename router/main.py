@@ -33,6 +33,7 @@ from pdserve.vllm_names import VllmNames
 from router.account_metrics import AccountCollector
 from router.admission import Mode
 from router.admission_metrics import AdmissionCollector
+from router.auto_balance import AutoBalance
 from router.dispatch import RouterDispatcher
 from router.explain import Explainer
 from router.fleet import Fleet
@@ -68,6 +69,7 @@ class RouterConfig:
     policy: str
     drain_s: float
     admission: str = Mode.SHADOW.value
+    auto_balance: bool = False  # act on advice about roles
     admin_key_file: Path | None = None  # what is in it lets a caller choose the policy
     decision_log: Path | None = None  # one JSON line a request is appended
     vllm_names: bool = True  # metrics under the names of vLLM too
@@ -136,7 +138,8 @@ class Router:
         self.dispatcher = RouterDispatcher(
             self.fleet, POLICIES[config.policy], limits, self._records, Mode(config.admission)
         )
-        registry.register(FleetCollector(self.fleet, self.dispatcher))
+        self._balance = AutoBalance(self.fleet, self.dispatcher.account.demand, acts=config.auto_balance)
+        registry.register(FleetCollector(self.fleet, self.dispatcher, self._balance))
         account = self.dispatcher.account
         registry.register(AccountCollector(account.goodput, account.predictor.errors))
         registry.register(AdmissionCollector(self.dispatcher.feeder))
@@ -150,7 +153,7 @@ class Router:
                 metrics=RouterMetrics(registry),
                 topology=self._topology,
                 check_grammar=self._grammars.check,
-                routing=Explainer(self.fleet, self.dispatcher),
+                routing=Explainer(self.fleet, self.dispatcher, self._balance),
                 trust=_trust(config.admin_key_file),
             )
         )
@@ -159,6 +162,7 @@ class Router:
 
     def start(self) -> None:
         self.fleet.start(self.dispatcher)
+        self._balance.start()
 
     async def drain(self, timeout_s: float, hurry: asyncio.Event) -> None:
         """Take nothing new and wait for what is active, until `timeout_s` or `hurry`; then abort it."""
@@ -171,6 +175,7 @@ class Router:
         self.dispatcher.abort_all()
 
     async def close(self) -> None:
+        await self._balance.close()
         await self.fleet.close()
         await self._grammars.close()
         self._records.close()

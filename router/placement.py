@@ -55,12 +55,21 @@ class Placed:
 class Placer:
     """Places one request. `keys` are those of all full blocks of the tokens whose KV is needed."""
 
-    def __init__(self, fleet: Fleet, policy: Policy, turns: Counter[Phase], note: Callable[[Decision], None]) -> None:
-        """`turns`, by phase, is shared by all requests of the router; `note` is told each decision."""
+    def __init__(
+        self,
+        fleet: Fleet,
+        policy: Policy,
+        turns: Counter[Phase],
+        note: Callable[[Decision], None],
+        placed: Callable[[Decision, Need, Sequence[BlockKey]], object] = lambda decision, need, keys: None,
+    ) -> None:
+        """`turns`, by phase, is shared by all requests of the router; `note` is told each decision, `placed` each that
+        a prompt was placed by."""
         self._fleet = fleet
         self._policy = policy
         self._turns = turns
         self.note = note
+        self._placed = placed
 
     def preview(self, need: Need, keys: Sequence[BlockKey]) -> Decision:
         """What `place_prompt` would decide now; changes nothing."""
@@ -84,6 +93,7 @@ class Placer:
         assert member is not None
         disaggregated = decision.phase is Phase.PROMPT and member.role is Role.PREFILL and need.max_tokens > 1
         self._expect(member, keys, decision.chosen)
+        self._placed(decision, need, keys)
         held_blocks = decision.chosen.matched_blocks + decision.chosen.fetched_blocks
         return Placed(self._claim(member, need, held_blocks), disaggregated)
 
