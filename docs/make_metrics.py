@@ -16,17 +16,21 @@ from pdserve.worker.link_metrics import LinkCollector
 from pdserve.worker.metrics import WorkerMetrics
 from router.account_metrics import AccountCollector
 from router.admission_metrics import AdmissionCollector
+from router.auto_balance import AutoBalance
+from router.balance import Advice
 from router.dispatch import RouterDispatcher
 from router.drift import DriftMeter
 from router.feeder import Depth, Feeder, wait_histogram
 from router.fleet import Fleet
 from router.fleet_metrics import FleetCollector
+from router.hot_copies import HotCopies
+from router.limits import LinkLimits
 from router.metrics import RouterMetrics
 from router.policy import Role
 from router.refusals import RefusalLedger
 from router.slo import CLASSES, STANDARD, GoodputTracker, SloClass
 from router.speed import ErrorMeter
-from router.store_index import StoreIndex
+from router.store_watch import StoreWatch
 
 TARGET = Path(__file__).parent.parent / "METRICS.md"
 HEAD = """# Metrics
@@ -56,17 +60,12 @@ class IdleWorker:
         return 0.0
 
 
-class NoStores:
-    index = StoreIndex()
-    resyncs = 0
-
-
 class OneWorker:
     """What `FleetCollector` asks of a fleet, with one worker in it, so that its labels show."""
 
     index: tuple[()] = ()
-    stores = NoStores()
-    role_changes: ClassVar[dict[tuple[str, str], int]] = {("prefill", "decode"): 0}
+    role_changes: ClassVar[dict[tuple[str, str], int]] = {("prefill", "decode"): 1}
+    stores = StoreWatch(LinkLimits())
 
     def counts(self) -> dict[tuple[str, str], int]:
         return {("mixed", "ready"): 1}
@@ -79,10 +78,17 @@ class NoDrift:
     drift = store_drift = DriftMeter()
 
 
+class OneAdvice:
+    """What `FleetCollector` asks of the balance."""
+
+    advice = Advice("prefill-0", Role.PREFILL, Role.DECODE, 1.0, 2.0, 0.0, True)
+
+
 class OneEvent:
     """What `FleetCollector` asks of a dispatcher."""
 
     num_active = 0
+    hot = HotCopies(cast(Fleet, None), 0, 1.0)
     account = NoDrift()
     draining = False
     counts: ClassVar[dict[str, int]] = {"migrations": 0}
@@ -110,7 +116,9 @@ class OneRefusal:
 def router_registry() -> CollectorRegistry:
     registry = CollectorRegistry()
     RouterMetrics(registry)
-    registry.register(FleetCollector(cast(Fleet, OneWorker()), cast(RouterDispatcher, OneEvent())))
+    registry.register(
+        FleetCollector(cast(Fleet, OneWorker()), cast(RouterDispatcher, OneEvent()), cast(AutoBalance, OneAdvice()))
+    )
     goodput, error = GoodputTracker(), ErrorMeter()
     goodput.note(CLASSES[STANDARD], ("prefill-0", "decode-0"), None)
     error.note(1.0, 1.0)

@@ -41,6 +41,9 @@ def main(
             help="Run a request on a decode worker alone when that costs less than its hand-over.",
         ),
     ] = False,
+    auto_balance: Annotated[
+        bool, typer.Option(help="Change workers' roles when that is predicted to raise goodput; in one router only.")
+    ] = False,
     admin_key_file: Annotated[
         Path | None,
         typer.Option(
@@ -76,6 +79,7 @@ def main(
             drain_s=drain_s,
             admission=admission,
             skip_handoffs=skip_handoffs,
+            auto_balance=auto_balance,
             admin_key_file=admin_key_file,
             tenants_file=tenants_file,
             tls_dir=tls_dir,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from pdserve.request import FinishReason, Request
+from router.demand import DemandMeter
 from router.drift import DriftMeter
 from router.fleet import Fleet
 from router.member import Member
@@ -25,12 +26,14 @@ class Account:
         self.drift = DriftMeter()
         self.store_drift = DriftMeter()  # of what was to come from the store, against what came
         self.predictor = Predictor()
+        self.demand = DemandMeter()
         self._fleet = fleet
         self._open: dict[str, Record] = {}  # bounded by the requests that are active
 
     def open(self, request: Request, wishes: Wishes) -> Record:
         record = Record(request.request_id, wishes.label, len(request.prompt_token_ids), wishes.slo, wishes.tenant)
         self._open[request.request_id] = record
+        self.demand.arrived(time.monotonic())
         return self.records.open(record)
 
     def close(self, generation: RoutedGeneration, end: str) -> bool | None:
@@ -39,6 +42,11 @@ class Account:
         record.verdict = generation.verdict
         record.finish(end, timeline, sum(generation.cached_by_tier.values()), generation.workers)
         self._learn(record, generation)
+        if timeline.output_tokens:
+            output, slo = timeline.output_tokens, record.slo
+            uncached = record.prompt_tokens - sum(generation.cached_by_tier.values())
+            context = record.prompt_tokens + output // 2
+            self.demand.ended(time.monotonic(), uncached, output, context, slo.ttft_s, slo.tpot_s)
         most_tokens = generation.request.sampling.max_tokens
         judged = end != FinishReason.ABORT.value or is_lost(record.slo, timeline, most_tokens, time.monotonic())
         if judged:

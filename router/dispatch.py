@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Sequence
 
-from kvstore.keys import KeyChain
+from kvstore.keys import BlockKey, KeyChain
 from pdserve.errors import InvalidRequest, Overloaded
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.request import Request
@@ -15,6 +16,7 @@ from router.account import Account
 from router.admission import Mode
 from router.feeder import Feeder
 from router.fleet import Fleet
+from router.hot_copies import HotCopies
 from router.limits import RouterLimits
 from router.placement import Placer
 from router.policy import POLICIES, Decision, Need, Phase, Policy
@@ -49,6 +51,7 @@ class RouterDispatcher:
         self.draining = False
         self.account = Account(fleet, records if records is not None else Records())
         self.feeder = Feeder(fleet, self.account.predictor, limits, mode)
+        self.hot = HotCopies(fleet, limits.hot_copy_bytes, limits.hot_copy_window_s)
         self._fleet = fleet
         self._policy = policy
         self._skips_handoffs = skips_handoffs
@@ -75,7 +78,10 @@ class RouterDispatcher:
             self.decisions[decision.policy, decision.phase.value, outcome] += 1
             record.note(decision)
 
-        placer = Placer(self._fleet, self._policy_of(wishes), self._turns, note, self._handoff_s)
+        def placed(decision: Decision, need: Need, keys: Sequence[BlockKey]) -> None:
+            record.copy = self.hot.placed(decision, need, keys) or record.copy
+
+        placer = Placer(self._fleet, self._policy_of(wishes), self._turns, note, self._handoff_s, placed)
         generation = RoutedGeneration(
             request, timeline, wishes, self._fleet, placer, self.feeder, self._limits, self.counts, self._ended
         )

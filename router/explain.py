@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pdserve.request import Request
+from router.auto_balance import AutoBalance
 from router.dispatch import RouterDispatcher
 from router.drift import DriftMeter
 from router.fleet import Fleet
@@ -17,9 +18,10 @@ from router.wishes import Wishes
 
 
 class Explainer:
-    def __init__(self, fleet: Fleet, dispatcher: RouterDispatcher) -> None:
+    def __init__(self, fleet: Fleet, dispatcher: RouterDispatcher, balance: AutoBalance | None = None) -> None:
         self._fleet = fleet
         self._dispatcher = dispatcher
+        self._balance = balance
 
     def explain(self, request_id: str, tenant: str | None = None) -> dict[str, Any] | None:
         record = self._dispatcher.account.records.find(request_id)
@@ -67,6 +69,7 @@ class Explainer:
         return {
             "ready": self._fleet.ready,
             "workers": [_describe_worker(each) for each in members],
+            "balance": self._balance.describe() if self._balance is not None else None,
             "pairs": [
                 self._pair(prefill, decode)
                 for prefill in members

@@ -8,15 +8,17 @@ from collections.abc import Iterable
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from router.auto_balance import AutoBalance
 from router.dispatch import RouterDispatcher
 from router.drift import DriftMeter
 from router.fleet import Fleet
 
 
 class FleetCollector(Collector):
-    def __init__(self, fleet: Fleet, dispatcher: RouterDispatcher) -> None:
+    def __init__(self, fleet: Fleet, dispatcher: RouterDispatcher, balance: AutoBalance) -> None:
         self._fleet = fleet
         self._dispatcher = dispatcher
+        self._balance = balance
 
     def collect(self) -> Iterable[Metric]:
         workers = GaugeMetricFamily("pdserve_router_workers", "Known workers.", labels=("role", "state"))
@@ -29,6 +31,14 @@ class FleetCollector(Collector):
         for labels, count in sorted(self._fleet.role_changes.items()):
             changes.add_metric(labels, count)
         yield changes
+        gain = GaugeMetricFamily(
+            "pdserve_router_balance_gain_ratio",
+            "What another role for one worker is predicted to add to goodput; absent while nothing does.",
+            labels=("from_role", "to_role"),
+        )
+        if (advice := self._balance.advice) is not None:
+            gain.add_metric((advice.from_role.value, advice.to_role.value), min(advice.gain, 1e6))
+        yield gain
         events = CounterMetricFamily(
             "pdserve_router_events",
             "Retries and causes: rejected_tokens, refusals, redispatches, migrations, handoffs_without_room, spills.",
@@ -55,6 +65,13 @@ class FleetCollector(Collector):
         yield GaugeMetricFamily("pdserve_router_active_requests", "Requests that workers have.", value=active)
         yield from self._backlogs()
         yield from self._drift()
+        hot = self._dispatcher.hot.prefixes
+        yield CounterMetricFamily(
+            "pdserve_router_hot_copies", "Copies of hot prefixes that workers were asked to load.", value=hot.copies
+        )
+        yield CounterMetricFamily(
+            "pdserve_router_hot_copied_bytes", "Bytes of these copies, at most.", value=hot.copied_bytes
+        )
         yield GaugeMetricFamily(
             "pdserve_router_index_keys", "Block keys in the prefix index.", value=len(self._fleet.index)
         )

@@ -47,6 +47,8 @@ class RouterLimits:
     handoff_cap_s: float = 30.0
     redispatches: int = 1  # before the first token
     migrations: int = 2  # after it
+    hot_copy_bytes: int = 1 << 30  # of hot prefixes that are copied to further workers, in so many seconds
+    hot_copy_window_s: float = 10.0
     held_tokens: int = 64  # tokens that overtook an earlier one
     fleet: FleetLimits = field(default_factory=FleetLimits)
 

@@ -36,6 +36,7 @@ from pdserve.vllm_names import VllmNames
 from router.account_metrics import AccountCollector
 from router.admission import Mode
 from router.admission_metrics import AdmissionCollector
+from router.auto_balance import AutoBalance
 from router.dispatch import RouterDispatcher
 from router.explain import Explainer
 from router.fleet import Fleet
@@ -74,6 +75,7 @@ class RouterConfig:
     drain_s: float
     admission: str = Mode.SHADOW.value
     skip_handoffs: bool = False  # where a decode worker alone is predicted to cost less
+    auto_balance: bool = False  # act on advice about roles
     admin_key_file: Path | None = None  # whoever has what is in it is an operator
     tenants_file: Path | None = None  # as `pdserve.tenants` has it; None lets everybody in
     tls_dir: Path | None = None  # as `kvstore.control_plane` has it
@@ -163,7 +165,8 @@ class Router:
             Mode(config.admission),
             skips_handoffs=config.skip_handoffs,
         )
-        registry.register(FleetCollector(self.fleet, self.dispatcher))
+        self._balance = AutoBalance(self.fleet, self.dispatcher.account.demand, acts=config.auto_balance)
+        registry.register(FleetCollector(self.fleet, self.dispatcher, self._balance))
         account = self.dispatcher.account
         registry.register(AccountCollector(account.goodput, account.predictor.errors))
         registry.register(AdmissionCollector(self.dispatcher.feeder))
@@ -177,7 +180,7 @@ class Router:
                 metrics=RouterMetrics(registry),
                 topology=self._topology,
                 check_grammar=self._grammars.check,
-                routing=Explainer(self.fleet, self.dispatcher),
+                routing=Explainer(self.fleet, self.dispatcher, self._balance),
                 access=_access(config),
             )
         )
@@ -186,6 +189,7 @@ class Router:
 
     def start(self) -> None:
         self.fleet.start(self.dispatcher)
+        self._balance.start()
 
     async def drain(self, timeout_s: float, hurry: asyncio.Event) -> None:
         """Take nothing new and wait for what is active, until `timeout_s` or `hurry`; then abort it."""
@@ -198,6 +202,7 @@ class Router:
         self.dispatcher.abort_all()
 
     async def close(self) -> None:
+        await self._balance.close()
         await self.fleet.close()
         await self._grammars.close()
         self._records.close()

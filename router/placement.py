@@ -63,11 +63,13 @@ class Placer:
         turns: Counter[Phase],
         note: Callable[[Decision], None],
         handoff_s: Callable[[], float | None] = lambda: None,
+        placed: Callable[[Decision, Need, Sequence[BlockKey]], object] = lambda decision, need, keys: None,
     ) -> None:
         """
         Args:
             turns: by phase, shared by all requests of the router.
             note: is told each decision.
+            placed: is told each decision that a prompt was placed by.
             handoff_s: what a hand-over costs a request; None: it is never skipped.
         """
         self._fleet = fleet
@@ -75,6 +77,7 @@ class Placer:
         self._turns = turns
         self._handoff_s = handoff_s
         self.note = note
+        self._placed = placed
 
     def preview(self, need: Need, keys: Sequence[BlockKey]) -> Decision:
         """What `place_prompt` would decide now; changes nothing."""
@@ -115,6 +118,7 @@ class Placer:
         assert member is not None
         disaggregated = decision.phase is Phase.PROMPT and self._hands_over(member, need)
         self._expect(member, keys, decision.chosen)
+        self._placed(decision, need, keys)
         held_blocks = decision.chosen.matched_blocks + decision.chosen.fetched_blocks
         return Placed(self._claim(member, need, held_blocks), disaggregated)
 

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from pdserve.timeline import Timeline
 from router.admission import Verdict
 from router.caller import ANYBODY
+from router.hot_prefixes import Copy
 from router.policy import Considered, Decision, Phase
 from router.slo import SloClass
 
@@ -37,6 +38,7 @@ class Record:
     end: str | None = None  # finish reason or error; None while it runs
     actual: Mapping[str, Any] | None = None
     missed: str | None = None  # the stage that broke the objective
+    copy: Copy | None = None  # of a hot prefix, that its placement led to
     verdict: Verdict | None = None  # of admission, once the request has ended
 
     def note(self, decision: Decision) -> None:
@@ -93,6 +95,7 @@ class Record:
             "prompt_tokens": self.prompt_tokens,
             "slo": asdict(self.slo),
             "decisions": [describe_decision(each) for each in self.decisions],
+            "hot_prefix": asdict(self.copy) if self.copy is not None else None,
             "admission": _describe_verdict(self.verdict),
             "predicted": {"ttft_s": self.predicted_ttft_s, "tpot_s": self.predicted_tpot_s},
             "actual": self.actual,

@@ -33,6 +33,9 @@ def main(
     ttft_s: Annotated[float, typer.Option(min=0.0, help="Objective of a good request.")] = _STANDARD.ttft_s,
     tpot_s: Annotated[float, typer.Option(min=0.0, help="Objective of a good request.")] = _STANDARD.tpot_s,
     outage: Annotated[list[str] | None, typer.Option(help="WORKER:FROM_S:UNTIL_S: it dies and joins again.")] = None,
+    copy_token_bytes: Annotated[
+        int, typer.Option(min=0, help="KV bytes of a token: hot prefixes are copied, as with a store; 0: they are not.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Of the spread of arrivals that the trace rounds.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -46,6 +49,7 @@ def main(
             Speed(prefill_tokens_per_s=((1, prefill_rate),)),
             Slo(ttft_s, tpot_s),
             tuple(_outage(text, workers) for text in outage or ()),
+            copy_token_bytes,
         )
         outcomes = replay_all(_policies(policy), setting, arrivals(found, speedup, seed))
     except ConfigError as error:
@@ -89,7 +93,7 @@ def _show(outcomes: list[Outcome]) -> None:
     console = Console(width=max(Console().width, _MIN_WIDTH))
     table = Table(
         *("policy", "hit ratio", "max:mean work", "worst 60 s", "TTFT p50 / p99 s", "TPOT p50 / p99 s"),
-        *("good", "goodput req/s", "failed"),
+        *("good", "goodput req/s", "failed", "copied"),
         box=None,
     )
     for each in outcomes:
@@ -103,6 +107,7 @@ def _show(outcomes: list[Outcome]) -> None:
             f"{each.good_ratio:.1%}",
             f"{each.goodput_rps:.2f}",
             str(each.failed),
+            f"{each.copied_bytes / 2**30:.2f} GiB",
         )
     console.print(table)
     took_s = sum(each.requests / each.replayed_requests_per_s for each in outcomes)

@@ -27,6 +27,7 @@ class Outcome:
 
     policy: str
     requests: int
+    copied_bytes: int  # of hot prefixes
     failed: int  # lost with their worker, or nobody could take them
     hit_ratio: float
     imbalance: float  # the worker with most work : the mean

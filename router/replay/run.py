@@ -14,12 +14,17 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kvstore.keys import BlockKey
+from kvstore.store.rates import PRIORS
+from kvstore.store.tier import Tier
 from pdserve.slo import Slo
 from pdserve.trace import Trace
 from router.columns import Columns, Seats
+from router.hot_prefixes import HotPrefixes, Target
 from router.index import PrefixIndex
+from router.limits import RouterLimits
 from router.policy import Candidate, LoadView, Need, Phase, Policy, Role, Speed
 from router.policy.candidates import CONTEXT_TOKENS, SEQUENCES, WAITING_TOKENS
+from router.policy.scorers import SEQUENCE_TOKENS
 from router.replay.outcome import Ended, Outcome, Work, goodness, quantiles
 from router.replay.worker import ReplayWorker
 
@@ -50,6 +55,7 @@ class Setting:
     speed: Speed
     slo: Slo
     outages: tuple[Outage, ...] = ()
+    token_bytes: int = 0  # of KV: hot prefixes are copied out of a store's host tier; 0: there is no store
 
 
 def arrivals(trace: Trace, speedup: float = 1.0, seed: int = 0) -> list[Arrival]:
@@ -72,6 +78,7 @@ class _Event(Enum):
     PREFILLED = 0
     DECODED = 1
     DIES = 2
+    COPIED = 4
     JOINS = 3
 
 
@@ -85,6 +92,15 @@ class _Running:
     stalled_from_s: float = 0.0  # the worker's time for prompts that is accounted for
 
 
+@dataclass(frozen=True, slots=True)
+class _Copied:
+    """Blocks that a worker was asked to load."""
+
+    worker: int
+    life: int
+    keys: tuple[BlockKey, ...]
+
+
 @dataclass(slots=True)
 class Replay:
     """One policy over one list of arrivals, by ascending time. Use once."""
@@ -93,9 +109,10 @@ class Replay:
     setting: Setting
     _index: PrefixIndex = field(default_factory=PrefixIndex)
     _columns: Columns = field(default_factory=Columns)
-    _heap: list[tuple[float, int, _Event, _Running | Outage]] = field(default_factory=list)
+    _heap: list[tuple[float, int, _Event, _Running | Outage | _Copied]] = field(default_factory=list)
     _ended: list[Ended] = field(default_factory=list)
     _queue: dict[int, _Running] = field(default_factory=dict)  # prompts not computed yet, by identity
+    _hot: HotPrefixes = field(init=False)
     _turn: int = 0
     _pushed: int = 0
     _failed: int = 0
@@ -123,6 +140,8 @@ class Replay:
             self._columns.reset(slot)
             self._columns.set_speed(slot, setting.speed)
         self._work = Work(setting.workers, duration_s)
+        limits = RouterLimits()
+        self._hot = HotPrefixes(limits.hot_copy_bytes, limits.hot_copy_window_s)
         for outage in setting.outages:
             self._work.absent(outage.worker, outage.from_s, outage.until_s)
             self._push(outage.from_s, _Event.DIES, outage)
@@ -140,7 +159,7 @@ class Replay:
 
     # --- what happens ---
 
-    def _push(self, at_s: float, event: _Event, what: _Running | Outage) -> None:
+    def _push(self, at_s: float, event: _Event, what: _Running | Outage | _Copied) -> None:
         self._pushed += 1  # equal times in the order they were pushed
         heapq.heappush(self._heap, (at_s, self._pushed, event, what))
 
@@ -150,13 +169,16 @@ class Replay:
             now_s, _, event, what = heapq.heappop(heap)
             if isinstance(what, Outage):
                 self._dies(what.worker, now_s) if event is _Event.DIES else self._joins(what.worker)
+            elif isinstance(what, _Copied):
+                self._copied(what)
             elif what.life == self._workers[what.worker].life:
                 self._prefilled(what, now_s) if event is _Event.PREFILLED else self._decoded(what, now_s)
 
     def _dispatch(self, arrival: Arrival, now_s: float) -> None:
         block_tokens = self.setting.block_tokens
         need = Need(Phase.PROMPT, arrival.prompt_tokens, arrival.output_tokens, block_tokens, session=arrival.session)
-        candidates = self._columns.candidates(self._seats, self._index.match(arrival.keys), now_s)
+        match = self._index.match(arrival.keys)
+        candidates = self._columns.candidates(self._seats, match, now_s)
         row = self.policy.decide(need, candidates, self._turn).row
         self._turn += 1
         if row is None:
@@ -164,6 +186,8 @@ class Replay:
             return
         slot = int(self._seats.slots[row])
         worker = self._workers[slot]
+        if self.setting.token_bytes:
+            self._copy_hot(arrival, match.by_slot(), now_s)
         touched = worker.touch(arrival.keys)
         self._index.stored(slot, touched.stored)
         self._index.removed(slot, touched.removed)
@@ -177,6 +201,29 @@ class Replay:
         running = _Running(arrival, slot, worker.life, uncached_tokens)
         self._queue[id(running)] = running
         self._push(worker.enqueue(uncached_tokens, now_s), _Event.PREFILLED, running)
+
+    def _copy_hot(self, arrival: Arrival, held: dict[int, int], now_s: float) -> None:
+        """As `router.hot_copies` does; what any worker holds, the store holds."""
+        setting = self.setting
+        most = max(held.values(), default=0)
+        tokens = max(1, arrival.prompt_tokens - most * setting.block_tokens) + SEQUENCE_TOKENS
+        hot = self._hot.note(arrival.keys, setting.speed.prefill_s(tokens), now_s)
+        targets = [
+            Target(str(slot), slot, most, max(0.0, self._workers[slot].idle_from_s - now_s))
+            for slot in self._seats.slots.tolist()
+        ]
+        copy = self._hot.choose(hot, held, targets, setting.block_tokens * setting.token_bytes, now_s)
+        if copy is not None:
+            slot, host = int(copy.worker_id), PRIORS[Tier.HOST]
+            copied = _Copied(slot, self._workers[slot].life, arrival.keys[: copy.blocks])
+            self._push(now_s + host.latency_s + copy.num_bytes / host.bytes_per_s, _Event.COPIED, copied)
+
+    def _copied(self, copied: _Copied) -> None:
+        worker = self._workers[copied.worker]
+        if worker.life == copied.life:
+            touched = worker.touch(copied.keys)
+            self._index.stored(copied.worker, touched.stored)
+            self._index.removed(copied.worker, touched.removed)
 
     def _prefilled(self, running: _Running, now_s: float) -> None:
         worker, arrival = self._workers[running.worker], running.arrival
@@ -235,6 +282,7 @@ class Replay:
             policy=self.policy.name,
             requests=len(trace),
             failed=self._failed,
+            copied_bytes=self._hot.copied_bytes,
             hit_ratio=self._hit_tokens / max(1, self._tokens),
             imbalance=self._work.imbalance(),
             imbalance_60s=self._work.imbalance_60s(),
