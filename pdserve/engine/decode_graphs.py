@@ -109,7 +109,8 @@ class DecodeGraphs:
         token_ids = torch.zeros(size, dtype=torch.int64, device=device)
         greedy = torch.tensor([[1.0], [1.0], [1.0], [0.0], [0.0]], dtype=torch.float64, device=device)
         params = greedy.repeat(1, size)
-        empty = Batch(*(torch.zeros(*shape, dtype=torch.int32) for shape in ((0,), (1,), (0,), (0, 1))), 1)
+        none = torch.empty(0, dtype=torch.int32)
+        empty = Batch(none, none, none, none.view(0, 1), max_query_len=1)
         batch = self._planner.plan(self._filled(empty, size), self._pool, self._dtype, frame)
         outputs: list[Tensor] = []
 
@@ -141,7 +142,7 @@ def graph_sizes(max_sequences: int) -> list[int]:
 
 def cuda_recorder(device: torch.device) -> Recorder:
     """Captures into one pool of memory, since only one graph runs at a time."""
-    memory = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+    memory = torch.cuda.graph_pool_handle()
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def record(work: Callable[[], None]) -> Callable[[], None]:

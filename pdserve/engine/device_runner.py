@@ -34,8 +34,14 @@ class Mover:
     """The planner of kernels that take a batch as it is."""
 
     def plan(self, batch: Batch, pool: Tensor, dtype: torch.dtype) -> Batch:
-        tensors = (batch.positions, batch.query_start, batch.context_len, batch.block_tables)
-        return Batch(*(tensor.to(pool.device) for tensor in tensors), batch.max_query_len)
+        device = pool.device
+        return Batch(
+            positions=batch.positions.to(device),
+            query_start=batch.query_start.to(device),
+            context_len=batch.context_len.to(device),
+            block_tables=batch.block_tables.to(device),
+            max_query_len=batch.max_query_len,
+        )
 
 
 @dataclass(frozen=True, slots=True)

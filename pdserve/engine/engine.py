@@ -85,7 +85,9 @@ class Engine:
     def execute(self, plan: Plan, now_s: float, *, look_ahead: bool = False) -> list[StepToken]:
         """Run the plan, and with `look_ahead` leave the next step under way where that can be foreseen.
 
-        A sequence that ended has left and given its blocks back; one that is `prefill_only`, ended or not, is HANDING_OFF, with all its blocks, until the caller has seen to the push and calls `finish`."""
+        A sequence that ended has left and given its blocks back; one that is `prefill_only`, ended or not, is
+        HANDING_OFF, with all its blocks, until the caller has seen to the push and calls `finish`.
+        """
         ended, self._ended = self._ended, []
         try:
             sampled = self._compute(plan, ended, look_ahead)

@@ -25,7 +25,7 @@ import numpy as np
 
 from kvstore.errors import LinkClosed, TransferError
 from kvstore.transfer.tags import message_tag
-from kvstore.transfer.transport import Buffer, Completion, Link, Outcome, Transport
+from kvstore.transfer.transport import Completion, Link, Memory, Outcome, Transport
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.protocol.worker_pb2_grpc import WorkerStub
 from pdserve.worker.config import LinkLimits
@@ -64,7 +64,7 @@ class PeerLink:
     pidfd: int | None = None
     _waiting: dict[int, Callable[[Completion], None]] = field(default_factory=dict)
 
-    def send(self, tag: int, data: Buffer, done: Callable[[Completion], None]) -> int:
+    def send(self, tag: int, data: Memory, done: Callable[[Completion], None]) -> int:
         """Raises LinkClosed. `done` is called on the loop, exactly once, after this returned."""
         if self.closing is not None:
             raise LinkClosed(f"the link to {self.peer_id} is closed")
@@ -72,7 +72,7 @@ class PeerLink:
         self._waiting[operation] = done
         return operation
 
-    def receive(self, tag: int, into: Buffer, done: Callable[[Completion], None]) -> int:
+    def receive(self, tag: int, into: Memory, done: Callable[[Completion], None]) -> int:
         """Raises LinkClosed. `done` is called on the loop, exactly once, after this returned."""
         if self.closing is not None:
             raise LinkClosed(f"the link to {self.peer_id} is closed")
