@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal
 
-KvDtype = Literal["bfloat16", "float32"]
-ITEM_BYTES: dict[KvDtype, int] = {"bfloat16": 2, "float32": 4}
+KvDtype = Literal["bfloat16", "float32", "fp8_e4m3"]
+ITEM_BYTES: dict[KvDtype, int] = {"bfloat16": 2, "float32": 4, "fp8_e4m3": 1}
 LAYOUT = "kv_head,layer,k|v,token,head_dim"
 
 

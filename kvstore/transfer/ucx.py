@@ -46,6 +46,11 @@ _SAME_HOST = _COMMON | {
     "POSIX_SEG_SIZE": "32k",  # fewer fragments than by the default of 8k; 64k truncates messages (UCX 1.21)
 }
 
+# Device memory goes the same way: the receiver's UCX copies fragments into it. Without cuda_copy UCX would read a
+# device's address as the host's. cuda_ipc is left out on purpose: with it the sender writes into the receiver's memory,
+# and a closed link would no longer prove that nothing lands.
+_DEVICE_TLS = ",cuda_copy"
+
 _CALL_DEADLINE_S = 30.0  # for connect and close to get through the progress thread
 _MAX_SLEEP_S = 1.0
 _STALL_S = 0.001
@@ -57,7 +62,8 @@ class UcxTransport:
 
     name = "ucx"
 
-    def __init__(self) -> None:
+    def __init__(self, *, device: bool = False) -> None:
+        """`device`: buffers lie in the memory of a GPU."""
         # UCX would otherwise warn of variables that other packages set for themselves.
         os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
         try:
@@ -69,6 +75,7 @@ class UcxTransport:
             self.ucp = UcpCalls.load()
         except (OSError, AttributeError) as error:
             raise Unavailable(f"this ucxx is not version 0.52, the one that is known to work: {error}") from error
+        self._device = device
         self.inbox = Inbox()
         self._epoll = select.epoll()
         self._epoll.register(self.inbox.fd, select.EPOLLIN)
@@ -83,7 +90,7 @@ class UcxTransport:
         library = self.library
         features = (library.Feature.TAG, library.Feature.WAKEUP)
         try:
-            context = library.UCXContext(_SAME_HOST if same_host else _COMMON, feature_flags=features)
+            context = library.UCXContext(self._settings(same_host), feature_flags=features)
             worker = library.UCXWorker(context, enable_delayed_submission=False, enable_python_future=False)
             worker.init_blocking_progress_mode()
         except library.UCXError as error:
@@ -91,6 +98,12 @@ class UcxTransport:
         link = UcxLink(self, handler, worker)
         self.call(lambda: self._adopt(link))
         return link
+
+    def _settings(self, same_host: bool) -> dict[str, str]:
+        settings = _SAME_HOST if same_host else _COMMON
+        if not self._device:
+            return settings
+        return settings | {"TLS": settings.get("TLS", "tcp") + _DEVICE_TLS}
 
     def close(self) -> None:
         with self._lock:

@@ -25,7 +25,7 @@ import xxhash
 from kvstore.errors import LinkClosed, TransferError
 from kvstore.transfer.contract import MAX_OPEN_OPERATIONS, check_operation, deliver
 from kvstore.transfer.inbox import Inbox
-from kvstore.transfer.transport import Buffer, Completion, CompletionHandler, Outcome
+from kvstore.transfer.transport import Completion, CompletionHandler, Memory, Outcome
 from kvstore.transfer.ucp import UcpCalls
 
 _BURST = 8  # progress calls, of up to 128 KiB (shared memory) or 1 MiB (TCP), between two looks at the operations
@@ -66,7 +66,7 @@ class _Operation:
     """Holds the buffer too: UCX keeps a bare pointer to it."""
 
     request: Any
-    buffer: Buffer
+    buffer: Memory
     is_receive: bool
     cancel_asked: bool = False
 
@@ -111,13 +111,13 @@ class UcxLink:
                 raise LinkClosed("the link is closed")
         self._host.call(partial(self._connect, body))
 
-    def send(self, tag: int, data: Buffer) -> int:
+    def send(self, tag: int, data: Memory) -> int:
         check_operation(tag, data, writable=False)
         if self._state is LinkState.OPEN and not self._closing:
             raise TransferError("send before connect")
         return self._accept(self._post_send, tag, data)
 
-    def receive(self, tag: int, into: Buffer) -> int:
+    def receive(self, tag: int, into: Memory) -> int:
         check_operation(tag, into, writable=True)
         return self._accept(self._post_receive, tag, into)
 
@@ -141,7 +141,7 @@ class UcxLink:
         except LinkClosed:
             return  # the transport has ended, and this link with it
 
-    def _accept(self, post: Callable[[int, int, Buffer], None], tag: int, buffer: Buffer) -> int:
+    def _accept(self, post: Callable[[int, int, Memory], None], tag: int, buffer: Memory) -> int:
         with self._lock:
             if self._closing:
                 raise LinkClosed("the link is closed")
@@ -232,7 +232,7 @@ class UcxLink:
         self._transports = ", ".join(sorted(set(self._host.ucp.transports(self._endpoint.handle))))
         self._state = LinkState.CONNECTED
 
-    def _post_send(self, number: int, tag: int, data: Buffer) -> None:
+    def _post_send(self, number: int, tag: int, data: Memory) -> None:
         if self._state is not LinkState.CONNECTED:
             self._refuse(number, f"the link is {self._state.value}")
             return
@@ -245,7 +245,7 @@ class UcxLink:
         self._operations[number] = _Operation(request, data, is_receive=False)
         self._look = True
 
-    def _post_receive(self, number: int, tag: int, into: Buffer) -> None:
+    def _post_receive(self, number: int, tag: int, into: Memory) -> None:
         if self._worker is None:
             self._refuse(number, f"the link is {self._state.value}")
             return

@@ -28,8 +28,8 @@ from pdserve.models.config import load_config
 from pdserve.models.default_model import ensure_default_model
 from pdserve.models.weights import Weights, open_weights
 from pdserve.request import SamplingParams
+from pdserve.worker.build import build_engine
 from pdserve.worker.config import Role, WorkerConfig
-from pdserve.worker.process import build_engine
 
 CONTEXT = 512
 

@@ -20,8 +20,8 @@ from pdserve.launch.folders import cache_folder
 from pdserve.models.config import load_config
 from pdserve.models.default_model import ensure_default_model
 from pdserve.request import Grammar, SamplingParams
+from pdserve.worker.build import build_engine
 from pdserve.worker.config import Role, WorkerConfig
-from pdserve.worker.process import build_engine
 
 BATCH = 16
 GREEDY = SamplingParams(max_tokens=1000, seed=0, temperature=0.0)

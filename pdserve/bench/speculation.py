@@ -19,8 +19,8 @@ from pdserve.engine.sequence import Sequence
 from pdserve.launch.folders import cache_folder
 from pdserve.models.default_model import ensure_default_model
 from pdserve.request import SamplingParams
+from pdserve.worker.build import build_engine
 from pdserve.worker.config import Role, WorkerConfig
-from pdserve.worker.process import build_engine
 
 TOKENS = 96
 CODE = """def area(width, height):

@@ -1,6 +1,15 @@
 """The engine: sequences in, tokens out, one step at a time. Knows nothing of text, sockets, roles or transfers.
 
 A step is `schedule` then `execute`; between the two the caller knows which prompts are about to be finished.
+
+Where the runner allows it, `execute` launches the next step before it waits for its own:
+
+    device   | step n               | step n + 1           |
+    host       look ahead, launch     read n, report ...
+
+So what `schedule` gives next is under way already. A sequence that turns out to have ended in step n has a row in step
+n + 1 for nothing; it keeps its blocks until that is computed, so that nobody else's memory is written to. Nothing but
+`schedule` and `execute` may be called while a step is under way (`in_flight`).
 """
 
 from __future__ import annotations
@@ -11,7 +20,7 @@ from dataclasses import dataclass
 from kvstore.keys import root_key
 from kvstore.pool import BlockPool, BlockRef
 from pdserve.engine.config import EngineConfig
-from pdserve.engine.runner import Runner
+from pdserve.engine.runner import Flight, Runner
 from pdserve.engine.sampler import Sampled
 from pdserve.engine.scheduler import Plan, Scheduler
 from pdserve.engine.sequence import Sequence, Status
@@ -38,11 +47,18 @@ class Engine:
         self.scheduler = Scheduler(config, pool)
         self.runner = runner
         self.num_drafted = self.num_accepted = 0  # tokens since start
+        self._ahead: Flight | None = None
+        self._ended: list[Sequence] = []  # with a row in the step under way
 
     @property
     def idle(self) -> bool:
         """No sequence that a step could advance."""
         return not self.scheduler.running and not self.scheduler.waiting
+
+    @property
+    def in_flight(self) -> bool:
+        """A step has been launched and not read: only `schedule` and `execute` may be called."""
+        return self._ahead is not None
 
     def warm_up(self) -> None:
         """Run the largest prefill chunk and a decode step once: the first request shall not pay for first calls."""
@@ -64,17 +80,30 @@ class Engine:
         self.scheduler.drain_committed()
 
     def schedule(self, now_s: float) -> Plan:
-        return self.scheduler.schedule(now_s)
+        return self.scheduler.schedule(now_s) if self._ahead is None else self._ahead.plan
 
-    def execute(self, plan: Plan, now_s: float) -> list[StepToken]:
-        """Run the plan. A sequence that ended has left and given its blocks back; one that is `prefill_only`, ended or
-        not, is HANDING_OFF, with all its blocks, until the caller has seen to the push and calls `finish`."""
-        sampled = self.runner.run(plan)
+    def execute(self, plan: Plan, now_s: float, *, look_ahead: bool = False) -> list[StepToken]:
+        """Run the plan, and with `look_ahead` leave the next step under way where that can be foreseen.
+
+        A sequence that ended has left and given its blocks back; one that is `prefill_only`, ended or not, is
+        HANDING_OFF, with all its blocks, until the caller has seen to the push and calls `finish`.
+        """
+        ended, self._ended = self._ended, []
+        try:
+            sampled = self._compute(plan, ended, look_ahead)
+        except Exception:
+            self._ahead = None  # its sequences are those of the step that failed
+            for sequence in ended:
+                self.scheduler.finish(sequence)
+            raise
         ready = [chunk for chunk in plan.chunks if chunk.last]
         self.scheduler.commit(plan)
         tokens: list[StepToken] = []
         for chunk, new in zip(ready, sampled, strict=True):
             sequence = chunk.sequence
+            if sequence in ended:
+                self.scheduler.finish(sequence)
+                continue
             reason = self._append(sequence, new, tokens)
             if chunk.draft:
                 self.num_drafted += len(chunk.draft)
@@ -83,9 +112,22 @@ class Engine:
                 sequence.lookup.learn(len(chunk.draft), len(new) - 1)
             if sequence.prefill_only:
                 self.scheduler.hand_off(sequence, now_s + self.config.handoff_s)
+            elif reason is not None and self._flies(sequence):
+                self._ended.append(sequence)
             elif reason is not None:
                 self.scheduler.finish(sequence)
         return tokens
+
+    def _compute(self, plan: Plan, ended: list[Sequence], look_ahead: bool) -> list[list[Sampled]]:
+        flight, self._ahead = self._ahead or self.runner.launch(plan), None
+        if look_ahead and self.runner.foresees(plan):
+            ahead = self.scheduler.look_ahead(plan, ended)
+            if ahead is not None:
+                self._ahead = self.runner.launch(ahead, flight)
+        return self.runner.collect(flight)
+
+    def _flies(self, sequence: Sequence) -> bool:
+        return self._ahead is not None and any(chunk.sequence is sequence for chunk in self._ahead.plan.chunks)
 
     def _append(self, sequence: Sequence, sampled: list[Sampled], into: list[StepToken]) -> FinishReason | None:
         """Tokens of one step, to the first that ends the sequence; those before the newest were a draft's."""

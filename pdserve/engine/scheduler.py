@@ -178,6 +178,32 @@ class Scheduler:
                 chunk.sequence.scheduled_s = now_s
         return Plan(tuple(chunks))
 
+    def look_ahead(self, plan: Plan, ended: Seq[Sequence] = ()) -> Plan | None:
+        """The step after `plan` while that is being computed: one more token for each of its sequences that have not
+        `ended`, as if none did but those that certainly do; takes the blocks for it.
+
+        None where the step depends on more than that: a prompt to go on with, one that could be admitted, a draft to
+        check, blocks that are short.
+        """
+        config = self._config
+        admits = self.waiting and len(self.running) + len(self.arriving) < config.max_sequences
+        going_on = all(c.last and c.num_rows == 1 and not c.sequence.prefill_only for c in plan.chunks)
+        if admits or not going_on or len(plan.chunks) != len(self.running) or config.speculate_tokens:
+            return None
+        sequences = [
+            chunk.sequence
+            for chunk in plan.chunks
+            if chunk.sequence not in ended
+            and chunk.sequence.num_output_tokens + 1 < chunk.sequence.sampling.max_tokens
+            and len(chunk.sequence) + 1 < config.max_model_len
+        ]
+        full = [s for s in sequences if s.num_computed + 2 > len(s.blocks) * config.block_size]
+        if not sequences or len(full) > self._pool.num_available:
+            return None
+        for sequence in full:
+            sequence.add_blocks(self._pool.allocate(sequence.name, 1))
+        return Plan(tuple(Chunk(sequence, 1) for sequence in sequences))
+
     def commit(self, plan: Plan) -> None:
         """The chunks are computed: advance, and make full blocks visible."""
         for chunk in plan.chunks:

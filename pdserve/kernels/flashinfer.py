@@ -96,6 +96,8 @@ class FlashInferKernels:
         self._staging.wait()
         tensors = self._staging.upload(arrays, None if frame is None else frame.inputs)
         positions, query_start, context_len, sequence, indptr, last_page_len, indices = tensors
+        if frame is not None:  # a graph reads as far as its plan says, not as far as this batch reaches
+            indices = frame.inputs[sum(array.size for array in arrays[:-1]) :]
         planned = PlannedBatch(
             positions=positions,
             query_start=query_start,
@@ -134,7 +136,7 @@ class FlashInferKernels:
         }
         if planned.max_query_len == 1:
             wrapper = self._decoder(kind, frame)
-            wrapper.plan(indptr, planned.page_indices, last, *shape, **options)
+            wrapper.plan(indptr, planned.page_indices[: len(pages.indices)], last, *shape, **options)
         else:
             wrapper = self._prefiller(kind)
             starts = torch.from_numpy(pages.query_start)
@@ -192,7 +194,7 @@ class FlashInferKernels:
         """The table has what kind of rotation it is: plain, llama3, yarn and the others are one kernel."""
         assert isinstance(batch, PlannedBatch)
         kv_heads, head_dim = pool.shape[1], pool.shape[5]
-        q, k, v = qkv.split((num_heads * head_dim, kv_heads * head_dim, kv_heads * head_dim), dim=1)
+        q, k, v = torch.split(qkv, [num_heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=1)
         if cos_sin.shape[1]:
             self._library.apply_rope_with_cos_sin_cache_inplace(batch.positions, q, k, head_dim, cos_sin)
         self._library.append_paged_kv_cache(

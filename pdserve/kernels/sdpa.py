@@ -47,7 +47,7 @@ class SdpaKernels(ReferenceKernels):
             position = torch.arange(context - count, context, device=qkv.device).repeat(group).unsqueeze(1)
             key = torch.arange(context, device=qkv.device)
             seen = (key <= position) & (key > position - (window or context))
-            attended = functional.scaled_dot_product_attention(q[None], *kv[:, None], attn_mask=seen, scale=scale)[0]
-            attended = attended.view(kv_heads, group, count, head_dim).permute(2, 0, 1, 3)
+            attended = functional.scaled_dot_product_attention(q[None], kv[0, None], kv[1, None], seen, scale=scale)
+            attended = attended[0].view(kv_heads, group, count, head_dim).permute(2, 0, 1, 3)
             out[rows] = attended.reshape(count, num_heads * head_dim)
         return out

@@ -21,7 +21,7 @@ class Staging:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pinned = torch.empty(0, dtype=torch.int32)
-        self._sent = torch.cuda.Event() if device.type == "cuda" else None
+        self._sent = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         if self._sent is not None:
@@ -41,4 +41,5 @@ class Staging:
         np.concatenate([array.reshape(-1) for array in arrays], out=host.numpy())
         device = torch.empty(total, dtype=torch.int32, device=self._device) if into is None else into[:total]
         device.copy_(host, non_blocking=True)
-        return [flat.view(array.shape) for flat, array in zip(device.split(sizes), arrays, strict=True)]
+        flats = torch.split(device, sizes)
+        return [flat.view(array.shape) for flat, array in zip(flats, arrays, strict=True)]

@@ -29,7 +29,11 @@ from pdserve.models.folder import weight_files
 from pdserve.models.packed import Damaged, Entries, Packed, Shape, map_packed, tensor_bytes, write_packed
 
 WeightFormat = Literal["dense", "int4"]
-TORCH_DTYPES: dict[KvDtype, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+TORCH_DTYPES: dict[KvDtype, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "fp8_e4m3": torch.float8_e4m3fn,  # of KV only
+}
 PACK_TIMEOUT_S = 1800.0
 _FORMAT = 1
 _PACKED, _SCALES = ".packed", ".scales"  # of a weight in 4 bits, after its name
@@ -109,17 +113,47 @@ def open_weights(
     return _assemble(config, packed.tensors, packed.metadata["identity"])
 
 
-def random_weights(config: ModelConfig, dtype: KvDtype, seed: int) -> Weights:
-    """Weights of a plausible scale for tests and dry runs: equal seeds give equal weights."""
-    generator = torch.Generator().manual_seed(seed)
+def random_weights(
+    config: ModelConfig,
+    dtype: KvDtype,
+    seed: int,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> Weights:
+    """Weights of a plausible scale, for tests and benchmarks by shape: equal seeds give equal weights on a device."""
+    generator = torch.Generator(device).manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for part in _parts(config):
         scale = 1.0 if part.columns is None else part.columns**-0.5
-        tensors[part.name] = (torch.randn(part.shape, generator=generator) * scale).to(TORCH_DTYPES[dtype])
+        tensors[part.name] = (torch.randn(part.shape, generator=generator, device=device) * scale).to(
+            TORCH_DTYPES[dtype]
+        )
         if part.name.endswith("norm"):
             tensors[part.name].fill_(1.0)
     identity = sha256(f"random {seed} {dtype} {_config_stamp(config)}".encode()).hexdigest()
     return _assemble(config, tensors, identity)
+
+
+def weight_bytes(config: ModelConfig, dtype: KvDtype) -> int:
+    """What dense weights of that shape take."""
+    return sum(torch.Size(part.shape).numel() for part in _parts(config)) * TORCH_DTYPES[dtype].itemsize
+
+
+def place(weights: Weights, device: torch.device) -> Weights:
+    """Dense weights on another device, each copied there straight from the mapped file."""
+
+    def there(weight: Weight | None) -> Tensor | None:
+        assert not isinstance(weight, Int4Weight)
+        return None if weight is None else weight.to(device)
+
+    names = LayerWeights.__dataclass_fields__
+    layers = tuple(
+        LayerWeights(**{name: there(getattr(layer, name)) for name in names})  # type: ignore[arg-type]
+        for layer in weights.layers
+    )
+    embedding, final_norm = weights.embedding.to(device), weights.final_norm.to(device)
+    head = embedding if weights.head is weights.embedding else there(weights.head)
+    assert head is not None
+    return Weights(weights.identity, embedding, layers, final_norm, head)
 
 
 def _parts(config: ModelConfig, weight_format: WeightFormat = "dense") -> list[_Part]:

@@ -36,8 +36,17 @@ def main(
         typer.Option(envvar="PDSERVE_REDIS_URL", help="Redis URL to be found through; none: routers name us."),
     ] = None,
     namespace: Annotated[str, typer.Option(help="Separates deployments that share a Redis.")] = "default",
-    dtype: Annotated[KvDtype, typer.Option(help="Of weights and KV.")] = "bfloat16",
-    kv_bytes: Annotated[int, typer.Option(help="Memory of the KV pool.")] = 1 << 30,
+    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of weights and KV.")] = "bfloat16",
+    kv_dtype: Annotated[
+        KvDtype | None, typer.Option(help="Of KV, if other than dtype; fp8_e4m3 on a GPU with FlashInfer.")
+    ] = None,
+    kv_bytes: Annotated[
+        int | None, typer.Option(help="Memory of the KV pool; default 1 GiB, or what the next leaves on a GPU.")
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(min=0.05, max=1.0, help="Share of a GPU's memory that may be in use, whoever uses it.")
+    ] = 0.9,
     block_size: Annotated[int, typer.Option(help="Tokens a KV block.")] = 16,
     max_batched_tokens: Annotated[int, typer.Option(help="Tokens computed in one step.")] = 512,
     speculate_tokens: Annotated[
@@ -46,8 +55,11 @@ def main(
     max_sequences: Annotated[int, typer.Option(help="Sequences running at once.")] = 64,
     max_model_len: Annotated[int, typer.Option(help="Tokens a request may have; 0: what model and pool allow.")] = 0,
     threads: Annotated[int, typer.Option(help="Compute threads.")] = 1,
-    kernels: Annotated[str, typer.Option(help="auto, native or reference.")] = "auto",
+    kernels: Annotated[str, typer.Option(help="auto, native, flashinfer, sdpa or reference.")] = "auto",
     weights: Annotated[Literal["dense", "int4"], typer.Option(help="int4: in 4 bits for decode.")] = "dense",
+    load_format: Annotated[
+        Literal["auto", "dummy"], typer.Option(help="dummy: random weights of the shape that config.json gives.")
+    ] = "auto",
     store: Annotated[Path | None, typer.Option(help="Socket of this machine's store node (pdserve store).")] = None,
     tls_dir: Annotated[
         Path | None,
@@ -72,8 +84,11 @@ def main(
             admin_port=admin_port,
             redis_url=redis,
             namespace=namespace,
+            device=device,
             dtype=dtype,
+            kv_dtype=kv_dtype,
             kv_bytes=kv_bytes,
+            gpu_memory_utilization=gpu_memory_utilization,
             block_size=block_size,
             max_batched_tokens=max_batched_tokens,
             speculate_tokens=speculate_tokens,
@@ -82,12 +97,14 @@ def main(
             threads=threads,
             kernels=kernels,
             weights=weights,
+            load_format=load_format,
             vllm_names=vllm_names,
             store=store,
             control=control_plane(tls_dir),
         )
         # Imported here, so that a wrong option is told at once and torch sees the environment set above.
-        from pdserve.worker.process import build_engine, run
+        from pdserve.worker.build import build_engine
+        from pdserve.worker.process import run
 
         built = build_engine(config, announcer.progress)
         uvloop.run(

@@ -14,7 +14,6 @@ import numpy as np
 
 from kvstore.errors import TransferError
 from kvstore.pool import BlockRef
-from kvstore.transfer.checksum import block_checksum
 from kvstore.transfer.manifest import Subject, manifest_bytes
 from kvstore.transfer.session import (
     AskFence,
@@ -28,7 +27,7 @@ from kvstore.transfer.session import (
     Release,
 )
 from kvstore.transfer.tags import MANIFEST, message_tag
-from kvstore.transfer.transport import Buffer, Completion, Outcome
+from kvstore.transfer.transport import Buffer, Completion, Memory, Outcome
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.worker.links import LinkTable, PeerLink
 from pdserve.worker.memory import BlockMemory
@@ -98,7 +97,7 @@ class Arrival:
         """The request is over. Idempotent; blocks are told as drained when they are."""
         self._do(self._session.abort(reason))
 
-    def _receive(self, ordinal: int, into: Buffer) -> None:
+    def _receive(self, ordinal: int, into: Memory) -> None:
         tag = message_tag(self._ticket.ticket_id, ordinal)
         try:
             self._operations[ordinal] = self._peer.receive(tag, into, partial(self._ended, ordinal))
@@ -119,7 +118,7 @@ class Arrival:
         if ordinal == MANIFEST:
             actions = self._session.manifest_landed(self._manifest[: completion.num_bytes].tobytes())
         else:
-            checksum = block_checksum(self._memory.block(self.blocks[ordinal].block_id))
+            checksum = self._memory.checksum(self.blocks[ordinal].block_id)
             actions = self._session.block_landed(ordinal, checksum)
         self.verify_s += time.monotonic() - landed_s
         self.transfer_s = landed_s - self._began_s

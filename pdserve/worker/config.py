@@ -62,8 +62,11 @@ class WorkerConfig:
     admin_port: int = 0
     redis_url: str | None = None
     namespace: str = "default"
+    device: str = "auto"  # or cpu, cuda, cuda:N
     dtype: KvDtype = "bfloat16"
-    kv_bytes: int = 1 << 30
+    kv_dtype: KvDtype | None = None  # None: dtype
+    kv_bytes: int | None = None  # None: 1 GiB, or on a GPU what the next leaves
+    gpu_memory_utilization: float = 0.9  # of all its memory, whoever uses it
     block_size: int = 16
     max_batched_tokens: int = 512
     speculate_tokens: int = 0
@@ -72,6 +75,7 @@ class WorkerConfig:
     threads: int = 1
     kernels: str = "auto"
     weights: Literal["dense", "int4"] = "dense"
+    load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights of the shape that config.json gives
     vllm_names: bool = True  # metrics under the names of vLLM too
     store: Path | None = None  # socket of the store node of this machine
     control: ControlPlane = IN_THE_CLEAR  # how routers and peers reach us and we them

@@ -148,6 +148,9 @@ class EngineThread:
     def _run(self) -> None:
         stuck = False
         while True:
+            if self._engine.in_flight:
+                self._step(self._engine.schedule(time.monotonic()))
+                continue
             ran = self._run_commands(wait_s=None if self._engine.idle else _EMPTY_PLAN_WAIT_S if stuck else 0.0)
             if ran is None:
                 return
@@ -183,7 +186,8 @@ class EngineThread:
             self._call(self._listener.on_last_chunks, last)
         self._step_began_s = began_s = time.monotonic()
         try:
-            tokens = self._engine.execute(plan, began_s)
+            # A command waits for one step more at most: it finds nothing under way.
+            tokens = self._engine.execute(plan, began_s, look_ahead=self._commands.empty())
         except Exception:
             log.exception("a step failed; its %d sequences end with an error", len(plan.chunks))
             failed = tuple(chunk.sequence for chunk in plan.chunks)

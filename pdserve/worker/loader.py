@@ -15,15 +15,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
-
 from kvstore.errors import NoRoom
 from kvstore.keys import BlockKey
 from kvstore.pool import BlockRef, HoldKind, PoolEvents
 from kvstore.store.client import StoreClient
 from kvstore.store.handles import LeasedBlock
 from kvstore.store.tier import Tier
-from kvstore.transfer.checksum import block_checksum
 from pdserve.engine.engine import Engine
 from pdserve.worker.engine_thread import EngineThread
 from pdserve.worker.fetch import FetchPlanner
@@ -141,9 +138,7 @@ class Loader:
     def _copy_part(self, part: Sequence[tuple[LeasedBlock, BlockRef]]) -> int:
         """On the thread."""
         for count, (block, ref) in enumerate(part):
-            mine = self._memory.block(ref.block_id)
-            np.copyto(mine, block.data)
-            if block_checksum(mine) != block.checksum:
+            if self._memory.write(ref.block_id, block.data) != block.checksum:
                 return count
         return len(part)
 

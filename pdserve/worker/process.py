@@ -8,50 +8,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
-import mmap
 import secrets
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 
 import grpc.aio
-import torch
 import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvstore.errors import Unavailable
 from kvstore.host import host_id
-from kvstore.layout import BlockGeometry
-from kvstore.pool import BlockPool
 from kvstore.store.client import StoreClient
 from kvstore.transfer.transport import Transport
 from kvstore.transfer.ucx import UcxTransport
 from pdserve import vllm_names
 from pdserve.discovery import Endpoint, Lease
-from pdserve.engine.config import EngineConfig
-from pdserve.engine.engine import Engine
-from pdserve.engine.runner import Runner
 from pdserve.errors import ConfigError
 from pdserve.grammars import Grammars
-from pdserve.kernels import choose
-from pdserve.launch.folders import cache_folder
-from pdserve.models.config import load_config
-from pdserve.models.decoder import Decoder
-from pdserve.models.weights import TORCH_DTYPES, open_weights
 from pdserve.protocol import PROTOCOL_VERSION
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.protocol.worker_pb2_grpc import add_WorkerServicer_to_server
 from pdserve.vllm_names import VllmNames
 from pdserve.worker.admin import make_admin_app
+from pdserve.worker.build import Built
 from pdserve.worker.config import WorkerConfig
 from pdserve.worker.engine_thread import EngineThread
 from pdserve.worker.link_metrics import LinkCollector
 from pdserve.worker.links import CHANNEL_OPTIONS, LinkTable
-from pdserve.worker.memory import BlockMemory
+from pdserve.worker.memory import BlockMemory, block_memory
 from pdserve.worker.metrics import WorkerMetrics
 from pdserve.worker.service import WorkerService
 from pdserve.worker.store_side import StoreSide
@@ -59,74 +46,9 @@ from pdserve.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str], None]
-
 _MAX_MESSAGE_BYTES = 64 << 20
 _STOP_S = 1.0
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _SERVICE = pb.DESCRIPTOR.services_by_name["Worker"].full_name
-
-
-@dataclass(frozen=True, slots=True)
-class Built:
-    """The engine and what the rest of the worker needs to know of it."""
-
-    engine: Engine
-    geometry: BlockGeometry
-    fingerprint: bytes
-    eos_token_ids: tuple[int, ...]
-    vocab_size: int
-
-
-def build_engine(config: WorkerConfig, progress: Progress) -> Built:
-    """Load the model and make the pool. Raises ConfigError with one sentence that says what to do."""
-    torch.set_num_threads(config.threads)
-    _keep_freed_memory()
-    model = load_config(config.model)
-    progress("loading weights")
-    weights = open_weights(config.model, model, config.dtype, cache_folder(), config.weights)
-    kernels = choose(config.kernels, model.head_dim, model.num_heads // model.num_kv_heads)
-    geometry = BlockGeometry(config.block_size, model.num_layers, model.num_kv_heads, model.head_dim, config.dtype)
-    num_blocks = config.kv_bytes // geometry.block_bytes
-    if num_blocks < 1:
-        raise ConfigError(f"--kv-bytes {config.kv_bytes} holds no block of {geometry.block_bytes} bytes")
-    max_model_len = config.max_model_len or min(model.max_position_embeddings, num_blocks * config.block_size)
-    engine_config = EngineConfig(
-        num_blocks=num_blocks,
-        block_size=config.block_size,
-        max_batched_tokens=config.max_batched_tokens,
-        max_sequences=config.max_sequences,
-        max_model_len=max_model_len,
-        speculate_tokens=config.speculate_tokens,
-        handoff_s=config.limits.handoff_s,
-    )
-    decoder = Decoder(model, weights, kernels, max_model_len)
-    pool = make_pool(num_blocks, geometry)
-    engine = Engine(engine_config, BlockPool(num_blocks, config.block_size), Runner(decoder, pool))
-    progress("warming up")
-    engine.warm_up()
-    return Built(engine, geometry, geometry.fingerprint(decoder.kv_identity), model.eos_token_ids, model.vocab_size)
-
-
-def _keep_freed_memory() -> None:
-    """Have malloc keep what a step frees: pages mapped anew cost a prefill step a tenth (docs/results.md)."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # glibc
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
-
-
-def make_pool(num_blocks: int, geometry: BlockGeometry) -> torch.Tensor:
-    """The KV pool's memory, `[num_blocks, kv_heads, layers, 2, block_size, head_dim]`.
-
-    Zeroed, because a kernel may read (and then mask) what lies behind a context's end; the system does it page by page
-    as blocks are first used. Huge pages make decode attention a fifth faster (docs/results.md). Prompts can be read
-    from KV, so it stays out of core dumps.
-    """
-    memory = mmap.mmap(-1, num_blocks * geometry.block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    memory.madvise(mmap.MADV_DONTDUMP)
-    return torch.frombuffer(memory, dtype=TORCH_DTYPES[geometry.dtype]).view(num_blocks, *geometry.shape)
 
 
 @contextlib.asynccontextmanager
@@ -142,7 +64,7 @@ async def running_worker(config: WorkerConfig, built: Built, transport: Transpor
     loop = asyncio.get_running_loop()
     engine = EngineThread(built.engine, loop)
     links = LinkTable(hello, transport, config.limits.link, config.control)
-    memory, metrics = BlockMemory(built.engine.runner.pool), WorkerMetrics(config.role.value)
+    memory, metrics = block_memory(built.engine.runner.pool), WorkerMetrics(config.role.value)
     metrics.set_pool(hello)
     metrics.registry.register(LinkCollector(links.reports))
     if config.vllm_names:
@@ -282,7 +204,9 @@ async def run(config: WorkerConfig, built: Built, ready: Callable[[pb.WorkerHell
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with running_worker(config, built, UcxTransport()) as hello:
+    async with running_worker(
+        config, built, UcxTransport(device=built.engine.runner.pool.device.type != "cpu")
+    ) as hello:
         where = (config.role.value, hello.address, hello.admin_address)
         log.info("worker %s (%s) serves on %s, admin on %s", hello.worker_id, *where)
         ready(hello)

@@ -12,10 +12,9 @@ import numpy as np
 
 from kvstore.errors import TransferError
 from kvstore.keys import BlockKey
-from kvstore.transfer.checksum import block_checksum
 from kvstore.transfer.session import Fenced, SendAction, SendBlock, SendFailed, SendManifest, SendSession, SendState
 from kvstore.transfer.tags import MANIFEST, MAX_BLOCKS, MAX_TICKET_ID, message_tag
-from kvstore.transfer.transport import Buffer, Completion, Outcome
+from kvstore.transfer.transport import Completion, Memory, Outcome
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.worker.config import WorkerLimits
 from pdserve.worker.links import PROBE_TICKET, LinkTable, PeerLink
@@ -116,8 +115,8 @@ class Push:
             return
         first, count = self._ticket.first_ordinal, len(self._ticket.block_ids)
         while session.state is SendState.SENDING and session.num_ready < min(count, len(self._block_ids) - first):
-            block = self._memory.block(self._block_ids[first + session.num_ready])
-            self._do(session.ready(session.num_ready, block_checksum(block)))
+            checksum = self._memory.checksum(self._block_ids[first + session.num_ready])
+            self._do(session.ready(session.num_ready, checksum))
         if self._content is None or session.state is not SendState.SENDING:
             return
         if session.num_ready == count and first + count == len(self._block_ids):
@@ -145,7 +144,7 @@ class Push:
         if self._session is not None and self._session.state in (SendState.DONE, SendState.STOPPED):
             self._drained.set()
 
-    def _send(self, ordinal: int, data: Buffer) -> None:
+    def _send(self, ordinal: int, data: Memory) -> None:
         assert self._peer is not None
         try:
             self._peer.send(message_tag(self._ticket.ticket_id, ordinal), data, partial(self._ended, ordinal))
@@ -154,7 +153,7 @@ class Push:
             failed = Completion(0, Outcome.FAILED, 0, str(error))
             asyncio.get_running_loop().call_soon(self._ended, ordinal, failed)
         else:
-            self.num_bytes += data.size if ordinal != MANIFEST else 0
+            self.num_bytes += data.nbytes if ordinal != MANIFEST else 0
 
     def _ended(self, ordinal: int, completion: Completion) -> None:
         assert self._session is not None

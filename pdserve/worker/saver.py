@@ -13,12 +13,9 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
 from kvstore.pool import BlockRef, HoldKind
 from kvstore.store.client import StoreClient
 from kvstore.store.handles import SaveSlot
-from kvstore.transfer.checksum import block_checksum
 from pdserve.engine.engine import Engine
 from pdserve.engine.scheduler import Committed
 from pdserve.worker.engine_thread import EngineThread
@@ -115,9 +112,7 @@ class Saver:
         """On the thread. The checksum is that of our own bytes: a copy that went wrong does not pass it."""
         saved = []
         for slot, ref in pairs:
-            block = self._memory.block(ref.block_id)
-            np.copyto(slot.data, block)
-            saved.append((slot, block_checksum(block)))
+            saved.append((slot, self._memory.read(ref.block_id, slot.data)))
         return saved
 
 

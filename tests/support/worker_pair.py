@@ -27,8 +27,9 @@ from pdserve.engine.engine import Engine
 from pdserve.engine.runner import Runner
 from pdserve.kernels.base import Batch
 from pdserve.protocol import worker_pb2 as pb
+from pdserve.worker.build import Built
 from pdserve.worker.config import LinkLimits, Role, WorkerConfig, WorkerLimits
-from pdserve.worker.process import Built, running_worker
+from pdserve.worker.process import running_worker
 from tests.support.oracle_model import VOCAB_SIZE, OracleModel, empty_pool
 from tests.support.router_client import DEADLINE_S, Ask, RouterClient
 from tests.support.tiny_engine import BLOCK_SIZE, GEOMETRY

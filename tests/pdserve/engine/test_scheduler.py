@@ -286,7 +286,7 @@ def test_failed_step_leaves_nothing_visible_and_gives_everything_back(monkeypatc
 
     plan = engine.schedule(0.0)
     with monkeypatch.context() as broken:
-        broken.setattr(engine.runner, "run", fail)
+        broken.setattr(engine.runner, "launch", fail)
         with pytest.raises(RuntimeError):
             engine.execute(plan, 0.0)
     assert engine.pool.visible_keys() == visible
