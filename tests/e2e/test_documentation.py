@@ -43,6 +43,7 @@ NOT_RUN = {
     ("tenants.md", "pdserve router"): "tests/e2e/test_tenants.py has one",
     ("loadtest.md", "make loadtest"): "test_sweep",
     ("loadtest.md", "locust"): "test_locust_...",
+    ("kubernetes.md", "pdserve key"): "needs a cluster; test_page runs the same command of tenants.md",
     ("kubernetes.md", "docker build"): "no Docker, registry or cluster; tests/helm has a stand-in for the last",
 }
 # A sweep or a run that takes minutes, in seconds.

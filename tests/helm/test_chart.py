@@ -277,3 +277,31 @@ def test_lint(profile: str) -> None:
         command = [tool(helm), "lint", "--strict", str(CHART), "-f", str(values_file(profile))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout
+
+
+def test_keys_and_certificates_are_mounted_from_their_secrets_where_they_are_needed() -> None:
+    found = dict(pod_templates(objects("everything")))
+    for name in ("router", "store", *ROLES):
+        spec = found[f"rel-pdserve-{name}"]["spec"]
+        container = next(one for one in spec["containers"] if one["name"] in MODULES)
+        secrets = {volume["name"]: volume["secret"] for volume in spec["volumes"] if "secret" in volume}
+        folders = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        environment = {each["name"]: each.get("value", "") for each in container["env"]}
+        wanted = {"PDSERVE_TLS_DIR": "certificates"}
+        if name == "router":
+            wanted |= {"PDSERVE_TENANTS_FILE": "access", "PDSERVE_ADMIN_KEY_FILE": "access"}
+        for variable, secret in wanted.items():
+            path = environment[variable]
+            folder = next(each for each in folders if path.startswith(each) and each.startswith("/etc"))
+            assert secrets[folders[folder]]["secretName"] == secret
+            assert not secrets[folders[folder]]["defaultMode"] & 0o007, "others read it, which the processes refuse"
+        assert len(secrets) == len(set(wanted.values()))
+    for _, pod in pod_templates(objects("cpu-demo")):
+        assert not {"tls", "access"} & {volume["name"] for volume in pod["spec"]["volumes"]}
+
+
+def test_prometheus_shows_the_admin_key_to_routers_alone() -> None:
+    for monitor in of_kind("PodMonitor", objects("everything")):
+        [endpoint] = monitor["spec"]["podMetricsEndpoints"]
+        key = {"credentials": {"name": "access", "key": "admin.key"}}
+        assert endpoint.get("authorization") == (key if component(monitor) == "router" else None)

@@ -86,6 +86,23 @@ capabilities: {drop: [ALL]}
 - name: PDSERVE_CACHE
   value: /cache
 {{ include "pdserve.redisEnv" . }}
+{{- if .Values.security.tlsSecret }}
+- {name: PDSERVE_TLS_DIR, value: /etc/pdserve/tls}
+{{- end }}
+{{- end }}
+
+{{/* Certificates of the deployment, readable by the group that every pod runs as. */}}
+{{- define "pdserve.tlsVolume" -}}
+{{- with .Values.security.tlsSecret }}
+- name: tls
+  secret: {secretName: {{ . }}, defaultMode: 0440}
+{{- end }}
+{{- end }}
+
+{{- define "pdserve.tlsMount" -}}
+{{- if .Values.security.tlsSecret }}
+- {name: tls, mountPath: /etc/pdserve/tls, readOnly: true}
+{{- end }}
 {{- end }}
 
 {{/* `default` builds the model in the cache volume; a link gives it the name that clients use. */}}
