@@ -1,4 +1,4 @@
-"""A link on an asyncio loop: each operation is told once, on the loop, after the call that began it; death is noticed."""
+"""A link on an asyncio loop: each operation is told once, on the loop, after the call that began it; a death shows."""
 
 from __future__ import annotations
 
