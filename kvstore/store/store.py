@@ -25,9 +25,9 @@ from kvstore.store.landing import RemoteTier
 from kvstore.store.loads import Loaded, Loading
 from kvstore.store.metrics import StoreMetrics
 from kvstore.store.promotion import Promotion
+from kvstore.store.scrub import drop_corrupt
 from kvstore.store.tier import Tier
 from kvstore.store.write_behind import WriteBehind
-from kvstore.transfer.checksum import block_checksum
 from kvstore.transfer.transport import Buffer
 
 
@@ -151,7 +151,7 @@ class TieredStore:
 
     async def report_corrupt(self, keys: Sequence[BlockKey]) -> int:
         """A reader's copies had other checksums: drop the blocks whose bytes are wrong here too; how many."""
-        return (await self._verify_host([block for key in keys if (block := self.host.get(key))])).num_corrupt
+        return await self._drop_corrupt([block for key in keys if (block := self.host.get(key))])
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -200,12 +200,19 @@ class TieredStore:
 
     async def verify(self) -> Verified:
         """Read everything and drop what has not its checksum."""
-        found = await self._verify_host(list(self.host.blocks()))
+        blocks = list(self.host.blocks())
+        num_corrupt = await self._drop_corrupt(blocks)
         if self.disk is None:
-            return found
-        num_blocks, num_corrupt = await self.disk.verify()
+            return Verified(len(blocks), num_corrupt)
+        on_disk, corrupt_on_disk = await self.disk.verify()
         self.publish_removed()
-        return Verified(found.num_blocks + num_blocks, found.num_corrupt + num_corrupt)
+        return Verified(len(blocks) + on_disk, num_corrupt + corrupt_on_disk)
+
+    async def _drop_corrupt(self, blocks: Sequence[HostBlock]) -> int:
+        count = await drop_corrupt(self.host, self.slots, blocks)
+        self.metrics.corrupt(Tier.HOST, count)
+        self.publish_removed()
+        return count
 
     def sweep(self) -> None:
         """End what has expired; to be called now and then."""
@@ -323,18 +330,3 @@ class TieredStore:
         if from_peers and self.remote is not None and not self.host.is_writing(first):
             await self.remote.fetch(keys, parent, until_s)
         return Tier.REMOTE
-
-    async def _verify_host(self, blocks: Sequence[HostBlock]) -> Verified:
-        loop = asyncio.get_running_loop()
-        corrupt = 0
-        for block in blocks:
-            lease_id = self.host.open_lease("verify", time.monotonic(), float("inf"))
-            if self.host.lease(lease_id, [block.key], touch=False) == [block]:
-                found = await loop.run_in_executor(None, block_checksum, self.slots[block.ref.slot])
-                if found != block.checksum and self.host.get(block.key) is block:
-                    self.host.drop(block.key)
-                    corrupt += 1
-            self.host.release(lease_id)
-        self.metrics.corrupt(Tier.HOST, corrupt)
-        self.publish_removed()
-        return Verified(len(blocks), corrupt)

@@ -10,11 +10,7 @@ another thread or task costs more than the call. What must wait (disk, other nod
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-import socket
-import struct
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
@@ -44,13 +40,13 @@ from kvstore.store.messages import (
 from kvstore.store.opened import NodeState, OpenStore
 from kvstore.store.sessions import Session
 from kvstore.store.store import TieredStore
+from kvstore.store.unix_socket import bind, peer_pid
 
 log = logging.getLogger(__name__)
 
 MAX_TOLD = 4096  # leases that one worker has numbered itself; the node takes no more of them
 MAX_WAITING = 64  # calls of one worker that wait; beyond it nothing more is read from it
 _BACKLOG = 128
-_PEER = struct.Struct("3i")  # ucred: pid, uid, gid
 
 
 class WorkerServer:
@@ -59,7 +55,7 @@ class WorkerServer:
     def __init__(self, state: NodeState, path: Path) -> None:
         """Take the socket. Raises Unavailable if somebody listens there already, or nobody may."""
         self._state = state
-        self._listening = _bind(path)
+        self._listening = bind(path)
         self._server: asyncio.Server | None = None
         self._connections: set[WorkerConnection] = set()
 
@@ -218,7 +214,7 @@ class WorkerConnection(asyncio.Protocol):
 
     async def _open(self, call: int, hello: Hello) -> None:
         """The process is the one that the kernel saw connecting: its end frees what it holds."""
-        pid = _peer_pid(self._transport)
+        pid = peer_pid(self._transport)
         try:
             opened = await self._state.open(Geometry(hello.fingerprint, hello.block_bytes))
             writing = {SlotRef(*ref) for ref in hello.writing}
@@ -278,35 +274,3 @@ class WorkerConnection(asyncio.Protocol):
 
     async def _report(self, call: int, keys: Sequence[BlockKey]) -> None:
         self._reply(call, encode_count(await self._store.report_corrupt(keys)))
-
-
-def _peer_pid(transport: asyncio.Transport) -> int:
-    """Of the process at the other end; 0 if it is in a PID namespace that we cannot see."""
-    with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as peer:
-        pid, _, _ = _PEER.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-    return int(pid)
-
-
-def _bind(path: Path) -> socket.socket:
-    """Nobody can connect before the caller listens. Raises Unavailable."""
-    with contextlib.closing(socket.socket(socket.AF_UNIX)) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)  # left by a node that was killed
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise Unavailable(f"{path} cannot be listened on: {error.strerror or error}") from error
-        else:
-            raise Unavailable(f"another store node listens on {path}")
-    listening = socket.socket(socket.AF_UNIX)
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        listening.bind(str(path))
-        os.chmod(path, 0o600)
-    except OSError as error:
-        listening.close()
-        raise Unavailable(f"{path} cannot be listened on: {error.strerror or error}") from error
-    listening.setblocking(False)
-    return listening

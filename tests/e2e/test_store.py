@@ -61,6 +61,21 @@ def test_next_turn_computes_its_own_words_only(pair: Stack, mixed: Stack, encode
     pair.assert_pools_whole()
 
 
+def test_next_chat_turn_computes_its_own_words_and_the_template_only(pair: Stack, mixed: Stack, encode: Encode) -> None:
+    """The prompt is in prefill's pool still; the answer, which decode has computed, comes from the store."""
+    messages = [{"role": "user", "content": passage(20, 40)}]
+    first = asking(pair).chat(messages, max_tokens=40)
+    assert len(encode(first.text)) == first.output_tokens, "this test needs text that is tokenised alike in both turns"
+    await_blocks(pair, "host", full_blocks(first))
+    messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": passage(21, 5)}]
+    second = asking(pair).chat(messages)
+    new = second.usage["prompt_tokens"] - first.usage["total_tokens"]
+    assert second.usage["prompt_tokens"] - second.cached_tokens <= new + BLOCK_SIZE
+    assert second.cached_by_tier["host"] > 0
+    assert second.text == mixed.client.chat(messages).text
+    pair.assert_pools_whole()
+
+
 def test_death_of_decode_costs_the_tail_only(pair: Stack, mixed: Stack) -> None:
     body: dict[str, Any] = {"prompt": passage(3, 100), "max_tokens": 60, "seed": 5, "temperature": 0.8}
     expected = mixed.client.ask(body).text

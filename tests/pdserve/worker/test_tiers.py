@@ -11,6 +11,7 @@ import grpc.aio
 import pytest
 
 from kvstore.keys import BlockKey, block_keys, root_key
+from kvstore.store import client as store_client
 from kvstore.store import store_pb2 as pb
 from kvstore.store.client import StoreClient
 from kvstore.store.config import operator_socket
@@ -94,6 +95,7 @@ async def tiers(
     # To fetch is worth it however few blocks there are, and however slow the machine is.
     monkeypatch.setattr(fetch, "_PREFILL_PRIOR_TOKENS_PER_S", 1.0)
     monkeypatch.setattr(fetch, "GRACE_S", 10.0)
+    monkeypatch.setattr(store_client, "CALL_TIMEOUT_S", 10.0)
     async with contextlib.AsyncExitStack() as stack:
 
         def node(name: str, *options: str) -> NodeProcess:
