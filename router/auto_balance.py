@@ -14,7 +14,7 @@ from router.balance import Advice, Balancer, WorkerView, capacity_rps
 from router.demand import DemandMeter
 from router.fleet import Fleet
 from router.member import Member
-from router.policy import Speed
+from router.policy import Role, Speed
 from router.roles import RoleChanger
 from router.step_model import USUAL_STEP
 
@@ -64,8 +64,8 @@ class AutoBalance:
 
     async def look(self, now_s: float) -> None:
         """One look, and what follows from it."""
-        for change in self._fleet.role_changes - self._seen_changes:
-            self._balancer.changed(now_s, *change)
+        for before_role, after_role in self._fleet.role_changes - self._seen_changes:
+            self._balancer.changed(now_s, Role(before_role), Role(after_role))
         self._seen_changes = self._fleet.role_changes.copy()
         before = self.advice
         self.advice = None

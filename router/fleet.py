@@ -345,7 +345,7 @@ class Fleet:
     @property
     def ready(self) -> bool:
         """Whether a request would be served now; prefill and decode that just joined get time for their link."""
-        usable = [member for member in self._by_id.values() if not member.link.suspect]
+        usable = self.in_use()
         roles = {member.role for member in usable}
         if not {Role.PREFILL, Role.DECODE} <= roles or Role.MIXED in roles:
             return bool(usable)

@@ -24,8 +24,8 @@ class HotCopies:
     def placed(self, decision: Decision, need: Need, keys: Sequence[BlockKey]) -> Copy | None:
         """A prompt was placed; the copy that this led to."""
         chosen = decision.chosen
-        if chosen is None or len(self._fleet.in_use()) < 2:
-            return None
+        if chosen is None or not len(self._fleet.stores.index):
+            return None  # there is nothing that a copy could come from
         member = self._fleet.member(chosen.worker_id)
         assert member is not None
         # What it takes of a worker that has what some worker has: whoever was chosen instead computes more.

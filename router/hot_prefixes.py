@@ -102,8 +102,10 @@ class HotPrefixes:
         for each in hot:
             holders = sum(blocks >= each.blocks for blocks in held.values())
             prefix = self._prefixes[each.key]
-            if each.load < ALARM * max(1, holders) or now_s < prefix.copied_s + AGAIN_S:
+            if each.load < ALARM * max(1, holders):
                 continue
+            if now_s < prefix.copied_s + AGAIN_S:
+                return None  # the copy under way is one of the shorter ones' too
             fitting = [
                 target
                 for target in targets

@@ -14,11 +14,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvstore.keys import BlockKey, KeyChain, block_keys, root_key
+from kvstore.store.tier import Tier
 from router.columns import Columns, Seats
 from router.index import PrefixIndex
 from router.policy import POLICIES, Candidate, Decision, LoadView, Need, Phase, Role
+from router.store_index import StoreIndex
 
 WORKERS = 64
+NODES = 8
 PROMPT_TOKENS = 8192
 BLOCK_SIZE = 16
 MEMBERSHIPS = 1_000_000
@@ -36,6 +39,7 @@ def measure_decision() -> dict[str, Any]:
         "all_keys_us": _quantiles(lambda: block_keys(_ROOT, tokens, BLOCK_SIZE)),
         "half_held_by_all": _measure(index, columns, seats, tokens, keys, [half] * WORKERS),
         "all_prefixes_differ": _measure(index, columns, seats, tokens, keys, [2 * slot for slot in range(WORKERS)]),
+        "half_held_by_all_with_stores": _measure(index, columns, seats, tokens, keys, [half] * WORKERS, _stores(keys)),
         "candidates_built_from_records_us": _quantiles(lambda: Seats.of(_records())),
     }
 
@@ -47,6 +51,7 @@ def _measure(
     tokens: tuple[int, ...],
     keys: list[BlockKey],
     depths: Sequence[int],
+    stores: StoreIndex | None = None,
 ) -> dict[str, Any]:
     for slot, depth in enumerate(depths):
         index.removed(slot, keys)
@@ -57,7 +62,8 @@ def _measure(
     def decide(prompt: Sequence[BlockKey]) -> Decision:
         nonlocal turn
         turn += 1
-        candidates = columns.candidates(seats, index.match(prompt), 100.0 + 1e-3 * turn)
+        stored = stores.match(prompt) if stores is not None else None
+        candidates = columns.candidates(seats, index.match(prompt), 100.0 + 1e-3 * turn, stored=stored)
         return POLICIES["cost"].decide(need, candidates, turn)
 
     return {
@@ -66,6 +72,17 @@ def _measure(
         "keys_look_up_and_score_us": _quantiles(lambda: decide(KeyChain(_ROOT, tokens, BLOCK_SIZE)).worker_id),
         "explain_all_candidates_us": _quantiles(lambda: decide(keys).considered),
     }
+
+
+def _stores(keys: Sequence[BlockKey]) -> StoreIndex:
+    """A node for each eight workers; all of the prompt lies in the last one, half of that on disk."""
+    stores = StoreIndex()
+    for node in range(NODES):
+        stores.join(node)
+        stores.stored(node, 0, Tier.DISK, keys[: (node + 1) * len(keys) // NODES])
+        stores.stored(node, 0, Tier.HOST, keys[: (node + 1) * len(keys) // NODES // 2])
+        stores.snapshot_ended(node, 0)
+    return stores
 
 
 def measure_events() -> dict[str, float]:
@@ -140,6 +157,8 @@ def _records() -> list[tuple[int, Candidate]]:
                 total_blocks=1 << 16,
                 block_bytes=1 << 18,
                 load=LoadView(waiting_tokens=slot, sequences=slot % 8, free_blocks=4096),
+                store_node=slot % NODES,
+                store_shares=True,
             ),
         )
         for slot in range(WORKERS)

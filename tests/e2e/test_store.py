@@ -14,7 +14,7 @@ from tests.e2e.conftest import MakeStack
 from tests.kvstore.store.redis_process import RedisProcess, start_redis
 from tests.support.api_client import Answer, ApiClient
 from tests.support.passages import Encode, passage
-from tests.support.stack import Stack, wait_for
+from tests.support.stack import Stack, get_json, metric, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -30,6 +30,10 @@ def pair(make_stack: MakeStack) -> Iterator[Stack]:
 
 def asking(stack: Stack) -> ApiClient:
     return ApiClient(stack.port, stack.model.name, headers={"x-pdserve-timeline": "1"})
+
+
+def known_of_stores(stack: Stack) -> float:
+    return metric(f"{stack.url}/metrics", "pdserve_router_store_index_keys")
 
 
 def await_blocks(stack: Stack, tier: str, count: int) -> None:
@@ -55,8 +59,20 @@ def test_next_turn_computes_its_own_words_only(pair: Stack, mixed: Stack, encode
     await_blocks(pair, "host", full_blocks(first))
     pair.end_workers()
     pair.revive()
+    wait_for(lambda: known_of_stores(pair) >= full_blocks(first), 20.0, lambda: "the router does not follow the store")
     second = asking(pair).complete(second_turn)
     assert second.cached_by_tier == {"host": full_blocks(first) * BLOCK_SIZE}
+    # No worker held anything: the decision says from where the prefix comes, and how long that takes.
+    [record] = get_json(f"{pair.url}/v1/requests?limit=1")["data"]
+    decision = record["decisions"][0]
+    assert (decision["best_hit_blocks"], decision["fetched_blocks"]) == (0, full_blocks(first))
+    assert decision["reachable_blocks"] == full_blocks(first)
+    chosen = next(each for each in decision["candidates"] if each["worker_id"] == decision["chosen"])
+    assert chosen["fetch"] == {
+        "blocks": full_blocks(first),
+        "tier": "host",
+        "seconds": chosen["terms_s"]["fetch"],
+    }
     assert second.text == mixed.client.complete(second_turn).text
     pair.assert_pools_whole()
 

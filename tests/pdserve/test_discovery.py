@@ -6,6 +6,7 @@ import asyncio
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,17 @@ async def test_a_lease_lists_its_endpoint_and_takes_it_away_at_exit(server: Serv
     discovery = RedisDiscovery(server.url, namespace="test")
     async with Lease(server.url, WORKER, renew_s=0.2):
         assert await until(discovery, bool) == [WORKER]
+    assert await discovery.poll() == []
+    await discovery.close()
+
+
+async def test_a_role_that_changes_is_written_at_once_and_taken_away_at_exit(server: Server) -> None:
+    discovery = RedisDiscovery(server.url, namespace="test")
+    await until(discovery, lambda listed: listed == [])
+    async with Lease(server.url, WORKER, renew_s=60) as lease:
+        await until(discovery, lambda listed: listed == [WORKER])
+        lease.update(role="decode")
+        await until(discovery, lambda listed: listed == [replace(WORKER, role="decode")])
     assert await discovery.poll() == []
     await discovery.close()
 

@@ -16,6 +16,7 @@ from kvstore.store.client import StoreClient
 from kvstore.store.config import StoreConfig
 from kvstore.store.node import running_node as running_store
 from kvstore.transfer.loopback import LoopbackNetwork
+from pdserve.protocol import worker_pb2 as pb
 from pdserve.worker.config import Role
 from tests.support.router_client import Ask
 from tests.support.tiny_engine import BLOCK_SIZE, GEOMETRY, ROOT
@@ -115,6 +116,27 @@ async def test_only_what_the_pool_lacks_is_loaded(site: Site) -> None:
     again = Ask("again", prompt_of(40))
     assert await run(second, again) == long.expected
     assert await cached(second, again) == {"device": 8, "host": 28}
+
+
+async def test_blocks_are_loaded_before_anyone_asks_and_routers_hear_of_it(site: Site) -> None:
+    """What a router sees as hot: the second worker then has it on its device, and says so without a step."""
+    first, ask = await site.worker("a"), Ask("first", prompt_of(18))
+    assert await run(first, ask) == ask.expected
+    await site.saved([*ask.prompt])
+    second = await site.worker("b")
+    node = await second.router.wait(lambda message: message.store if message.HasField("store") else None)
+    assert node.address
+    assert node.incarnation
+    assert not node.shares
+    keys = block_keys(ROOT, ask.prompt, BLOCK_SIZE)
+    second.router.send(prefetch=pb.Prefetch(keys=b"".join(keys)))
+    await second.router.wait(lambda message: message.kv_events.stored == b"".join(keys) or None)
+    again = Ask("again", prompt_of(18))
+    assert await run(second, again) == ask.expected
+    assert await cached(second, again) == {"device": 16}
+    second.router.send(prefetch=pb.Prefetch(keys=b"".join(keys)))  # it has them
+    await second.heard()
+    await whole(second)
 
 
 async def test_resumed_request_goes_on_from_the_store(site: Site) -> None:
