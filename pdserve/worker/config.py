@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Literal
 
 from kvstore.layout import KvDtype
+from pdserve.models.weight_format import WeightFormat
 from pdserve.protocol import worker_pb2 as pb
 
 
@@ -70,7 +70,7 @@ class WorkerConfig:
     max_model_len: int | None = None  # None: what the model allows, as far as the pool holds it
     threads: int = 1
     kernels: str = "auto"
-    weights: Literal["dense", "int4"] = "dense"
+    weights: WeightFormat = "dense"
     vllm_names: bool = True  # metrics under the names of vLLM too
     store: Path | None = None  # socket of the store node of this machine
     limits: WorkerLimits = field(default_factory=WorkerLimits)
