@@ -8,7 +8,9 @@ noisy.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import subprocess
 import time
 from array import array
 from collections.abc import Callable
@@ -22,10 +24,15 @@ from kvstore.keys import root_key
 from pdserve.bench.result import tell
 from pdserve.engine.engine import Engine
 from pdserve.engine.sequence import Sequence
-from pdserve.kernels.base import Int4Weight, Weight
+from pdserve.errors import ConfigError
+from pdserve.kernels.base import Weight
+from pdserve.kernels.quantised import QuantisedWeight
 from pdserve.launch.folders import cache_folder
 from pdserve.models.config import load_config
 from pdserve.models.default_model import ensure_default_model
+from pdserve.models.folder import weight_files
+from pdserve.models.source import resolve_model
+from pdserve.models.weight_format import WEIGHT_FORMATS
 from pdserve.models.weights import Weights, open_weights
 from pdserve.request import SamplingParams
 from pdserve.worker.build import build_engine
@@ -35,24 +42,24 @@ CONTEXT = 512
 
 
 def dense(weight: Weight) -> Tensor:
-    return weight.dense if isinstance(weight, Int4Weight) else weight
+    """Of the serving dtype, as the products that a step is compared with read it."""
+    return weight.values().bfloat16() if isinstance(weight, QuantisedWeight) else weight
 
 
 def gemms(weights: Weights, rows: int, head_rows: int) -> Callable[[], None]:
     """All matrix products of a step over `rows` tokens of which `head_rows` are sampled from."""
-    first = weights.layers[0]
-    x = torch.randn(rows, dense(first.qkv).shape[1]).to(weights.embedding.dtype)
-    attended = torch.randn(rows, dense(first.output).shape[1]).to(x.dtype)
-    inner = torch.randn(rows, dense(first.down).shape[1]).to(x.dtype)
+    layers = [[dense(weight) for weight in (x.qkv, x.output, x.gate_up, x.down)] for x in weights.layers]
+    head = dense(weights.head)
+    x, attended, _, inner = (torch.randn(rows, weight.shape[1]).to(head.dtype) for weight in layers[0])
 
     @torch.inference_mode()
     def run() -> None:
-        for layer in weights.layers:
-            linear(x, dense(layer.qkv))
-            linear(attended, dense(layer.output))
-            linear(x, dense(layer.gate_up))
-            linear(inner, dense(layer.down))
-        linear(x[:head_rows], dense(weights.head))
+        for qkv, output, gate_up, down in layers:
+            linear(x, qkv)
+            linear(attended, output)
+            linear(x, gate_up)
+            linear(inner, down)
+        linear(x[:head_rows], head)
 
     return run
 
@@ -110,15 +117,28 @@ def prefill(engine: Engine, weights: Weights, num_tokens: int, rounds: int) -> d
     return alternate(run, gemms(weights, num_tokens, 1), rounds)
 
 
+def llama_cpp(python: str, folder: Path, rounds: int) -> dict[str, object]:
+    """The same steps by llama-cpp-python, in the environment of the interpreter `python`."""
+    files = weight_files(folder)
+    if files[0].suffix != ".gguf":
+        raise ConfigError(f"llama-cpp-python needs a GGUF file, and {folder} has none.")
+    command = (python, str(Path(__file__).with_name("llama_cpp_peer.py")), str(files[0]), str(rounds))
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, object] = json.loads(done.stdout)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, help="default: the default model")
+    parser.add_argument("--model", help="default: the default model")
     parser.add_argument("--kernels", default="auto")
-    parser.add_argument("--weights", choices=("dense", "int4"), default="dense")
+    parser.add_argument("--weights", choices=WEIGHT_FORMATS, default="dense")
+    parser.add_argument("--llama-cpp", help="a Python that has llama-cpp-python, to run the same GGUF file beside")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    folder = args.model or ensure_default_model(cache_folder(), lambda text, share: None)
+    cache = cache_folder()
+    folder = resolve_model(args.model, cache) if args.model else ensure_default_model(cache, lambda text, share: None)
     config = WorkerConfig(
         role=Role.MIXED,
         worker_id="bench",
@@ -129,7 +149,7 @@ def main() -> None:
         weights=args.weights,
     )
     engine = build_engine(config, lambda text: None).engine
-    weights = open_weights(folder, load_config(folder), config.dtype, cache_folder(), config.weights)
+    weights = open_weights(folder, load_config(folder), config.dtype, cache, config.weights)
     result: dict[str, object] = {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -139,6 +159,8 @@ def main() -> None:
     for batch in (1, 8, 16):
         result[f"decode_batch_{batch}"] = decode(engine, weights, batch, args.rounds)
     result["prefill_512"] = prefill(engine, weights, 512, args.rounds)
+    if args.llama_cpp is not None:
+        result["llama_cpp"] = llama_cpp(args.llama_cpp, folder, args.rounds)
     tell(result, args.json)
 
 

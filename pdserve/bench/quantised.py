@@ -1,4 +1,4 @@
-"""`python -m pdserve.bench.quantised [TEXT]`: what 4-bit weights cost in quality, against the dense ones.
+"""`python -m pdserve.bench.quantised [TEXT]`: what quantised weights cost in quality, against the dense ones.
 
 Perplexity of both over the tokens of a text file, in windows of 512 of which the second half counts; how often the
 likeliest next token is the same; and how many tokens of a greedy answer are the same before the first that is not.
@@ -23,7 +23,8 @@ from pdserve.models.config import load_config
 from pdserve.models.decoder import Decoder
 from pdserve.models.default_model import ensure_default_model
 from pdserve.models.source import resolve_model
-from pdserve.models.weights import WeightFormat, open_weights
+from pdserve.models.weight_format import WEIGHT_FORMATS, WeightFormat
+from pdserve.models.weights import open_weights
 
 WINDOW, BLOCK_SIZE, ANSWER = 512, 16, 64
 
@@ -60,15 +61,16 @@ class Alone:
 
 
 def compare(dense: Alone, packed: Alone, tokens: list[int]) -> dict[str, float]:
-    losses, same = {"dense": 0.0, "int4": 0.0}, 0
+    models = {"dense": dense, "packed": packed}
+    losses, same = dict.fromkeys(models, 0.0), 0
     count = 0
     for start in range(0, len(tokens) - WINDOW, WINDOW // 2):
         window, half = tokens[start : start + WINDOW + 1], WINDOW // 2
         targets = torch.tensor(window[half + 1 :])
-        logits = {name: model.logits(window[:-1])[half:] for name, model in (("dense", dense), ("int4", packed))}
+        logits = {name: model.logits(window[:-1])[half:] for name, model in models.items()}
         for name, values in logits.items():
             losses[name] += float(cross_entropy(values, targets, reduction="sum"))
-        same += int((logits["dense"].argmax(-1) == logits["int4"].argmax(-1)).sum())
+        same += int((logits["dense"].argmax(-1) == logits["packed"].argmax(-1)).sum())
         count += len(targets)
     perplexity = {f"perplexity_{name}": round(math.exp(loss / count), 3) for name, loss in losses.items()}
     return {"tokens": count, **perplexity, "same_likeliest_token": round(same / count, 4)}
@@ -88,13 +90,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text", type=Path, nargs="?", default=Path("docs/design.md"))
     parser.add_argument("--model", help="default: the default model")
+    parser.add_argument("--weights", choices=WEIGHT_FORMATS[1:], default="int4")
     parser.add_argument("--answers", type=int, default=8)
     args = parser.parse_args()
     cache = cache_folder()
     folder = resolve_model(args.model, cache) if args.model else ensure_default_model(cache, lambda text, share: None)
     tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(args.text.read_text()).ids
-    dense, packed = Alone(folder, "dense"), Alone(folder, "int4")
-    result = compare(dense, packed, tokens)
+    dense, packed = Alone(folder, "dense"), Alone(folder, args.weights)
+    result = {"weights": args.weights, **compare(dense, packed, tokens)}
     result[f"equal_tokens_of_{ANSWER}"] = agreement(dense, packed, tokens, args.answers)
     print(json.dumps(result, indent=2))
 

@@ -14,6 +14,8 @@ from pdserve.launch.plan import UpOptions, counted
 from pdserve.launch.steps import Steps
 from pdserve.launch.supervisor import up as start_up
 from pdserve.models.source import check_model
+from pdserve.models.weight_format import HELP as WEIGHTS_HELP
+from pdserve.models.weight_format import WeightFormat
 
 
 def register(app: typer.Typer) -> None:
@@ -34,7 +36,7 @@ def register(app: typer.Typer) -> None:
             int | None, typer.Option(parser=parse_bytes, metavar="SIZE", help="KV pool of each worker: 512M, 2G.")
         ] = None,
         kernels: Annotated[Literal["auto", "native", "reference"], typer.Option()] = "auto",
-        weights: Annotated[Literal["dense", "int4"], typer.Option(help="int4: in 4 bits for decode.")] = "dense",
+        weights: Annotated[WeightFormat, typer.Option(help=WEIGHTS_HELP)] = "dense",
         policy: Annotated[str | None, typer.Option(help="How the router chooses workers.")] = None,
         redis: Annotated[str | None, typer.Option(metavar="URL", help="A running Redis; else one is embedded.")] = None,
         namespace: Annotated[str, typer.Option(help="Separates fleets that share a Redis.")] = "default",

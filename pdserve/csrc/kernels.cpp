@@ -10,6 +10,7 @@
 #include "elementwise.h"
 #include "linear.h"
 #include "linear_amx.h"
+#include "linear_quantised.h"
 #include "prefill.h"
 
 namespace {
@@ -158,6 +159,14 @@ PDS_EXPORT int pds_batch_fits(const Batch* batch, const Pool* pool) {
   PDS_EXPORT void pds_attention_##NAME(T* out, const T* qkv, const Batch* batch, const Pool* pool, int layer,      \
                                        int heads, float scale, int window, float softcap, int threads) {           \
     attend(Attention<T>{out, qkv, *batch, *pool, Shape{layer, heads, scale, softcap, window}, threads});           \
+  }                                                                                                                \
+  PDS_EXPORT void pds_linear_int8_##NAME(T* out, const T* x, const uint8_t* w, const _Float16* scales,             \
+                                         const T* bias, int rows, int n, int k, int threads) {                     \
+    linear_quantised<T, 8>(QuantisedArgs<T>{out, x, w, scales, bias, rows, n, k}, threads);                        \
+  }                                                                                                                \
+  PDS_EXPORT void pds_linear_int4_##NAME(T* out, const T* x, const uint8_t* w, const _Float16* scales,             \
+                                         const T* bias, int rows, int n, int k, int threads) {                     \
+    linear_quantised<T, 4>(QuantisedArgs<T>{out, x, w, scales, bias, rows, n, k}, threads);                        \
   }
 
 PDS_KERNELS(bf16, bf16)

@@ -13,6 +13,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from pdserve.kernels.quantised import QuantisedWeight
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -29,19 +31,7 @@ class Batch:
     max_query_len: int
 
 
-INT4_GROUP = 32  # columns that share a scale
-
-
-@dataclass(frozen=True, slots=True)
-class Int4Weight:
-    """A weight in 4 bits for few rows, and dense, as what they stand for, for many (pdserve.models.int4)."""
-
-    dense: Tensor  # [N, K] bfloat16
-    packed: Tensor  # [N, K / 2] uint8, in torch's layout
-    scales: Tensor  # [K / INT4_GROUP, N, 2] bfloat16
-
-
-Weight = Tensor | Int4Weight  # of a matrix product
+Weight = Tensor | QuantisedWeight  # of a matrix product
 
 
 class Kernels(Protocol):
@@ -89,7 +79,10 @@ class Kernels(Protocol):
         ...
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        """x [..., K] times the transpose of weight [N, K], plus bias [N] -> [..., N]; summed in float32."""
+        """x [..., K] times the transpose of weight [N, K], plus bias [N] -> [..., N]; summed in float32.
+
+        With a quantised weight, x is rounded as `pdserve.kernels.quantised.rounded` says.
+        """
         ...
 
     def silu_and_mul(self, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pdserve.kernels.base import Batch, Int4Weight, Weight
+from pdserve.kernels.base import Batch, Weight
 from pdserve.kernels.paging import Pages, pages_of
 from pdserve.kernels.staging import Staging
 
@@ -232,7 +232,8 @@ class FlashInferKernels:
         return attended.view(-1, num_heads * head_dim)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        return functional.linear(x, weight.dense if isinstance(weight, Int4Weight) else weight, bias)
+        assert isinstance(weight, Tensor), "a device has dense weights"
+        return functional.linear(x, weight, bias)
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
         activated: Tensor = self._library.silu_and_mul(x)

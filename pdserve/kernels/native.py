@@ -15,14 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from pdserve.kernel_limits import MAX_GROUP, native_refusal
-from pdserve.kernels.base import INT4_GROUP, Batch, Int4Weight, Weight
+from pdserve.kernels.base import Batch, Weight
 from pdserve.kernels.build import NativeUnavailable, build
+from pdserve.kernels.quantised import QuantisedWeight
 from pdserve.kernels.self_check import check
 from pdserve.launch.folders import cache_folder
 
-# Up to so many rows torch's product of 4-bit weights beats those of dense ones: 3.5 times at 1 row, 2.1 at 4, 1.2 at 8,
-# 0.9 at 16 (docs/results.md).
-INT4_ROWS = 8
 _AVX512_BF16, _AMX = 1, 2  # bits of pds_init's result
 _SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
@@ -65,6 +63,8 @@ _SIGNATURES = {
     "gelu_and_mul": (None, (_P, _P, _I, _I, _I)),
     "rope_append": (_I, (_P, _P, _I, _I, _P, _P, _I, _I, _I)),
     "attention": (None, (_P, _P, _P, _P, _I, _I, _F, _I, _F, _I)),
+    "linear_int8": (None, (_P, _P, _P, _P, _P, _I, _I, _I, _I)),
+    "linear_int4": (None, (_P, _P, _P, _P, _P, _I, _I, _I, _I)),
 }
 
 
@@ -118,6 +118,7 @@ class NativeKernels:
         self._gelu_and_mul = functions["gelu_and_mul"]
         self._rope_append = functions["rope_append"]
         self._attention = functions["attention"]
+        self._quantised = {8: functions["linear_int8"], 4: functions["linear_int4"]}
         self._linear = _bind(library, "pds_linear_bf16", None, (_P, _P, _P, _P, _I, _I, _I, _I))
         self._batch_fits = _bind(library, "pds_batch_fits", _I, (_P, _P))
         self.most_rows = most_rows(self._features)
@@ -192,10 +193,8 @@ class NativeKernels:
         return out
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        if isinstance(weight, Int4Weight):
-            if 0 < x.shape[0] <= INT4_ROWS:
-                return _linear_int4(x, weight, bias)
-            weight = weight.dense
+        if isinstance(weight, QuantisedWeight):
+            return self._linear_quantised(x, weight, bias)
         size, depth = weight.shape
         rows = x.numel() // depth
         if not (0 < rows <= self.most_rows and _streams(x, weight, bias)):
@@ -204,6 +203,17 @@ class NativeKernels:
         bias_pointer = None if bias is None else bias.data_ptr()
         pointers = (out.data_ptr(), x.data_ptr(), weight.data_ptr(), bias_pointer)
         self._linear(*pointers, rows, size, depth, self._threads)
+        return out
+
+    def _linear_quantised(self, x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:
+        size, depth = weight.shape
+        x = x.contiguous()
+        if x.shape[-1] != depth or (bias is not None and (bias.shape != (size,) or bias.dtype != x.dtype)):
+            raise ValueError(f"x {tuple(x.shape)} {x.dtype} does not fit a weight {weight.shape} and its bias")
+        out = x.new_empty(*x.shape[:-1], size)
+        bias_pointer = None if bias is None else bias.data_ptr()
+        pointers = (out.data_ptr(), x.data_ptr(), weight.data.data_ptr(), weight.scales.data_ptr(), bias_pointer)
+        _of(self._quantised[weight.bits], x)(*pointers, x.numel() // depth, size, depth, self._threads)
         return out
 
     def _activate(self, functions: dict[torch.dtype, Callable[..., Any]], x: Tensor) -> Tensor:
@@ -281,11 +291,6 @@ def _streams(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and weight.is_contiguous()
         and (bias is None or (bias.dtype == torch.bfloat16 and bias.shape == (size,)))
     )
-
-
-def _linear_int4(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
-    out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight.packed, INT4_GROUP, weight.scales)
-    return out if bias is None else out.add_(bias)
 
 
 def _norm_size(x: Tensor, weight: Tensor) -> int:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pdserve.kernels.base import Batch, Int4Weight, Weight
+from pdserve.kernels.base import Batch, Weight
+from pdserve.kernels.quantised import QuantisedWeight, rounded
 
 
 class ReferenceKernels:
@@ -69,7 +70,10 @@ class ReferenceKernels:
         return out
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        return functional.linear(x, weight.dense if isinstance(weight, Int4Weight) else weight, bias)
+        if isinstance(weight, QuantisedWeight):
+            product = functional.linear(rounded(x), weight.values(), None if bias is None else bias.float())
+            return product.to(x.dtype)
+        return functional.linear(x, weight, bias)
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
         gate, up = x.float().chunk(2, dim=-1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pdserve.kernels.base import Batch, Kernels
+from pdserve.kernels.quantised import Bits, QuantisedWeight, packed_shapes
 from pdserve.kernels.reference import ReferenceKernels
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
@@ -44,6 +45,12 @@ def _outputs(kernels: Kernels, dtype: torch.dtype) -> Iterator[tuple[str, Tensor
     kernels.norm_slices(slices, 32, 2, weight[:32].contiguous(), 1e-5, 1.0)
     yield "norm_slices", slices
     yield "linear", kernels.linear(x, random(64, _HIDDEN) / 8, random(64))
+    widths: tuple[Bits, ...] = (8, 4)
+    for bits in widths:
+        data, scales = packed_shapes((64, _HIDDEN), bits)
+        weight_bytes = torch.randint(0, 256, data, generator=rng, dtype=torch.uint8)
+        quantised = QuantisedWeight(weight_bytes, torch.rand(scales, generator=rng).half() / 2**bits)
+        yield f"linear in {bits} bits", kernels.linear(x, quantised, random(64))
 
     batch, num_blocks = _batch()
     qkv = random(len(batch.positions), (_HEADS + 2 * _KV_HEADS) * _DIM)

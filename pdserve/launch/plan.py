@@ -6,12 +6,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from kvstore.layout import KvDtype
 from pdserve.errors import ConfigError
 from pdserve.launch.child import Command
 from pdserve.launch.folders import cache_folder
+from pdserve.models.weight_format import WeightFormat
 
 ROLES = ("prefill", "decode", "mixed")
 
@@ -30,7 +30,7 @@ class UpOptions:
     threads: int = 1
     kv_bytes: int | None = None
     kernels: str = "auto"
-    weights: Literal["dense", "int4"] = "dense"
+    weights: WeightFormat = "dense"
     policy: str | None = None
     redis_url: str | None = None  # None: an embedded server
     namespace: str = "default"

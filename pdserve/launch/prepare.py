@@ -10,16 +10,16 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import Literal
 
 from kvstore.layout import KvDtype
 from pdserve.errors import ConfigError
 from pdserve.launch.announce import Announcer, Progress
 from pdserve.launch.folders import cache_folder
+from pdserve.models.weight_format import WEIGHT_FORMATS, WeightFormat
 
 
 def prepare(
-    folder: Path | None, dtype: KvDtype, weights: Literal["dense", "int4"], kernels: str, progress: Progress
+    folder: Path | None, dtype: KvDtype, weights: WeightFormat, kernels: str, progress: Progress
 ) -> dict[str, str]:
     """
     Args:
@@ -56,7 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pdserve.launch.prepare", description=__doc__)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--weights", choices=("dense", "int4"), default="dense")
+    parser.add_argument("--weights", choices=WEIGHT_FORMATS, default="dense")
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--ready-fd", type=int)
     arguments = parser.parse_args()

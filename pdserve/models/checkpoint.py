@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pdserve.errors import ConfigError
+from pdserve.kernels.quantised import Bits
+from pdserve.models.quantise import Levels
 
 _SUPPORTED_DTYPES = ("BF16", "F16", "F32")
 
@@ -21,6 +23,10 @@ class Tensors(Protocol):
     def check(self, name: str, shape: tuple[int, ...]) -> None: ...
 
     def read(self, name: str) -> Tensor: ...
+
+    def bits(self, name: str) -> Bits | None: ...
+
+    def levels(self, name: str) -> Levels: ...
 
 
 def open_checkpoint(files: tuple[Path, ...]) -> AbstractContextManager[Tensors]:
@@ -91,6 +97,14 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{path}: {name} cannot be read: {error}.") from error
         return tensor
+
+    def bits(self, name: str) -> Bits | None:
+        """What a tensor is quantised to; None: dense, as all of these are."""
+        return None
+
+    def levels(self, name: str) -> Levels:
+        """A tensor of which `bits` are not None."""
+        raise AssertionError(f"{name} is dense")
 
     def _find(self, name: str) -> tuple[Path, Any]:
         found = self._files.get(name)

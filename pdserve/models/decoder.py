@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from pdserve.kernels.base import Batch, Kernels
+from pdserve.kernels.quantised import QuantisedWeight
 from pdserve.models.config import ModelConfig
 from pdserve.models.rope import rope_table
 from pdserve.models.weights import LayerWeights, Weights
@@ -30,7 +31,7 @@ class Decoder:
         self.weights = weights
         self.kernels = kernels
         self._max_positions = max_positions
-        tables = [rope_table(rope, max_positions).to(weights.embedding.device) for rope in config.ropes]
+        tables = [rope_table(rope, max_positions).to(weights.final_norm.device) for rope in config.ropes]
         unrotated = tables[0][:, :0].contiguous()
         self._cos_sin = [unrotated if layer.rope is None else tables[layer.rope] for layer in config.layers]
         # Both as the kernels take them: 0 is none.
@@ -60,7 +61,7 @@ class Decoder:
             Hidden states after the final norm, [T, hidden].
         """
         linear = self.kernels.linear
-        residual = embedding(token_ids, self.weights.embedding)
+        residual = self._embed(token_ids)
         if self.config.embedding_scale != 1.0:
             residual *= torch.tensor(self.config.embedding_scale).to(residual.dtype)  # rounded as in training
         first = self.weights.layers[0].attention_norm
@@ -82,6 +83,13 @@ class Decoder:
             logits *= self.config.logit_scale
         cap = self.config.logit_softcap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        """[T] -> [T, hidden]."""
+        table = self.weights.embedding
+        if isinstance(table, QuantisedWeight):
+            return table.rows(token_ids).to(self.weights.final_norm.dtype)
+        return embedding(token_ids, table)
 
     def _attend(self, qkv: Tensor, layer: LayerWeights, batch: Batch, pool: Tensor, i: int) -> Tensor:
         """qkv [T, q_size + 2 kv_size] -> [T, q_size]."""

@@ -18,8 +18,11 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from pdserve.errors import ConfigError
+from pdserve.kernels.quantised import Bits
 from pdserve.models.families import FAMILIES
+from pdserve.models.gguf_levels import bits_of, levels
 from pdserve.models.gguf_types import ARCHITECTURES, TENSOR_TYPES
+from pdserve.models.quantise import Levels
 
 _READ_ERRORS = (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError)
 _NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -120,6 +123,26 @@ class GgufFile:
             raise ConfigError(f"{self.path}: {name} cannot be read: {error}.") from error
         if name.endswith("norm.weight") and self._family.norm_offset:
             return values.float() - self._family.norm_offset
+        return self._in_our_order(name, values)
+
+    def bits(self, name: str) -> Bits | None:
+        """What a tensor is kept in where it stays quantised; None: dense."""
+        return bits_of(self._find(name).tensor_type.name)
+
+    def levels(self, name: str) -> Levels:
+        """A tensor of which `bits` are not None.
+
+        Raises:
+            ConfigError: it is missing or cannot be read.
+        """
+        try:
+            made = levels(self._find(name))
+        except _READ_ERRORS as error:
+            raise ConfigError(f"{self.path}: {name} cannot be read: {error}.") from error
+        return Levels(self._in_our_order(name, made.levels), self._in_our_order(name, made.scales))
+
+    def _in_our_order(self, name: str, values: Tensor) -> Tensor:
+        """values [N, ...] with the rows of rotated pairs in two halves."""
         if self._family.gguf_rotates_pairs and ".self_attn.q_proj." in name:
             return _unpair(values, self.shape_field("attention.head_count"))
         if self._family.gguf_rotates_pairs and ".self_attn.k_proj." in name:

@@ -24,7 +24,7 @@ from pdserve.models.folder import sync
 
 _LENGTH = struct.Struct("<Q")
 _ALIGN_BYTES = 64
-_CODES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.uint8: "U8"}
+_CODES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16", torch.uint8: "U8"}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _CHECKSUM = "data_xxh3_64"
 _NO_CHECKSUM = "0" * 16

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
 
 import torch
 from filelock import FileLock, Timeout
@@ -21,14 +20,15 @@ from torch import Tensor
 
 from kvstore.layout import KvDtype
 from pdserve.errors import ConfigError
-from pdserve.kernels.base import Int4Weight, Weight
-from pdserve.models import int4
-from pdserve.models.checkpoint import open_checkpoint
+from pdserve.kernels.base import Weight
+from pdserve.kernels.quantised import Bits, QuantisedWeight, fits, packed_shapes
+from pdserve.models.checkpoint import Tensors, open_checkpoint
 from pdserve.models.config import ModelConfig
 from pdserve.models.folder import weight_files
 from pdserve.models.packed import Damaged, Entries, Packed, Shape, map_packed, tensor_bytes, write_packed
+from pdserve.models.quantise import Levels, quantise
+from pdserve.models.weight_format import WeightFormat
 
-WeightFormat = Literal["dense", "int4"]
 TORCH_DTYPES: dict[KvDtype, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
@@ -36,7 +36,8 @@ TORCH_DTYPES: dict[KvDtype, torch.dtype] = {
 }
 PACK_TIMEOUT_S = 1800.0
 _FORMAT = 1
-_PACKED, _SCALES = ".packed", ".scales"  # of a weight in 4 bits, after its name
+_QUANTISED_FORMAT = 1
+_SCALES = ".scales"  # of a quantised weight, after its name
 
 _log = logging.getLogger(__name__)
 
@@ -64,10 +65,10 @@ class LayerWeights:
 @dataclass(frozen=True, slots=True)
 class Weights:
     identity: str  # hex; equal only for equal tensors under an equal config
-    embedding: Tensor  # [vocab, H]
+    embedding: Weight  # [vocab, H]
     layers: tuple[LayerWeights, ...]
     final_norm: Tensor  # [H]
-    head: Weight  # [vocab, H]; where the config ties them the embedding itself, if it is dense
+    head: Weight  # [vocab, H]; where the config ties them the embedding itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +95,11 @@ def open_weights(
 
     Raises:
         ConfigError: a weight file is missing, truncated or corrupt; a tensor is missing or has another shape or an
-            unsupported dtype; the cache cannot be written; 4 bits with another dtype than bfloat16.
+            unsupported dtype; the cache cannot be written; the form of a GGUF file for another one.
     """
-    if weight_format == "int4" and dtype != "bfloat16":
-        raise ConfigError(f"Weights in int4 go with the dtype bfloat16, not {dtype}.")
     files = weight_files(folder)
+    if weight_format == "gguf" and files[0].suffix != ".gguf":
+        raise ConfigError(f"Weights as the GGUF file has them need one; the model {folder} has safetensors.")
     name = sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     suffix = "" if weight_format == "dense" else f"-{weight_format}"
     path = cache_dir / "weights" / f"{name}-{dtype}{suffix}.safetensors"
@@ -142,7 +143,7 @@ def place(weights: Weights, device: torch.device) -> Weights:
     """Dense weights on another device, each copied there straight from the mapped file."""
 
     def there(weight: Weight | None) -> Tensor | None:
-        assert not isinstance(weight, Int4Weight)
+        assert not isinstance(weight, QuantisedWeight), "a device has dense weights"
         return None if weight is None else weight.to(device)
 
     names = LayerWeights.__dataclass_fields__
@@ -150,13 +151,14 @@ def place(weights: Weights, device: torch.device) -> Weights:
         LayerWeights(**{name: there(getattr(layer, name)) for name in names})  # type: ignore[arg-type]
         for layer in weights.layers
     )
-    embedding, final_norm = weights.embedding.to(device), weights.final_norm.to(device)
+    embedding, final_norm = there(weights.embedding), weights.final_norm.to(device)
     head = embedding if weights.head is weights.embedding else there(weights.head)
+    assert embedding is not None
     assert head is not None
     return Weights(weights.identity, embedding, layers, final_norm, head)
 
 
-def _parts(config: ModelConfig, weight_format: WeightFormat = "dense") -> list[_Part]:
+def _parts(config: ModelConfig) -> list[_Part]:
     """The packed tensors in file order, which is the order of use."""
     hidden = config.hidden_size
     parts = [_Part("embedding", ("model.embed_tokens.weight",), (config.vocab_size,), hidden)]
@@ -165,8 +167,6 @@ def _parts(config: ModelConfig, weight_format: WeightFormat = "dense") -> list[_
     parts.append(_Part("final_norm", ("model.norm.weight",), (hidden,), None))
     if not config.tie_word_embeddings:
         parts.append(_Part("head", ("lm_head.weight",), (config.vocab_size,), hidden))
-    elif weight_format == "int4":
-        parts.append(_Part("head", parts[0].sources, (config.vocab_size,), hidden))
     return parts
 
 
@@ -226,44 +226,63 @@ def _pack(
     weight_format: WeightFormat,
     source: str,
 ) -> None:
-    parts = _parts(config, weight_format)
-    quantised = {part.name for part in parts if weight_format == "int4" and _in_4_bits(part)}
+    parts = _parts(config)
     digest = sha256(_config_stamp(config).encode())
 
-    def fused() -> Iterator[Tensor]:
+    def tensors(checkpoint: Tensors, bits: dict[str, Bits | None]) -> Iterator[Tensor]:
         for part in parts:
-            pieces = [checkpoint.read(name).to(dtype) for name in part.sources]
-            tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0].contiguous()
-            four_bits = int4.quantise(tensor) if part.name in quantised else None
-            if four_bits is not None:
-                tensor = four_bits.dense  # says it all: the layout of the rest differs between machines
-            digest.update(f"{part.name} {dtype} {tensor.shape}".encode())
-            digest.update(tensor_bytes(tensor))
-            yield tensor
-            if four_bits is not None:
-                yield from (four_bits.packed, four_bits.scales)
+            for tensor in _read(checkpoint, part, bits[part.name], dtype, weight_format):
+                digest.update(f"{part.name} {tensor.dtype} {tensor.shape}".encode())
+                digest.update(tensor_bytes(tensor))
+                yield tensor
 
     with open_checkpoint(files) as checkpoint:
         for part in parts:
             for i, name in enumerate(part.sources):
                 checkpoint.check(name, part.source_shape(i))
-        entries = _entries(parts, quantised, dtype)
-        write_packed(path, entries, fused(), lambda: {"source": source, "identity": digest.hexdigest()})
+        bits = {part.name: _bits(checkpoint, part, weight_format) for part in parts}
+        entries = _entries(parts, bits, dtype)
+        metadata = lambda: {"source": source, "identity": digest.hexdigest()}  # noqa: E731
+        write_packed(path, entries, tensors(checkpoint, bits), metadata)
 
 
-def _in_4_bits(part: _Part) -> bool:
-    """Weights of products; the table of embeddings is read a row a token."""
-    return part.name != "embedding" and int4.fits(part.shape)
+def _bits(checkpoint: Tensors, part: _Part, weight_format: WeightFormat) -> Bits | None:
+    """What a part is kept in; None: in the serving dtype."""
+    if weight_format == "dense" or not fits(part.shape):
+        return None
+    if weight_format == "gguf":
+        kept = [checkpoint.bits(name) for name in part.sources]
+        return None if None in kept else max(filter(None, kept))
+    # The table of embeddings stays in 8 bits: a token reads one row of it, and as a head it is the most sensitive.
+    return 4 if weight_format == "int4" and part.name != "embedding" else 8
 
 
-def _entries(parts: list[_Part], quantised: set[str], dtype: torch.dtype) -> Entries:
+def _read(
+    checkpoint: Tensors, part: _Part, bits: Bits | None, dtype: torch.dtype, weight_format: WeightFormat
+) -> tuple[Tensor, ...]:
+    """The tensors of a part as the packed file has them: one, or data and scales."""
+    if bits is None:
+        pieces = [checkpoint.read(name).to(dtype) for name in part.sources]
+        return (torch.cat(pieces) if len(pieces) > 1 else pieces[0].contiguous(),)
+    if weight_format == "gguf":
+        levels = [checkpoint.levels(name) for name in part.sources]
+        made = [piece if piece.bits == bits else quantise(piece.values(), bits) for piece in levels]
+    else:
+        made = [quantise(checkpoint.read(name), bits) for name in part.sources]
+    weight = Levels(torch.cat([x.levels for x in made]), torch.cat([x.scales for x in made])).pack()
+    return weight.data, weight.scales
+
+
+def _entries(parts: list[_Part], bits: dict[str, Bits | None], dtype: torch.dtype) -> Entries:
     entries: dict[str, tuple[Shape, torch.dtype]] = {}
     for part in parts:
-        entries[part.name] = (part.shape, dtype)
-        if part.name in quantised:
-            packed, scales = int4.shapes(part.shape)
-            entries[part.name + _PACKED] = (packed, torch.uint8)
-            entries[part.name + _SCALES] = (scales, dtype)
+        kept = bits[part.name]
+        if kept is None:
+            entries[part.name] = (part.shape, dtype)
+            continue
+        data, scales = packed_shapes(part.shape, kept)
+        entries[part.name] = (data, torch.uint8)
+        entries[part.name + _SCALES] = (scales, torch.float16)
     return entries
 
 
@@ -278,23 +297,24 @@ def _map_current(path: Path, source: str) -> Packed | None:
 
 def _assemble(config: ModelConfig, tensors: dict[str, Tensor], identity: str) -> Weights:
     def weight(name: str) -> Weight | None:
-        dense, packed = tensors.get(name), tensors.get(name + _PACKED)
-        return dense if dense is None or packed is None else Int4Weight(dense, packed, tensors[name + _SCALES])
+        tensor, scales = tensors.get(name), tensors.get(name + _SCALES)
+        return tensor if tensor is None or scales is None else QuantisedWeight(tensor, scales)
 
     fields = LayerWeights.__dataclass_fields__
     layers = tuple(
         LayerWeights(**{field: weight(f"layers.{i}.{field}") for field in fields})  # type: ignore[arg-type]
         for i in range(config.num_layers)
     )
-    embedding, head = tensors["embedding"], weight("head")
+    embedding, head = weight("embedding"), weight("head")
+    assert embedding is not None
     return Weights(identity, embedding, layers, tensors["final_norm"], embedding if head is None else head)
 
 
 def _source_stamp(files: tuple[Path, ...], config: ModelConfig, weight_format: WeightFormat) -> str:
     stats = [(str(file.resolve()), file.stat()) for file in files]
     listed = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    layout = [] if weight_format == "dense" else [weight_format, int4.layout()]
-    return json.dumps([_FORMAT, listed, _config_stamp(config), *layout])
+    kept = [] if weight_format == "dense" else [weight_format, _QUANTISED_FORMAT]
+    return json.dumps([_FORMAT, listed, _config_stamp(config), *kept])
 
 
 def _config_stamp(config: ModelConfig) -> str:

@@ -18,6 +18,8 @@ from pdserve.errors import ConfigError
 from pdserve.launch.announce import Announcer
 from pdserve.launch.folders import cache_folder
 from pdserve.models.source import resolve_model
+from pdserve.models.weight_format import HELP as WEIGHTS_HELP
+from pdserve.models.weight_format import WeightFormat
 from pdserve.worker.config import Role, WorkerConfig
 
 # A thread that waits for the interpreter lock gets it this soon: asyncio must not hold up a step for the default 5 ms.
@@ -56,7 +58,7 @@ def main(
     max_model_len: Annotated[int, typer.Option(help="Tokens a request may have; 0: what model and pool allow.")] = 0,
     threads: Annotated[int, typer.Option(help="Compute threads.")] = 1,
     kernels: Annotated[str, typer.Option(help="auto, native, flashinfer, sdpa or reference.")] = "auto",
-    weights: Annotated[Literal["dense", "int4"], typer.Option(help="int4: in 4 bits for decode.")] = "dense",
+    weights: Annotated[WeightFormat, typer.Option(help=WEIGHTS_HELP)] = "dense",
     load_format: Annotated[
         Literal["auto", "dummy"], typer.Option(help="dummy: random weights of the shape that config.json gives.")
     ] = "auto",

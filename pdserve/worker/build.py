@@ -90,7 +90,7 @@ def _load_weights(config: WorkerConfig, model: ModelConfig, device: torch.device
 def _num_blocks(
     config: WorkerConfig, model: ModelConfig, weights: Weights, kernels: Kernels, geometry: BlockGeometry
 ) -> int:
-    on_cpu = weights.embedding.device.type == "cpu"
+    on_cpu = weights.final_norm.device.type == "cpu"
     if config.kv_bytes is None and not on_cpu:
         few = config.max_batched_tokens + 2
         tried = Decoder(model, weights, kernels, few)

@@ -9,6 +9,7 @@ from typing import Literal
 
 from kvstore.control_plane import IN_THE_CLEAR, ControlPlane
 from kvstore.layout import KvDtype
+from pdserve.models.weight_format import WeightFormat
 from pdserve.protocol import worker_pb2 as pb
 
 
@@ -74,7 +75,7 @@ class WorkerConfig:
     max_model_len: int | None = None  # None: what the model allows, as far as the pool holds it
     threads: int = 1
     kernels: str = "auto"
-    weights: Literal["dense", "int4"] = "dense"
+    weights: WeightFormat = "dense"
     load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights of the shape that config.json gives
     vllm_names: bool = True  # metrics under the names of vLLM too
     store: Path | None = None  # socket of the store node of this machine

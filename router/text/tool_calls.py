@@ -2,6 +2,7 @@
 
 hermes    <tool_call>{"name": "f", "arguments": {...}}</tool_call>     Qwen, Hermes, SmolLM
 mistral   [TOOL_CALLS][{"name": "f", "arguments": {...}}]               Mistral
+          [TOOL_CALLS]f[ARGS]{...}                                      Mistral from Small 3.2 on
 llama3    {"name": "f", "parameters": {...}}, as the whole answer       Llama 3.1 to 3.3
 """
 
@@ -28,10 +29,12 @@ class ToolFormat:
     opening: str = ""  # between `begin` and the JSON
     closing: str = ""
     mark: str = ""
+    named: str = ""  # between the name and the arguments, where a call is these two and not one JSON object
 
 
 HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>", "arguments", "\n", "\n")
 MISTRAL = ToolFormat("mistral", "[TOOL_CALLS]", "", "arguments", "[", "]")
+MISTRAL_NAMED = ToolFormat("mistral", "[TOOL_CALLS]", "", "", named="[ARGS]")
 LLAMA3 = ToolFormat("llama3", "", "", "parameters", mark="<|python_tag|>")
 
 
@@ -43,10 +46,8 @@ class ToolCallText:
 
 def find_format(template: str) -> ToolFormat | None:
     """The format that the source of a chat template writes calls in; None for one that this does not know."""
-    for tool_format, sign in ((HERMES, HERMES.begin), (MISTRAL, MISTRAL.begin), (LLAMA3, "parameters")):
-        if sign in template:
-            return tool_format
-    return None
+    signs = ((HERMES, HERMES.begin), (MISTRAL_NAMED, "[ARGS]"), (MISTRAL, MISTRAL.begin), (LLAMA3, "parameters"))
+    return next((tool_format for tool_format, sign in signs if sign in template), None)
 
 
 def forced_calls(
@@ -57,18 +58,23 @@ def forced_calls(
     Args:
         functions: each with a `name`, and its `parameters` as a JSON schema if it has any.
     """
-    begin, end = (_terminal(text, tokenizer) for text in (tool_format.begin, tool_format.end))
+    begin, end, named = (_terminal(x, tokenizer) for x in (tool_format.begin, tool_format.end, tool_format.named))
     opening, closing = json.dumps(tool_format.opening), json.dumps(tool_format.closing)
     one = " | ".join(f"function_{i}" for i in range(len(functions)))
     more = f' (", " ({one}))*' if tool_format is MISTRAL and several else ""
     lines = [
-        f"start: call{'+' if several and tool_format is HERMES else ''}",
+        f"start: call{'+' if several and tool_format in (HERMES, MISTRAL_NAMED) else ''}",
         f"call: {begin} {opening} ({one}){more} {closing} {end}",
     ]
     for i, function in enumerate(functions):
-        head = json.dumps(f'{{"name": {json.dumps(function["name"])}, "{tool_format.arguments}": ')
         schema = {"x-guidance": {"whitespace_flexible": False}} | (function.get("parameters") or {"type": "object"})
-        lines += [f'function_{i}: {head} arguments_{i} "}}"', f"arguments_{i}: %json {json.dumps(schema)}"]
+        name = json.dumps(function["name"])
+        if tool_format.named:
+            lines.append(f"function_{i}: {name} {named} arguments_{i}")
+        else:
+            head = json.dumps(f'{{"name": {name}, "{tool_format.arguments}": ')
+            lines.append(f'function_{i}: {head} arguments_{i} "}}"')
+        lines.append(f"arguments_{i}: %json {json.dumps(schema)}")
     return Grammar("lark", "\n".join(lines))
 
 
@@ -115,7 +121,10 @@ class ToolCallParser:
         held, self._held = self._held, ""
         if not self._inside:
             return ("" if self._called and not held.strip() else held), []
-        found = parse_calls(held.removeprefix(self._format.mark) if self._format.mark else held)
+        if self._format.named:
+            found = parse_named(held, self._format)
+        else:
+            found = parse_calls(held.removeprefix(self._format.mark) if self._format.mark else held)
         return (self._format.begin + held, []) if found is None else ("", found)
 
     def _enter(self) -> str:
@@ -159,6 +168,25 @@ def parse_calls(text: str) -> list[ToolCallText] | None:
                 return None
             calls.append(call)
         rest = rest[end:].lstrip(" \n\t;,")
+    return calls or None
+
+
+def parse_named(text: str, tool_format: ToolFormat) -> list[ToolCallText] | None:
+    """The calls in `name[ARGS]{...}`, each after the first with `begin` before it, or in the older form; else None.
+
+    An id may stand behind the name. Marks that are special tokens may be missing from the text.
+    """
+    calls: list[ToolCallText] = []
+    for part in filter(None, map(str.strip, text.split(tool_format.begin))):
+        head, brace, arguments = part.partition("{")
+        name = head.removesuffix(tool_format.named).partition("[CALL_ID]")[0].strip()
+        try:
+            json.loads(brace + arguments)
+        except (ValueError, RecursionError):
+            return parse_calls(text)
+        if not name or "[" in name:
+            return parse_calls(text)
+        calls.append(ToolCallText(name, brace + arguments))
     return calls or None
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from pdserve.errors import ConfigError
+from pdserve.kernels.quantised import QuantisedWeight
 from pdserve.models.config import load_config
 from pdserve.models.families import FAMILIES
 from pdserve.models.gguf_file import GgufFile
@@ -323,6 +324,52 @@ def test_a_quantised_file_is_served_in_either_dtype(make_checkpoint: Callable[..
     truth = open_weights(checkpoint, config, "float32", tmp_path).layers[1].down
     for dtype, bound in (("float32", 0.01), ("bfloat16", 0.015)):
         assert 0 < (open_weights(folder, config, dtype, tmp_path).layers[1].down.float() - truth).abs().max() < bound
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_K", "Q6_K"])
+def test_a_tensor_that_stays_packed_has_the_values_of_the_file(kind: str, tmp_path: Path) -> None:
+    """Of four types exactly, but for scales of Q4_K in float16; others are rounded to 8 bits."""
+    if kind in K_BLOCKS:
+        _, size, halves = K_BLOCKS[kind]
+        data = np.random.default_rng(0).integers(0, 256, (3, 2, size), np.uint8)
+        for at in halves:
+            data[..., at : at + 2] = np.array([0.01], np.float16).view(np.uint8)
+        data = data.reshape(3, -1)
+    else:
+        values = np.random.default_rng(0).uniform(-1, 1, (3, 512)).astype(np.float32)
+        data = quantize(values, GGMLQuantizationType[kind])
+    writer = GGUFWriter(tmp_path / "one.gguf", "llama")
+    writer.add_tensor("blk.0.ffn_down.weight", data, raw_dtype=GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    name = "model.layers.0.mlp.down_proj.weight"
+    with GgufFile(tmp_path / "one.gguf") as file:
+        dense, bits, kept = file.read(name), file.bits(name), file.levels(name)
+    assert bits == kept.bits == (4 if kind.startswith("Q4") else 8)
+    off = {"Q4_K": 5e-4}.get(kind, 1e-6 if kind in ("Q8_0", "Q4_0", "Q4_1") else 5e-3)
+    assert (kept.values() - dense).abs().max() <= off * dense.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "F16"])
+def test_a_file_that_stays_packed_is_the_model_that_it_was_dense(
+    kind: str, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Rows of rotated pairs are reordered as packed; the table is kept once, whether tied or not."""
+    for tied in (True, False):
+        checkpoint = make_checkpoint("Llama", tie_word_embeddings=tied, vocab_size=144)
+        as_gguf(checkpoint, tmp_path / f"{tied}.gguf", "Llama", {}, kind)
+        folder = resolve_model(tmp_path / f"{tied}.gguf", tmp_path / "cache")
+        config = load_config(folder)
+        dense, kept = (open_weights(folder, config, "float32", tmp_path, name) for name in ("dense", "gguf"))
+        assert (kept.head is kept.embedding) == tied
+        for layer, truth in zip(kept.layers, dense.layers, strict=True):
+            for name in ("qkv", "output", "gate_up", "down"):
+                weight = getattr(layer, name)
+                values = weight.values() if isinstance(weight, QuantisedWeight) else weight
+                assert isinstance(weight, QuantisedWeight) == (kind != "F16")
+                torch.testing.assert_close(values, getattr(truth, name), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,23 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.text.tool_calls import HERMES, LLAMA3, MISTRAL, ToolCallParser, ToolCallText, ToolFormat, find_format
+from router.text.tool_calls import (
+    HERMES,
+    LLAMA3,
+    MISTRAL,
+    MISTRAL_NAMED,
+    ToolCallParser,
+    ToolCallText,
+    ToolFormat,
+    find_format,
+)
 
 CALL = '{"name": "f", "arguments": {"a": 1, "b": "é<"}}'
 READ = ToolCallText("f", '{"a": 1, "b": "é<"}')
+NOTHING = ToolCallText("g", "{}")
 ANSWERS = [
     (HERMES, f"<tool_call>\n{CALL}\n</tool_call>", "", [READ]),
     (HERMES, f"Well.\n<tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>", "Well.", [READ, READ]),
@@ -24,6 +34,11 @@ ANSWERS = [
     (HERMES, '<tool_call>{"name": "f', '<tool_call>{"name": "f', []),
     (MISTRAL, f"[TOOL_CALLS][{CALL}, {CALL}]", "", [READ, READ]),
     (MISTRAL, "[TOOL", "[TOOL", []),
+    (MISTRAL_NAMED, '[TOOL_CALLS]f[ARGS]{"a": 1, "b": "é<"}', "", [READ]),
+    (MISTRAL_NAMED, 'So [TOOL_CALLS]f[CALL_ID]x1[ARGS]{"a": 1, "b": "é<"}[TOOL_CALLS]g {}', "So ", [READ, NOTHING]),
+    (MISTRAL_NAMED, f"[TOOL_CALLS][{CALL}]", "", [READ]),
+    (MISTRAL_NAMED, '[TOOL_CALLS]f[ARGS]{"a": ', '[TOOL_CALLS]f[ARGS]{"a": ', []),
+    (MISTRAL_NAMED, "[TOOL_CALLS]{}", "[TOOL_CALLS]{}", []),
     (LLAMA3, '{"name": "f", "parameters": {"x": []}}', "", [ToolCallText("f", '{"x": []}')]),
     (LLAMA3, f"<|python_tag|>{CALL}; {CALL}", "", [READ, READ]),
     (LLAMA3, 'As JSON: {"name": "f"}', 'As JSON: {"name": "f"}', []),
@@ -32,6 +47,7 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize(("tool_format", "answer", "content", "calls"), ANSWERS)
+@settings(deadline=None)
 @given(data=st.data())
 def test_any_cut_of_an_answer_reads_the_same(
     tool_format: ToolFormat, answer: str, content: str, calls: list[ToolCallText], data: st.DataObject
@@ -46,6 +62,7 @@ def test_any_cut_of_an_answer_reads_the_same(
     assert (text + rest, found + last) == (content, calls)
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="<tol_ca>{}[]TOOL\n x", max_size=60))
 def test_text_without_a_call_is_not_changed(text: str) -> None:
     for tool_format in (HERMES, MISTRAL):
@@ -57,7 +74,13 @@ def test_text_without_a_call_is_not_changed(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("template", "tool_format"),
-    [("{{ '<tool_call>' }}", HERMES), ("[TOOL_CALLS]", MISTRAL), ('"parameters": x', LLAMA3), ("{{ tools }}", None)],
+    [
+        ("{{ '<tool_call>' }}", HERMES),
+        ("[TOOL_CALLS]", MISTRAL),
+        ("[TOOL_CALLS]x[ARGS]", MISTRAL_NAMED),
+        ('"parameters": x', LLAMA3),
+        ("{{ tools }}", None),
+    ],
 )
 def test_format_is_found_in_the_template(template: str, tool_format: ToolFormat | None) -> None:
     assert find_format(template) is tool_format
