@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib
+import re
 import subprocess
 from collections.abc import Callable
 from typing import Any
@@ -180,10 +181,31 @@ def test_replicas_are_left_to_the_autoscaler() -> None:
     assert found["rel-pdserve-mixed"]["replicas"] == 1
     (scaled,) = of_kind("ScaledObject", objects("everything"))
     assert scaled["spec"]["triggers"][0]["metadata"]["query"] == (
-        'sum(pdserve_waiting_tokens{namespace="serving", component="prefill"})'
+        'sum(pdserve_queue_tokens{namespace="serving", waits_for="prefill"}'
+        ' or pdserve_router_backlog_tokens{namespace="serving", role="prefill"})'
     )
-    by_kv = template("everything", "--set", "workers.decode.autoscaling.kind=keda")
-    assert 'threshold: "0.8"' in by_kv
+
+
+def test_decode_is_scaled_by_its_pools_and_by_what_waits_for_it() -> None:
+    found = objects("everything", "--set", "workers.decode.autoscaling.kind=keda")
+    decode = next(one for one in of_kind("ScaledObject", found) if component(one) == "decode")
+    asked = {trigger["metadata"]["query"]: trigger["metadata"]["threshold"] for trigger in decode["spec"]["triggers"]}
+    assert asked == {
+        'sum(pdserve_kv_usage_ratio{namespace="serving", component="decode"})': "0.8",
+        '(count(pdserve_kv_usage_ratio{namespace="serving", component="decode"}) + 1)'
+        ' * (sum(pdserve_queue_requests{namespace="serving", waits_for="decode"}) > bool 0)': "1",
+    }
+    names = set(re.findall(r"pdserve_\w+", " ".join(asked)))
+    assert names <= set(re.findall(r"`(pdserve_\w+)`", (CHART.parent.parent / "METRICS.md").read_text()))
+
+
+def test_prefill_on_an_hpa_reads_the_backlog_of_the_routers() -> None:
+    found = objects("everything", "--set", "workers.prefill.autoscaling.kind=hpa")
+    prefill = next(
+        one for one in of_kind("HorizontalPodAutoscaler", found) if one["metadata"]["name"].endswith("-prefill")
+    )
+    (metric,) = prefill["spec"]["metrics"]
+    assert metric["external"]["metric"]["name"] == "pdserve_prefill_backlog_tokens"
 
 
 def test_what_is_off_renders_nothing() -> None:

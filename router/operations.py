@@ -1,0 +1,58 @@
+"""What operators look at and do: the pools of the workers by block state, and taking a worker out of use.
+
+A drained worker gets nothing new from this router; what it has goes on. It stays so, over new sessions too, until that is
+undone or its address is forgotten. Other routers are asked one by one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from typing import Any
+
+from pdserve.launch.http_front import get_json
+from router.fleet import Fleet
+from router.member import Member
+
+log = logging.getLogger(__name__)
+
+_KEEP_S = 1.0  # however many consoles are open
+_ASK_S = 2.0
+
+
+class Operations:
+    """Implements `router.http.service.Operations`."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._pools: tuple[float, dict[str, Any]] = (-_KEEP_S, {})
+        self._lock = asyncio.Lock()
+
+    async def pools(self) -> dict[str, Any]:
+        """Blocks by state of every worker in use, as their ledgers say, at most a second old."""
+        async with self._lock:
+            if time.monotonic() - self._pools[0] >= _KEEP_S:
+                found = await asyncio.gather(*(_pool(member) for member in self._fleet.known() if member.in_use))
+                self._pools = time.monotonic(), {"workers": list(found)}
+        return self._pools[1]
+
+    def drain(self, worker_id: str, drained: bool) -> bool:
+        """False if no worker has this id."""
+        found = [member for member in self._fleet.known() if member.worker_id == worker_id]
+        for member in found:
+            member.drained = drained
+            log.warning("worker=%s address=%s drained=%s", worker_id, member.link.address, drained)
+        self._fleet.note_roster()
+        return bool(found)
+
+
+async def _pool(member: Member) -> dict[str, Any]:
+    entry: dict[str, Any] = {"worker_id": member.worker_id, "total_blocks": member.hello.num_blocks}
+    try:
+        ledger = await asyncio.to_thread(get_json, f"http://{member.hello.admin_address}", "/ledger", _ASK_S)
+        states = {str(state): int(count) for state, count in ledger["by_state"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        return entry | {"by_state": {}, "error": f"Its admin port does not tell: {error}"[:200]}
+    return entry | {"by_state": states, "error": ""}
