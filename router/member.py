@@ -200,7 +200,7 @@ class Member:
             worker_id=self.worker_id,
             role=self.role,
             alive=self.in_use and not self.link.suspect,
-            drained=self.drained,
+            leaving="drained by an operator" if self.drained else "",
             incompatible=self.incompatible,
             max_model_len=self.hello.max_model_len,
             max_sequences=self.hello.max_sequences,

@@ -1,17 +1,17 @@
 """What operators look at and do: the pools of the workers by block state, and taking a worker out of use.
 
-A drained worker gets nothing new from this router; what it has goes on. It stays so, over new sessions too, until that is
-undone or its address is forgotten. Other routers are asked one by one.
+A drained worker gets nothing new from this router; what it has goes on. It stays so, over new sessions too, until that
+is undone or its address is forgotten. Other routers are asked one by one.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from typing import Any
 
+from pdserve.errors import ConfigError
 from pdserve.launch.http_front import get_json
 from router.fleet import Fleet
 from router.member import Member
@@ -53,6 +53,6 @@ async def _pool(member: Member) -> dict[str, Any]:
     try:
         ledger = await asyncio.to_thread(get_json, f"http://{member.hello.admin_address}", "/ledger", _ASK_S)
         states = {str(state): int(count) for state, count in ledger["by_state"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (ConfigError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # it is a peer's answer
         return entry | {"by_state": {}, "error": f"Its admin port does not tell: {error}"[:200]}
     return entry | {"by_state": states, "error": ""}

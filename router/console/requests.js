@@ -20,11 +20,6 @@ export function showRequests(records, onChoose) {
   fillTable(byId("requests"), head, rows);
 }
 
-export function showGoodput(slo) {
-  const parts = Object.entries(slo.classes ?? {}).map(([name, each]) => `${name}: ${each.good} of ${each.requests} good`);
-  byId("goodput").textContent = parts.join(" · ");
-}
-
 export function showRecord(record) {
   const children = [el("h2", {}, `Request ${record.request_id}`)];
   if (record.actual) {

@@ -40,7 +40,8 @@ def make_app(service: Service) -> ASGIApp:
     POST /v1/completions, /v1/chat/completions, /v1/responses, /tokenize, /detokenize; GET /v1/models, /v1/models/{id},
     /openapi.json and /docs (its page), /version; GET /livez and /ping (the process runs), /readyz and /health (a worker
     can take requests), /workers (the fleet), /metrics (all in the registry of `service.metrics`); / (the console)
-    and /console/{name}; and the endpoints about choices and for operators, `router.http.routing` and `router.http.operations`.
+    and /console/{name}; and the endpoints about choices, `router.http.routing`, and for operators,
+    `router.http.operations`.
     """
     in_flight = InFlight(service.limits.in_flight, service.metrics)
     routes = [

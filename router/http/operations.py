@@ -30,7 +30,9 @@ def operations_routes(service: Service, operations: Operations) -> Sequence[Base
 
     async def drain(request: Request) -> Response:
         if not trusted(request):
-            raise Forbidden("This needs the admin key in x-pdserve-admin-key or, where none is set, a caller on this machine.")
+            raise Forbidden(
+                "This needs the admin key in x-pdserve-admin-key or, where none is set, a caller on this machine."
+            )
         worker_id, drained = request.path_params["worker_id"], request.method == "POST"
         if not operations.drain(worker_id, drained):
             failure = InvalidRequest(f"No worker is named '{worker_id[:64]}'.", code="unknown_worker")
