@@ -7,12 +7,13 @@ is undone or its address is forgotten. Other routers are asked one by one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.client
+import json
 import logging
 import time
 from typing import Any
 
-from pdserve.errors import ConfigError
-from pdserve.launch.http_front import get_json
 from router.fleet import Fleet
 from router.member import Member
 
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _KEEP_S = 1.0  # however many consoles are open
 _ASK_S = 2.0
+_LONGEST = 4 << 20  # bytes of an answer
 
 
 class Operations:
@@ -51,8 +53,15 @@ class Operations:
 async def _pool(member: Member) -> dict[str, Any]:
     entry: dict[str, Any] = {"worker_id": member.worker_id, "total_blocks": member.hello.num_blocks}
     try:
-        ledger = await asyncio.to_thread(get_json, f"http://{member.hello.admin_address}", "/ledger", _ASK_S)
+        ledger = await asyncio.to_thread(_ledger, member.hello.admin_address)
         states = {str(state): int(count) for state, count in ledger["by_state"].items()}
-    except (ConfigError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # it is a peer's answer
+    except (http.client.HTTPException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return entry | {"by_state": {}, "error": f"Its admin port does not tell: {error}"[:200]}
     return entry | {"by_state": states, "error": ""}
+
+
+def _ledger(address: str) -> Any:
+    """What is there is a peer's answer, and may be anything."""
+    with contextlib.closing(http.client.HTTPConnection(address, timeout=_ASK_S)) as connection:
+        connection.request("GET", "/ledger")
+        return json.loads(connection.getresponse().read(_LONGEST))

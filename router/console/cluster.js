@@ -26,10 +26,9 @@ function row(worker, pool, trusted, refresh) {
   return el(
     "div",
     { className: `worker ${worker.role}` },
-    el("div", { className: "row" }, el("strong", {}, worker.worker_id || worker.address), el("span", { className: worker.state === "ready" ? "" : "bad" }, state)),
+    el("div", { className: "row" }, el("strong", {}, worker.worker_id || worker.address), el("span", { className: worker.state === "ready" ? "" : "bad" }, state), trusted && worker.worker_id ? actions(worker, refresh) : null),
     el("div", { className: "quiet" }, `${worker.running_sequences} running · ${worker.waiting_tokens} tokens waiting`),
     pool && !pool.error ? poolBar(pool) : el("p", { className: "quiet" }, pool?.error ?? `${worker.total_blocks - worker.free_blocks} of ${worker.total_blocks} blocks in use`),
-    trusted && worker.worker_id ? actions(worker, refresh) : null,
   );
 }
 
@@ -63,7 +62,7 @@ function actions(worker, refresh) {
   const roles = worker.next_role === undefined ? [] : ROLES.filter((role) => role !== worker.role);
   return el(
     "div",
-    { className: "row" },
+    { className: "actions" },
     drained
       ? button("Use again", () => run(`${worker.worker_id} is used again.`, "DELETE", `${path}/drain`))
       : button("Drain", () => run(`${worker.worker_id} gets nothing new from this router.`, "POST", `${path}/drain`)),

@@ -15,7 +15,7 @@ let seen = null; // requests whose hand-over was drawn; null before the first lo
 
 async function refresh() {
   try {
-    const paths = ["workers", "v1/requests?limit=20", "v1/slo", "v1/pools", "admin"];
+    const paths = ["workers", "v1/requests?limit=12", "v1/slo", "v1/pools", "admin"];
     const [topology, recent, slo, pools, { trusted }] = await Promise.all(paths.map(getJson));
     model ||= (await getJson("v1/models")).data[0].id;
     byId("state").textContent = topology.ready ? `${model} is ready` : "not ready: waiting for workers";

@@ -6,7 +6,7 @@ const SVG = "http://www.w3.org/2000/svg";
 
 export function showRequests(records, onChoose) {
   const rows = records.map((record) => [
-    el("button", { className: "link", type: "button", onclick: () => onChoose(record.request_id) }, record.request_id.slice(0, 18)),
+    el("button", { className: "link", type: "button", onclick: () => onChoose(record.request_id) }, record.request_id.slice(0, 14)),
     record.actual?.workers.join(" → ") ?? record.decisions.at(-1)?.chosen ?? "–",
     String(record.prompt_tokens),
     String(record.actual?.cached_tokens ?? "–"),
