@@ -258,6 +258,29 @@ def test_workers_and_store_of_a_node_share_files_and_process_ids() -> None:
     assert all(found[f"rel-pdserve-{name}"]["spec"]["hostPID"] for name in ("store", *ROLES))
 
 
+def test_the_admin_key_reaches_the_router_as_a_file() -> None:
+    pod = dict(pod_templates(objects("everything")))["rel-pdserve-router"]["spec"]
+    (router,) = (one for one in pod["containers"] if one["name"] == "router")
+    (volume,) = (one for one in pod["volumes"] if one["name"] == "admin-key")
+    (mount,) = (one for one in router["volumeMounts"] if one["name"] == "admin-key")
+    assert volume["secret"]["secretName"] == "operators"
+    assert parse(router["args"])["admin_key_file"].is_relative_to(mount["mountPath"])
+
+
+def test_series_without_a_model_get_the_models_name() -> None:
+    """And those of vLLM's names keep their own."""
+    for monitor in of_kind("PodMonitor", objects("everything")):
+        (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+        assert endpoint["metricRelabelings"] == [
+            {
+                "sourceLabels": ["model_name"],
+                "regex": "^$",
+                "targetLabel": "model_name",
+                "replacement": "Llama-3.2-1B-Instruct",
+            }
+        ]
+
+
 def test_route_leads_to_the_pool() -> None:
     (pool,), (route,) = (of_kind(kind, objects("everything")) for kind in ("InferencePool", "HTTPRoute"))
     assert route["spec"]["rules"][0]["backendRefs"][0]["name"] == pool["metadata"]["name"]
