@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 from pdserve.request import FinishReason, Request
 from router.demand import DemandMeter
@@ -25,6 +26,8 @@ class Account:
         self.goodput = GoodputTracker()
         self.drift = DriftMeter()
         self.store_drift = DriftMeter()  # of what was to come from the store, against what came
+        self.prompt_tokens = 0  # of requests that a worker began
+        self.cached_tokens: Counter[str] = Counter()  # of those, by the tier they were found in
         self.predictor = Predictor()
         self.demand = DemandMeter()
         self._fleet = fleet
@@ -47,6 +50,9 @@ class Account:
             uncached = record.prompt_tokens - sum(generation.cached_by_tier.values())
             context = record.prompt_tokens + output // 2
             self.demand.ended(time.monotonic(), uncached, output, context, slo.ttft_s, slo.tpot_s)
+        if timeline.first_token_s is not None:
+            self.prompt_tokens += record.prompt_tokens
+            self.cached_tokens.update(generation.cached_by_tier)
         most_tokens = generation.request.sampling.max_tokens
         judged = end != FinishReason.ABORT.value or is_lost(record.slo, timeline, most_tokens, time.monotonic())
         if judged:

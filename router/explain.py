@@ -14,6 +14,7 @@ from router.member import Member, check_role
 from router.policy import Role
 from router.records import describe_decision
 from router.roles import RoleChanger
+from router.slo import CLASSES
 from router.wishes import Wishes
 
 
@@ -54,12 +55,24 @@ class Explainer:
             for name, meter in account.predictor.errors.items()
         }
         feeder = self._dispatcher.feeder
-        admission = {"mode": feeder.mode.value, "queued": dict(feeder.depths()), **feeder.ledger.describe()}
+        waits = {slo.name: feeder.predicted_wait_s(slo) for slo in CLASSES.values()}
+        admission = {
+            "mode": feeder.mode.value,
+            "queued": dict(feeder.depths()),
+            "waiting": [
+                {"class": name, "for": what, "requests": depth.requests, "tokens": depth.tokens}
+                for (name, what), depth in sorted(feeder.backlog().items())
+            ],
+            "predicted_wait_ms": {name: wait_s * 1e3 for name, wait_s in waits.items() if wait_s is not None},
+            **feeder.ledger.describe(),
+        }
+        cache = {"prompt_tokens": account.prompt_tokens, "cached_tokens": dict(account.cached_tokens)}
         described = {
             "prediction_error": errors,
             "index_drift": _ratios(account.drift),
             "store_drift": _ratios(account.store_drift),
             "admission": admission,
+            "cache": cache,
         }
         return account.goodput.describe() | described
 

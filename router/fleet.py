@@ -251,7 +251,7 @@ class Fleet:
         self._wake()
 
     def _count_partners(self) -> None:
-        decoders = [each for each in self._by_id.values() if each.role is Role.DECODE and each.next_role is None]
+        decoders = [each for each in self._by_id.values() if each.role is Role.DECODE and not each.leaving]
         self._seats = None
         for member in self._by_id.values():
             links = (member.link_to(decoder) for decoder in decoders)
@@ -312,6 +312,11 @@ class Fleet:
     def in_use(self) -> list[Member]:
         """Those that can be sent something new."""
         return [member for member in self._by_id.values() if member.takes_requests]
+
+    def note_roster(self) -> None:
+        """A worker was drained, or is in use again."""
+        self._count_partners()
+        self._wake()
 
     def note_room(self) -> None:
         """The dispatcher knows, before the worker reports it, that somewhere is room again."""

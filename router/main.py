@@ -48,6 +48,7 @@ from router.http.service import ServedModel, Service
 from router.http.trust import Trust
 from router.limits import RouterLimits
 from router.metrics import RouterMetrics
+from router.operations import Operations
 from router.policy import POLICIES
 from router.records import Records
 from router.slo import check_slo
@@ -181,6 +182,7 @@ class Router:
                 topology=self._topology,
                 check_grammar=self._grammars.check,
                 routing=Explainer(self.fleet, self.dispatcher, self._balance),
+                operations=Operations(self.fleet),
                 access=_access(config),
             )
         )

@@ -87,6 +87,7 @@ class Member:
     joined_s: float = 0.0
     in_use: bool = False  # its session is up and nothing speaks against it
     incompatible: str = ""
+    drained: bool = False  # an operator took it out of use: it gets nothing new
     load: pb.LoadReport = field(default_factory=pb.LoadReport)
     events: EventCursor = field(default_factory=EventCursor)
     links: dict[str, tuple[int, LinkFacts]] = field(default_factory=dict)  # by peer id: incarnation, facts
@@ -121,11 +122,20 @@ class Member:
             return "unreachable"
         if self.link.suspect:
             return "suspect"
-        return "draining" if self.next_role is not None else "ready"
+        if self.next_role is not None:
+            return "draining"
+        return "drained" if self.drained else "ready"
+
+    @property
+    def leaving(self) -> str:
+        """Why it takes nothing new, in clear text; empty when it does."""
+        if self.drained:
+            return "drained by an operator"
+        return f"drains to become a {self.next_role.value} worker" if self.next_role is not None else ""
 
     @property
     def takes_requests(self) -> bool:
-        return self.in_use and not self.link.suspect and self.next_role is None
+        return self.in_use and not self.link.suspect and not self.leaving
 
     def change_role(self, report: pb.RoleReport) -> None:
         """Raises ValueError for a role that no fleet knows."""
@@ -237,8 +247,8 @@ class Member:
             worker_id=self.worker_id,
             role=self.role,
             alive=self.in_use and not self.link.suspect,
+            leaving=self.leaving,
             incompatible=self.incompatible,
-            leaving=f"drains to become a {self.next_role.value} worker" if self.next_role is not None else "",
             max_model_len=self.hello.max_model_len,
             max_sequences=self.hello.max_sequences,
             total_blocks=self.hello.num_blocks,

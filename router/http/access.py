@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from hashlib import blake2b
+from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -23,8 +24,8 @@ from router.http.trust import Trust, bearer
 
 CALLER_KEY = "pdserve.caller"  # in the ASGI scope
 
-_OPEN = frozenset({"/livez", "/readyz", "/ping", "/health", "/version", "/openapi.json", "/docs", "/"})
-_OPERATORS = frozenset({"/metrics", "/workers", "/v1/topology", "/v1/slo"})
+_OPEN = frozenset({"/livez", "/readyz", "/ping", "/health", "/version", "/openapi.json", "/docs", "/", "/admin"})
+_OPERATORS = frozenset({"/metrics", "/workers", "/v1/pools", "/v1/topology", "/v1/slo"})
 _REFRESH_S = 1.0
 
 audit = logging.getLogger("pdserve.audit")
@@ -52,7 +53,7 @@ class Access:
         Raises:
             Unauthorized, Forbidden: they may not ask for this.
         """
-        operator = self._trust.covers(client_host, headers)
+        operator = self._trust.covers(client_host, headers) and _same_origin(headers)
         if path.startswith("/admin/") and not operator:
             raise Forbidden("This is for operators: it needs the admin key, or a caller on the router's machine.")
         if self._file is None:
@@ -109,6 +110,12 @@ class AccessControl:
                 audit.warning("refused status=%d path=%r client=%s", error.status, scope["path"][:64], client_host)
                 app = self._refuse(error)
         await app(scope, receive, send)
+
+
+def _same_origin(headers: Mapping[bytes, bytes]) -> bool:
+    """Browsers name the page that asks. One of another origin has no business here, even on the operator's machine."""
+    origin = headers.get(b"origin")
+    return origin is None or urlsplit(origin).netloc == headers.get(b"host")
 
 
 def _digest(credentials: bytes | None) -> str:
