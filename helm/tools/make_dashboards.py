@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent.parent / "pdserve" / "dashboards"
-FILTERS = 'namespace=~"$namespace"'
+FILTERS = 'namespace=~"$namespace", model_name=~"$model_name"'
 RATE = "[$__rate_interval]"
 WIDTH, HEIGHT = 12, 8
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
@@ -32,6 +32,7 @@ class Panel:
     queries: dict[str, str]
     note: str = ""
     stacked: bool = False
+    heatmap: bool = False  # the one query gives buckets
 
 
 Rows = dict[str, tuple[Panel, ...]]  # in the order of the page
@@ -50,6 +51,15 @@ def gauge(name: str, by: str, where: str = "", how: str = "sum") -> str:
 def quantiles(name: str, where: str = "") -> dict[str, str]:
     inner = rate(f"{name}_bucket", "le", where)
     return {f"p{q}": f"histogram_quantile(0.{q}, {inner})" for q in (50, 95, 99)}
+
+
+def heat(name: str, where: str = "") -> dict[str, str]:
+    return {"{{le}}": rate(f"{name}_bucket", "le", where)}
+
+
+def good_share() -> str:
+    good = rate("pdserve_slo_requests_total", "slo_class", 'missed_by="none"')
+    return f"{good} / {rate('pdserve_slo_requests_total', 'slo_class')}"
 
 
 def within(name: str, le: str) -> str:
@@ -71,7 +81,24 @@ def stage(family: str, name: str, count: str) -> str:
 TTFT_STAGES = ("tokenise", "route", "wait", "fetch", "queue", "compute", "deliver")
 HANDOFF_STAGES = ("reserve", "transfer", "commit", "resume")
 HANDOFF = "pdserve_handoff_stage_seconds"
-LOAD = {"{{component}}": gauge("pdserve_sequences", "component", 'state="waiting"')}
+WAITING = Panel(
+    "Requests in the routers' queues",
+    "short",
+    {"for {{waits_for}}": gauge("pdserve_queue_requests", "waits_for")},
+    "By what they wait for: prefill, decode (no batch has room within its TPOT), or any worker.",
+    stacked=True,
+)
+REFUSED = Panel("Refused requests", "reqps", {"{{reason}}": rate("pdserve_refused_requests_total", "reason")})
+GOODPUT = (
+    Panel(
+        "Goodput",
+        "reqps",
+        {"{{slo_class}}": rate("pdserve_slo_requests_total", "slo_class", 'missed_by="none"')},
+        "Requests whose TTFT and TPOT both met their SLO class.",
+        stacked=True,
+    ),
+    Panel("Share of good requests", "percentunit", {"{{slo_class}}": good_share()}, "Refused and failed ones count."),
+)
 
 OVERVIEW: Rows = {
     "Requests": (
@@ -97,7 +124,26 @@ OVERVIEW: Rows = {
             "A second.",
         ),
     ),
+    "Goodput": (
+        *GOODPUT,
+        Panel(
+            "What broke the objective",
+            "reqps",
+            {"{{missed_by}}": rate("pdserve_slo_requests_total", "missed_by", 'missed_by!="none"')},
+            "The first stage at whose end it was broken; refused: by admission.",
+            stacked=True,
+        ),
+        REFUSED,
+        WAITING,
+        Panel(
+            "Predicted wait",
+            "s",
+            {"{{slo_class}}": gauge("pdserve_queue_predicted_wait_seconds", "slo_class", how="max")},
+            "Of a short prompt that would come now.",
+        ),
+    ),
     "Latency and objectives": (
+        Panel("TTFT, all requests", "s", heat("pdserve_ttft_seconds"), heatmap=True),
         Panel("TTFT", "s", quantiles("pdserve_ttft_seconds"), "Receipt to first token."),
         Panel("TPOT", "s", quantiles("pdserve_tpot_seconds"), "Mean gap after the first token, a request."),
         Panel("Gaps between deliveries", "s", quantiles("pdserve_itl_seconds")),
@@ -142,12 +188,47 @@ PIPELINE: Rows = {
     "1 Router": (
         Panel("Tokenise and route", "s", quantiles("pdserve_ttft_stage_seconds", 'stage=~"tokenise|route"')),
         Panel("Requests that workers have", "short", {"{{pod}}": gauge("pdserve_router_active_requests", "pod")}),
+        Panel(
+            "Decisions",
+            "reqps",
+            {"{{phase}} {{outcome}}": rate("pdserve_router_decisions_total", "phase, outcome")},
+            "prompt: prefill, which hands over; whole: a role is missing; decode: takes over; resume: from the store.",
+        ),
         Panel("Retries by cause", "short", {"{{event}}": rate("pdserve_router_events_total", "event")}, "A second."),
     ),
-    "2 Prefill queue": (
-        Panel("Wait for prefill", "s", quantiles("pdserve_ttft_stage_seconds", 'stage="queue"')),
-        Panel("Tokens waiting", "short", {"{{pod}}": gauge("pdserve_waiting_tokens", "pod")}),
-        Panel("Sequences waiting", "short", {"{{pod}}": gauge("pdserve_sequences", "pod", 'state="waiting"')}),
+    "2 Admission and queue": (
+        Panel("Wait in the router's queue", "s", quantiles("pdserve_queue_seconds")),
+        WAITING,
+        Panel(
+            "Prompt tokens in the routers' queues",
+            "short",
+            {"for {{waits_for}}": gauge("pdserve_queue_tokens", "waits_for")},
+            "Uncached ones. Prefill is scaled by these and by what its workers have.",
+            stacked=True,
+        ),
+        Panel(
+            "Verdicts of admission",
+            "reqps",
+            {"{{reason}}": rate("pdserve_admission_verdicts_total", "reason")},
+            "The objective that the forecast misses; in shadow mode nothing follows.",
+        ),
+        REFUSED,
+        Panel(
+            "Verdicts that were right",
+            "percentunit",
+            {
+                "{{verdict}}": rate("pdserve_admission_checked_total", "verdict", 'outcome="right"')
+                + " / "
+                + rate("pdserve_admission_checked_total", "verdict")
+            },
+        ),
+        Panel(
+            "Prompts that workers have",
+            "s",
+            {"{{worker}}": gauge("pdserve_router_backlog_seconds", "worker", 'role!="decode"', how="max")},
+            "Until they are computed, as predicted. The rest waits in the router, so this stays low.",
+        ),
+        Panel("Wait on the worker", "s", quantiles("pdserve_ttft_stage_seconds", 'stage="queue"')),
     ),
     "3 Prefill": (
         Panel("Compute", "s", quantiles("pdserve_ttft_stage_seconds", 'stage="compute"')),
@@ -155,6 +236,17 @@ PIPELINE: Rows = {
     ),
     "4 Transfer": (
         Panel("Time of a hand-over's transfer", "s", quantiles("pdserve_transfer_seconds")),
+        Panel("Time of all of them", "s", heat("pdserve_transfer_seconds"), heatmap=True),
+        Panel("Bytes of a hand-over", "bytes", quantiles("pdserve_transfer_size_bytes")),
+        Panel(
+            "Links, as probed",
+            "Bps",
+            {
+                "{{pod}} to {{peer}}, {{transport}}": gauge(
+                    "pdserve_link_bandwidth_bytes_per_second", "pod, peer, transport"
+                )
+            },
+        ),
         Panel("Bytes", "Bps", {"{{direction}}": rate("pdserve_transfer_bytes_total", "direction")}),
         Panel(
             "Failures",
@@ -168,6 +260,7 @@ PIPELINE: Rows = {
     ),
     "5 Decode admission": (
         Panel("Wait for room", "s", quantiles(HANDOFF, 'stage="reserve"')),
+        Panel("First token to second", "s", quantiles("pdserve_handoff_seconds"), "Of what was handed over."),
         Panel("KV blocks", "short", {"{{state}}": gauge("pdserve_kv_blocks", "state")}, stacked=True),
         Panel(
             "Preempted sequences", "short", {"{{pod}}": rate("pdserve_preempted_sequences_total", "pod")}, "A second."
@@ -192,9 +285,34 @@ CACHE: Rows = {
             },
             stacked=True,
         ),
+        Panel(
+            "Wrong answers of the prefix index",
+            "percentunit",
+            {
+                f"{what}": rate("pdserve_router_index_blocks_total", where=f'what="{what}"')
+                + f" / clamp_min({rate('pdserve_router_index_blocks_total', where=of)}, 1)"
+                for what, of in (("false_hit", 'what="predicted"'), ("false_miss", 'what="found"'))
+            },
+        ),
         Panel("Keys in the routers' index", "short", {"{{pod}}": gauge("pdserve_router_index_keys", "pod")}),
     ),
     "Store tiers": (
+        Panel(
+            "Share of look-ups found, by tier",
+            "percentunit",
+            {
+                "{{tier}}": rate("pdserve_store_hit_blocks_total", "tier")
+                + " / on () group_left () ("
+                + rate("pdserve_store_hit_blocks_total")
+                + " + "
+                + rate("pdserve_store_missed_blocks_total")
+                + ")"
+            },
+            stacked=True,
+        ),
+        Panel("Workers fetch", "Bps", {"{{tier}}": rate("pdserve_store_fetched_bytes_total", "tier")}),
+        Panel("Workers save", "Bps", {"{{pod}}": rate("pdserve_store_saved_bytes_total", "pod")}),
+        Panel("Slots of the host tier", "short", {"{{state}}": gauge("pdserve_store_slots", "state")}, stacked=True),
         Panel(
             "Blocks read",
             "short",
@@ -243,6 +361,8 @@ LOADTEST: Rows = {
         ),
     ),
     "Objectives": (
+        *GOODPUT,
+        REFUSED,
         Panel("TTFT", "s", quantiles("pdserve_ttft_seconds")),
         Panel("TPOT", "s", quantiles("pdserve_tpot_seconds")),
         Panel(
@@ -257,13 +377,24 @@ LOADTEST: Rows = {
         ),
     ),
     "What saturates": (
-        Panel("Tokens waiting for prefill", "short", {"all": f"sum(pdserve_waiting_tokens{{{FILTERS}}})"}),
+        WAITING,
+        Panel(
+            "Prompt tokens that wait",
+            "short",
+            {
+                "in the routers, for {{waits_for}}": gauge("pdserve_queue_tokens", "waits_for"),
+                "on workers": f"sum(pdserve_waiting_tokens{{{FILTERS}}})",
+            },
+            stacked=True,
+        ),
         Panel(
             "KV pool in use, fullest worker",
             "percentunit",
             {"{{component}}": gauge("pdserve_kv_usage_ratio", "component", how="max")},
         ),
-        Panel("Sequences waiting", "short", LOAD),
+        Panel(
+            "Sequences running", "short", {"{{component}}": gauge("pdserve_sequences", "component", 'state="running"')}
+        ),
         Panel("Step tokens, mean", "short", {"{{pod}}": mean("pdserve_step_tokens", "pod")}),
     ),
 }
@@ -276,9 +407,17 @@ BOARDS = {
 }
 
 
+def heatmap_json() -> dict[str, Any]:
+    return {
+        "type": "heatmap",
+        "fieldConfig": {"defaults": {"unit": "s"}, "overrides": []},
+        "options": {"calculate": False, "yAxis": {"unit": "s"}, "color": {"scheme": "Oranges", "mode": "scheme"}},
+    }
+
+
 def panel_json(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
     stacking = {"mode": "normal", "group": "A"} if panel.stacked else {"mode": "none", "group": "A"}
-    return {
+    drawn = {
         "id": number,
         "type": "timeseries",
         "title": panel.title,
@@ -299,9 +438,11 @@ def panel_json(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
         },
         "targets": [
             {"refId": chr(ord("A") + place), "datasource": DATASOURCE, "expr": expr, "legendFormat": legend}
+            | ({"format": "heatmap"} if panel.heatmap else {})
             for place, (legend, expr) in enumerate(panel.queries.items())
         ],
     }
+    return drawn | heatmap_json() if panel.heatmap else drawn
 
 
 def panels_json(rows: Rows) -> list[dict[str, Any]]:
@@ -326,9 +467,23 @@ def panels_json(rows: Rows) -> list[dict[str, Any]]:
     return found
 
 
+def variable(name: str, label: str, query: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "type": "query",
+        "label": label,
+        "datasource": DATASOURCE,
+        "query": {"query": query, "refId": name},
+        "refresh": 2,
+        "multi": True,
+        "includeAll": True,
+        "allValue": ".*",
+        "current": {"text": ["All"], "value": ["$__all"]},
+    }
+
+
 def board_json(name: str) -> dict[str, Any]:
     title, rows = BOARDS[name]
-    namespaces = "label_values(pdserve_build_info, namespace)"
     return {
         "uid": f"pdserve-{name}",
         "title": title,
@@ -341,18 +496,10 @@ def board_json(name: str) -> dict[str, Any]:
         "templating": {
             "list": [
                 {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Data source"},
-                {
-                    "name": "namespace",
-                    "type": "query",
-                    "label": "Namespace",
-                    "datasource": DATASOURCE,
-                    "query": {"query": namespaces, "refId": "namespaces"},
-                    "refresh": 2,
-                    "multi": True,
-                    "includeAll": True,
-                    "allValue": ".*",
-                    "current": {"text": ["All"], "value": ["$__all"]},
-                },
+                variable("namespace", "Namespace", "label_values(pdserve_build_info, namespace)"),
+                variable(
+                    "model_name", "Model", 'label_values(pdserve_build_info{namespace=~"$namespace"}, model_name)'
+                ),
             ]
         },
         "panels": panels_json(rows),

@@ -24,6 +24,10 @@ RARE = (
     "pdserve_store_evicted_blocks_total",
     "pdserve_store_fetch_bytes_total",
     "pdserve_store_hit_blocks_total",  # the workers' own pools still have every block
+    "pdserve_store_fetched_bytes_total",
+    "pdserve_refused_requests_total",
+    "pdserve_admission_checked_total",
+    'missed_by!="none"',
 )
 STORE = ("--host-bytes", "64MiB", "--disk-bytes", "64MiB", "--policy", "all", "--disk-path")
 PROMPT = "The fox said to the hen, number after number, that the yard was large and the night was long. " * 4
@@ -47,7 +51,15 @@ def targets(stack: Stack) -> dict[str, str]:
 def prometheus(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("prometheus")
     scrapes = [
-        {"targets": [address], "labels": {"component": component, "pod": component, "namespace": "serving"}}
+        {
+            "targets": [address],
+            "labels": {
+                "component": component,
+                "pod": component,
+                "namespace": "serving",
+                "model_name": stack.model.name,
+            },
+        }
         for component, address in targets(stack).items()
     ]
     config = {
@@ -88,7 +100,8 @@ def test_every_panel_has_data_under_load(stack: Stack, prometheus: str) -> None:
     for path in sorted((CHART / "dashboards").glob("*.json")):
         for panel in json.loads(path.read_text())["panels"]:
             for target in panel.get("targets", ()):
-                expr = target["expr"].replace("$namespace", ".*").replace("$__rate_interval", "1m")
+                expr = target["expr"].replace("$namespace", ".*").replace("$model_name", stack.model.name)
+                expr = expr.replace("$__rate_interval", "1m")
                 if not any(name in expr for name in RARE):
                     empty[expr] = f"{path.stem}: {panel['title']}"
     assert len(empty) > 80
