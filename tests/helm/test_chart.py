@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib
+import re
 import subprocess
 from collections.abc import Callable
 from typing import Any
@@ -180,10 +181,31 @@ def test_replicas_are_left_to_the_autoscaler() -> None:
     assert found["rel-pdserve-mixed"]["replicas"] == 1
     (scaled,) = of_kind("ScaledObject", objects("everything"))
     assert scaled["spec"]["triggers"][0]["metadata"]["query"] == (
-        'sum(pdserve_waiting_tokens{namespace="serving", component="prefill"})'
+        'sum(pdserve_queue_tokens{namespace="serving", waits_for="prefill"}'
+        ' or pdserve_router_backlog_tokens{namespace="serving", role="prefill"})'
     )
-    by_kv = template("everything", "--set", "workers.decode.autoscaling.kind=keda")
-    assert 'threshold: "0.8"' in by_kv
+
+
+def test_decode_is_scaled_by_its_pools_and_by_what_waits_for_it() -> None:
+    found = objects("everything", "--set", "workers.decode.autoscaling.kind=keda")
+    decode = next(one for one in of_kind("ScaledObject", found) if component(one) == "decode")
+    asked = {trigger["metadata"]["query"]: trigger["metadata"]["threshold"] for trigger in decode["spec"]["triggers"]}
+    assert asked == {
+        'sum(pdserve_kv_usage_ratio{namespace="serving", component="decode"})': "0.8",
+        '(count(pdserve_kv_usage_ratio{namespace="serving", component="decode"}) + 1)'
+        ' * (sum(pdserve_queue_requests{namespace="serving", waits_for="decode"}) > bool 0)': "1",
+    }
+    names = set(re.findall(r"pdserve_\w+", " ".join(asked)))
+    assert names <= set(re.findall(r"`(pdserve_\w+)`", (CHART.parent.parent / "METRICS.md").read_text()))
+
+
+def test_prefill_on_an_hpa_reads_the_backlog_of_the_routers() -> None:
+    found = objects("everything", "--set", "workers.prefill.autoscaling.kind=hpa")
+    prefill = next(
+        one for one in of_kind("HorizontalPodAutoscaler", found) if one["metadata"]["name"].endswith("-prefill")
+    )
+    (metric,) = prefill["spec"]["metrics"]
+    assert metric["external"]["metric"]["name"] == "pdserve_prefill_backlog_tokens"
 
 
 def test_what_is_off_renders_nothing() -> None:
@@ -234,6 +256,29 @@ def test_workers_and_store_of_a_node_share_files_and_process_ids() -> None:
     assert shared[0]["shm"]["path"] == "/dev/shm/pdserve-serving-rel-pdserve"
     assert all(one["shm"] == shared[0]["shm"] and one["store"] == shared[0]["store"] for one in shared)
     assert all(found[f"rel-pdserve-{name}"]["spec"]["hostPID"] for name in ("store", *ROLES))
+
+
+def test_the_admin_key_reaches_the_router_as_a_file() -> None:
+    pod = dict(pod_templates(objects("everything")))["rel-pdserve-router"]["spec"]
+    (router,) = (one for one in pod["containers"] if one["name"] == "router")
+    (volume,) = (one for one in pod["volumes"] if one["name"] == "admin-key")
+    (mount,) = (one for one in router["volumeMounts"] if one["name"] == "admin-key")
+    assert volume["secret"]["secretName"] == "operators"
+    assert parse(router["args"])["admin_key_file"].is_relative_to(mount["mountPath"])
+
+
+def test_series_without_a_model_get_the_models_name() -> None:
+    """And those of vLLM's names keep their own."""
+    for monitor in of_kind("PodMonitor", objects("everything")):
+        (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+        assert endpoint["metricRelabelings"] == [
+            {
+                "sourceLabels": ["model_name"],
+                "regex": "^$",
+                "targetLabel": "model_name",
+                "replacement": "Llama-3.2-1B-Instruct",
+            }
+        ]
 
 
 def test_route_leads_to_the_pool() -> None:
