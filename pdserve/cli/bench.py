@@ -14,6 +14,7 @@ from pdserve.cli.forward import become
 BENCHMARKS = {
     "engine": ("pdserve.bench.engine", "engine step against the bare weight products of the same shape"),
     "sampling": ("pdserve.bench.sampling", "what sampling parameters and grammars add to a decode step"),
+    "metrics": ("pdserve.bench.metrics", "what metrics cost a decode step, and a scrape of 1,000 series"),
     "speculation": ("pdserve.bench.speculation", "decode with and without prompt look-up"),
     "quantised": ("pdserve.bench.quantised", "what 4-bit weights cost: perplexity of a TEXT file, greedy agreement"),
     "kernels": ("pdserve.bench.kernels", "kernels against torch"),
