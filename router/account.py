@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from pdserve.request import FinishReason, Request
 from router.drift import DriftMeter
 from router.fleet import Fleet
@@ -17,6 +19,8 @@ class Account:
         self.records = records
         self.goodput = GoodputTracker()
         self.drift = DriftMeter()
+        self.prompt_tokens = 0  # of requests that a worker began
+        self.cached_tokens: Counter[str] = Counter()  # of those, by the tier they were found in
         self.predictor = Predictor()
         self._fleet = fleet
         self._open: dict[str, Record] = {}  # bounded by the requests that are active
@@ -32,6 +36,9 @@ class Account:
         record.verdict = generation.verdict
         record.finish(end, timeline, sum(generation.cached_by_tier.values()), generation.workers)
         self._learn(record, generation)
+        if timeline.first_token_s is not None:
+            self.prompt_tokens += record.prompt_tokens
+            self.cached_tokens.update(generation.cached_by_tier)
         if end != FinishReason.ABORT.value:  # a client that left has no objective
             refused = generation.verdict is not None and generation.verdict.refused
             record.missed = REFUSED if refused else first_miss(record.slo, timeline)

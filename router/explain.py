@@ -10,6 +10,7 @@ from router.fleet import Fleet
 from router.member import Member
 from router.policy import Role
 from router.records import describe_decision
+from router.slo import CLASSES
 from router.wishes import Wishes
 
 
@@ -40,8 +41,19 @@ class Explainer:
         }
         drift = {"false_hit_ratio": account.drift.false_hit_ratio, "false_miss_ratio": account.drift.false_miss_ratio}
         feeder = self._dispatcher.feeder
-        admission = {"mode": feeder.mode.value, "queued": dict(feeder.depths()), **feeder.ledger.describe()}
-        described = {"prediction_error": errors, "index_drift": drift, "admission": admission}
+        waits = {slo.name: feeder.predicted_wait_s(slo) for slo in CLASSES.values()}
+        admission = {
+            "mode": feeder.mode.value,
+            "queued": dict(feeder.depths()),
+            "waiting": [
+                {"class": name, "for": what, "requests": depth.requests, "tokens": depth.tokens}
+                for (name, what), depth in sorted(feeder.backlog().items())
+            ],
+            "predicted_wait_ms": {name: wait_s * 1e3 for name, wait_s in waits.items() if wait_s is not None},
+            **feeder.ledger.describe(),
+        }
+        cache = {"prompt_tokens": account.prompt_tokens, "cached_tokens": dict(account.cached_tokens)}
+        described = {"prediction_error": errors, "index_drift": drift, "admission": admission, "cache": cache}
         return account.goodput.describe() | described
 
     def pairs(self) -> dict[str, Any]:

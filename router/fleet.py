@@ -213,7 +213,7 @@ class Fleet:
         self._wake()
 
     def _count_partners(self) -> None:
-        decoders = [each for each in self._by_id.values() if each.role is Role.DECODE]
+        decoders = [each for each in self._by_id.values() if each.role is Role.DECODE and not each.drained]
         self._seats = None
         for member in self._by_id.values():
             links = (member.link_to(decoder) for decoder in decoders)
@@ -271,7 +271,12 @@ class Fleet:
 
     def in_use(self) -> list[Member]:
         """Those that can be sent something."""
-        return [member for member in self._by_id.values() if not member.link.suspect]
+        return [member for member in self._by_id.values() if not member.link.suspect and not member.drained]
+
+    def note_roster(self) -> None:
+        """A worker was drained, or is in use again."""
+        self._count_partners()
+        self._wake()
 
     def note_room(self) -> None:
         """The dispatcher knows, before the worker reports it, that somewhere is room again."""
@@ -305,7 +310,7 @@ class Fleet:
     @property
     def ready(self) -> bool:
         """Whether a request would be served now; prefill and decode that just joined get time for their link."""
-        usable = [member for member in self._by_id.values() if not member.link.suspect]
+        usable = self.in_use()
         roles = {member.role for member in usable}
         if not {Role.PREFILL, Role.DECODE} <= roles or Role.MIXED in roles:
             return bool(usable)

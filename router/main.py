@@ -43,6 +43,7 @@ from router.http.service import ServedModel, Service
 from router.http.trust import Trust
 from router.limits import RouterLimits
 from router.metrics import RouterMetrics
+from router.operations import Operations
 from router.policy import POLICIES
 from router.records import Records
 from router.text.chat_template import ChatTemplate
@@ -151,6 +152,7 @@ class Router:
                 topology=self._topology,
                 check_grammar=self._grammars.check,
                 routing=Explainer(self.fleet, self.dispatcher),
+                operations=Operations(self.fleet),
                 trust=_trust(config.admin_key_file),
             )
         )

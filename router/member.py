@@ -76,6 +76,7 @@ class Member:
     joined_s: float = 0.0
     in_use: bool = False  # its session is up and nothing speaks against it
     incompatible: str = ""
+    drained: bool = False  # an operator took it out of use: it gets nothing new
     load: pb.LoadReport = field(default_factory=pb.LoadReport)
     events: EventCursor = field(default_factory=EventCursor)
     links: dict[str, tuple[int, LinkFacts]] = field(default_factory=dict)  # by peer id: incarnation, facts
@@ -104,7 +105,9 @@ class Member:
             return "incompatible"
         if not self.link.up:
             return "unreachable"
-        return "suspect" if self.link.suspect else "ready"
+        if self.link.suspect:
+            return "suspect"
+        return "drained" if self.drained else "ready"
 
     def join(self, hello: pb.WorkerHello, role: Role, now_s: float) -> None:
         self.hello, self.role, self.joined_s, self.in_use = hello, role, now_s, True
@@ -197,6 +200,7 @@ class Member:
             worker_id=self.worker_id,
             role=self.role,
             alive=self.in_use and not self.link.suspect,
+            leaving="drained by an operator" if self.drained else "",
             incompatible=self.incompatible,
             max_model_len=self.hello.max_model_len,
             max_sequences=self.hello.max_sequences,

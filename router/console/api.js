@@ -1,25 +1,42 @@
 // The router's HTTP API. Every failure is an Error with one sentence to show.
 
-export async function getJson(path) {
+let key = "";
+
+/** `text` goes with every request from now on: as the admin key, and as the key of a client. */
+export function useKey(text) {
+  key = text;
+}
+
+const keyHeaders = () => (key ? { "x-pdserve-admin-key": key, Authorization: `Bearer ${key}` } : {});
+
+export const getJson = (path) => ask("GET", path);
+
+/** `body` is sent as JSON, if there is one. */
+export async function ask(method, path, body) {
+  const init = { method, headers: keyHeaders() };
+  if (body !== undefined) {
+    init.headers["Content-Type"] = "application/json";
+    init.body = JSON.stringify(body);
+  }
   let response;
   try {
-    response = await fetch(path);
+    response = await fetch(path, init);
   } catch {
     throw new Error("The router does not answer.");
   }
-  const body = await response.json().catch(() => ({}));
+  const found = await response.json().catch(() => ({}));
   // A router that is not ready says so with 503 and the same body.
-  if (!response.ok && response.status !== 503) {
-    throw new Error(body.error?.message ?? `${path} answered with status ${response.status}.`);
+  if (!response.ok && (found.error || response.status !== 503)) {
+    throw new Error(found.error?.message ?? `${path} answered with status ${response.status}.`);
   }
-  return body;
+  return found;
 }
 
 /** Events of a streamed chat completion, each as its parsed JSON; ends with the stream. */
 export async function* streamChat(body, requestId, signal) {
   const response = await fetch("v1/chat/completions", {
     method: "POST",
-    headers: { "Content-Type": "application/json", "X-Request-Id": requestId, "x-pdserve-timeline": "1" },
+    headers: { "Content-Type": "application/json", ...keyHeaders(), "X-Request-Id": requestId, "x-pdserve-timeline": "1" },
     body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
     signal,
   });

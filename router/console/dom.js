@@ -22,3 +22,5 @@ export const seconds = (value) =>
   value === null || value === undefined ? "–" : value < 0.001 ? "<1 ms" : value < 1 ? `${(value * 1e3).toFixed(0)} ms` : `${value.toFixed(2)} s`;
 
 export const perSecond = (bytes) => (bytes ? `${(bytes / 1e9).toFixed(1)} GB/s` : "not measured");
+
+export const share = (value) => `${(value * 100).toFixed(0)} %`;

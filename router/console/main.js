@@ -1,10 +1,11 @@
 // Joins the parts: asks the router once a second while the page is seen, and shows what it says.
 
-import { getJson } from "./api.js";
+import { getJson, useKey } from "./api.js";
 import { startChat } from "./chat.js";
 import { showPath, showWorkers } from "./cluster.js";
 import { byId } from "./dom.js";
-import { showGoodput, showRecord, showRequests } from "./requests.js";
+import { showClasses, showTiers } from "./load.js";
+import { showRecord, showRequests } from "./requests.js";
 
 const EVERY_MS = 1000;
 let model = "";
@@ -14,15 +15,17 @@ let seen = null; // requests whose hand-over was drawn; null before the first lo
 
 async function refresh() {
   try {
-    const [topology, recent, slo] = await Promise.all([getJson("workers"), getJson("v1/requests?limit=20"), getJson("v1/slo")]);
+    const paths = ["workers", "v1/requests?limit=12", "v1/slo", "v1/pools", "admin"];
+    const [topology, recent, slo, pools, { trusted }] = await Promise.all(paths.map(getJson));
     model ||= (await getJson("v1/models")).data[0].id;
     byId("state").textContent = topology.ready ? `${model} is ready` : "not ready: waiting for workers";
     byId("state").className = topology.ready ? "" : "bad";
     const handoffs = newHandoffs(recent.data);
-    update("workers", topology, showWorkers);
+    update("workers", [topology, pools, trusted], () => showWorkers(topology, pools, trusted, refresh));
     update("path", [topology, handoffs], () => showPath(topology, handoffs));
     update("requests", recent.data, (records) => showRequests(records, choose));
-    update("goodput", slo, showGoodput);
+    update("classes", slo, showClasses);
+    update("tiers", slo.cache, showTiers);
     const record = recent.data.find((each) => each.request_id === chosen) ?? recent.data.find((each) => each.end);
     if (record) update("record", record, showRecord);
   } catch (error) {
@@ -53,6 +56,12 @@ async function choose(requestId) {
   byId("record").scrollIntoView({ block: "nearest" });
 }
 
+byId("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  useKey(byId("key").value.trim());
+  byId("key-box").open = false;
+  refresh();
+});
 startChat(
   () => model,
   () => {

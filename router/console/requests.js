@@ -6,7 +6,7 @@ const SVG = "http://www.w3.org/2000/svg";
 
 export function showRequests(records, onChoose) {
   const rows = records.map((record) => [
-    el("button", { className: "link", type: "button", onclick: () => onChoose(record.request_id) }, record.request_id.slice(0, 18)),
+    el("button", { className: "link", type: "button", onclick: () => onChoose(record.request_id) }, record.request_id.slice(0, 14)),
     record.actual?.workers.join(" → ") ?? record.decisions.at(-1)?.chosen ?? "–",
     String(record.prompt_tokens),
     String(record.actual?.cached_tokens ?? "–"),
@@ -18,11 +18,6 @@ export function showRequests(records, onChoose) {
   ]);
   const head = ["request", "workers", "prompt", "cached", "output", "TTFT", "TPOT", "end", "objective"];
   fillTable(byId("requests"), head, rows);
-}
-
-export function showGoodput(slo) {
-  const parts = Object.entries(slo.classes ?? {}).map(([name, each]) => `${name}: ${each.good} of ${each.requests} good`);
-  byId("goodput").textContent = parts.join(" · ");
 }
 
 export function showRecord(record) {

@@ -26,6 +26,7 @@ from router.http.exchange import REQUEST_ID_KEY
 from router.http.fields import MAX_PROMPTS, MAX_STOP_STRINGS
 from router.http.generate import CHAT, COMPLETIONS, RESPONSES, GenerateEndpoint, InFlight
 from router.http.openapi import openapi_document
+from router.http.operations import operations_routes
 from router.http.routing import routing_routes
 from router.http.schema import MAX_MESSAGES, MAX_N
 from router.http.service import HttpLimits, ServedModel, Service
@@ -39,7 +40,8 @@ def make_app(service: Service) -> ASGIApp:
     POST /v1/completions, /v1/chat/completions, /v1/responses, /tokenize, /detokenize; GET /v1/models, /v1/models/{id},
     /openapi.json and /docs (its page), /version; GET /livez and /ping (the process runs), /readyz and /health (a worker
     can take requests), /workers (the fleet), /metrics (all in the registry of `service.metrics`); / (the console)
-    and /console/{name}; and the endpoints about choices, `router.http.routing`.
+    and /console/{name}; and the endpoints about choices, `router.http.routing`, and for operators,
+    `router.http.operations`.
     """
     in_flight = InFlight(service.limits.in_flight, service.metrics)
     routes = [
@@ -52,6 +54,7 @@ def make_app(service: Service) -> ASGIApp:
         Route("/openapi.json", _openapi(service.model)),
         *_operator_routes(service),
         *(routing_routes(service, service.routing) if service.routing is not None else ()),
+        *(operations_routes(service, service.operations) if service.operations is not None else ()),
         *console_routes(),
     ]
     app = Starlette(

@@ -65,6 +65,16 @@ class Routing(Protocol):
     def pairs(self) -> dict[str, Any]: ...
 
 
+class Operations(Protocol):
+    """For operators. Implemented by `router.operations`."""
+
+    async def pools(self) -> dict[str, Any]: ...
+
+    def drain(self, worker_id: str, drained: bool) -> bool:
+        """False if no worker has this id."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """
@@ -73,6 +83,7 @@ class Service:
         topology: the fleet, JSON-ready; its "ready" is what /readyz asks.
         check_grammar: raises `InvalidRequest` for one that cannot be used.
         routing: answers about choices; None leaves their endpoints out.
+        operations: likewise, of operators.
         trust: whose wishes about policies are followed.
         clock: monotonic, in seconds; the clock of timelines and deadlines, so the dispatcher's too.
         wall_clock: Unix time in seconds, for `created` only.
@@ -85,6 +96,7 @@ class Service:
     topology: Callable[[], dict[str, Any]]
     check_grammar: Callable[[Grammar], Awaitable[None]]
     routing: Routing | None = None
+    operations: Operations | None = None
     trust: Trust = field(default_factory=Trust)
     limits: HttpLimits = HttpLimits()
     clock: Callable[[], float] = time.monotonic

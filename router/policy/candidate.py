@@ -100,6 +100,7 @@ class Candidate:
     load: LoadView = LoadView()
     speed: Speed = Speed()
     matched_blocks: int = 0  # leading blocks of the request that it holds
+    leaving: str = ""  # why it takes nothing new, in clear text; empty when it does
     has_store: bool = False  # reads and writes the store of its machine
     partners: int = 0  # decode workers that it has an open link to
     link: LinkFacts | None = None  # in phase DECODE: from the request's prefill worker

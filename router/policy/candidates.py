@@ -37,6 +37,8 @@ class Roster:
     incompatible: tuple[str, ...]
     compatible: Flags
     alive: Flags
+    leaving: tuple[str, ...]
+    takes_requests: Flags
     prefill: Flags  # of that role
     shares_step: Numbers  # 1 where decoding shares the step with a prompt, 0 on a prefill worker
     decode: Flags
@@ -59,6 +61,8 @@ class Roster:
             incompatible=tuple(each.incompatible for each in workers),
             compatible=_flags(not each.incompatible for each in workers),
             alive=_flags(each.alive for each in workers),
+            leaving=tuple(each.leaving for each in workers),
+            takes_requests=_flags(not each.leaving for each in workers),
             prefill=_flags(role is Role.PREFILL for role in roles),
             shares_step=_numbers(role is not Role.PREFILL for role in roles),
             decode=_flags(role is Role.DECODE for role in roles),

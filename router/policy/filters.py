@@ -104,6 +104,7 @@ compatible = Filter(
     lambda _, seen: seen.roster.compatible, lambda _, seen, at: seen.roster.incompatible[at], lasting=True
 )
 alive = Filter(lambda _, seen: seen.roster.alive, lambda _, seen, at: "not heard from lately", lasting=True)
+staying = Filter(lambda _, seen: seen.roster.takes_requests, lambda _, seen, at: seen.roster.leaving[at], lasting=True)
 not_failed = Filter(
     lambda need, seen: _without(seen, need.avoid), lambda need, seen, at: "failed or refused this request before"
 )
@@ -119,4 +120,4 @@ room = Filter(_has_room, _why_no_room)
 # The worker that the client named, if it named one; it runs the prompt.
 named = Filter(_is_target, lambda need, seen, at: "another worker was named")
 
-FILTERS: tuple[Filter, ...] = (compatible, alive, not_failed, role, partnered, linked, stored, room)
+FILTERS: tuple[Filter, ...] = (compatible, alive, staying, not_failed, role, partnered, linked, stored, room)

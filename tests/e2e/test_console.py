@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 
@@ -20,7 +22,7 @@ DEADLINE_MS = 60_000
 if MISSING and os.environ.get("CI") != "true":
     pytest.skip("chromium and playwright are not installed", allow_module_level=True)
 
-from playwright.sync_api import Page, expect, sync_playwright  # noqa: E402
+from playwright.sync_api import Page, Route, expect, sync_playwright  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,42 @@ def test_record_explains_each_choice(page: Page) -> None:
     expect(page.locator("#links")).to_contain_text("posix/memory")
 
 
+def test_the_cluster_view_shows_pools_tiers_goodput_and_queue(page: Page) -> None:
+    expect(page.locator("#workers .pool-bar")).to_have_count(2, timeout=DEADLINE_MS)
+    expect(page.locator("#workers")).to_contain_text("cached")
+    expect(page.locator("#tiers")).to_contain_text("device")
+    expect(page.locator("#classes tbody tr").filter(has_text="standard")).to_contain_text("2 of 2")
+    expect(page.locator("#admission")).to_contain_text("Admission: shadow. Waiting: nobody. Refused: nobody.")
+    expect(page.locator("#links")).to_contain_text("GB/s")
+
+
+def test_an_operator_drains_a_worker_by_keyboard_and_uses_it_again(page: Page) -> None:
+    """No key is configured, and the browser is on this machine."""
+    page.get_by_role("button", name="Drain decode-0").focus()
+    page.keyboard.press("Enter")
+    again = page.get_by_role("button", name="Use again decode-0")
+    expect(again).to_be_visible(timeout=DEADLINE_MS)
+    expect(page.locator("#operator")).to_contain_text("decode-0 gets nothing new")
+    again.click()
+    expect(page.get_by_role("button", name="Drain decode-0")).to_be_visible(timeout=DEADLINE_MS)
+    expect(page.locator("#state")).to_contain_text("is ready")
+
+
+def test_without_trust_there_is_nothing_to_press_until_the_key_is_given(page: Page) -> None:
+    """As a router with a key answers; the real check is in tests/router/http/test_operations.py."""
+
+    def answer_admin(route: Route) -> None:
+        route.fulfill(json={"trusted": route.request.headers.get("x-pdserve-admin-key") == "secret"})
+
+    page.route("**/admin", answer_admin)
+    expect(page.get_by_role("button", name="Drain")).to_have_count(0, timeout=DEADLINE_MS)
+    page.locator("#key-box summary").click()
+    page.locator("#key").fill("secret")
+    page.locator("#key").press("Enter")
+    expect(page.get_by_role("button", name="Drain")).to_have_count(2, timeout=DEADLINE_MS)
+    page.unroute("**/admin")
+
+
 def test_what_a_client_says_is_text_and_never_markup(page: Page) -> None:
     page.locator("#prompt").fill("<img src=x onerror=alert(1)><b>bold</b>")
     page.locator("#prompt").press("Enter")
@@ -76,7 +114,7 @@ def test_what_a_client_says_is_text_and_never_markup(page: Page) -> None:
 
 
 def test_stop_ends_an_answer(page: Page) -> None:
-    page.locator("details summary").click()
+    page.locator("#ask details summary").click()
     page.locator("#max-tokens").fill("2000")
     page.locator("#temperature").fill("1")
     page.locator("#prompt").fill("Tell a very long story.")
@@ -89,6 +127,28 @@ def test_stop_ends_an_answer(page: Page) -> None:
 
 def test_phone_width_needs_no_sideways_scrolling(page: Page) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
-    box = page.locator("main").bounding_box()
-    assert box is not None
-    assert box["width"] <= 390
+    for path in ("", "/docs"):
+        page.goto(page.url.rstrip("/") + path)
+        expect(page.locator("#state, #operations details").first).to_be_visible()
+        for box in page.locator("#operations details").all():
+            box.evaluate("each => { each.open = true; }")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, path
+
+
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+def test_text_stands_out_in_both_schemes(page: Page, scheme: Literal["dark", "light"]) -> None:
+    page.emulate_media(color_scheme=scheme)
+    ink, paper = page.evaluate(
+        "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+    )
+    assert contrast(ink, paper) > 7, "WCAG's AAA"
+
+
+def contrast(*colours: str) -> float:
+    def luminance(colour: str) -> float:
+        parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    darker, lighter = sorted(luminance(colour) for colour in colours)
+    return (lighter + 0.05) / (darker + 0.05)
