@@ -73,8 +73,8 @@ def test_the_cluster_view_shows_pools_tiers_goodput_and_queue(page: Page) -> Non
     expect(page.locator("#workers .pool-bar")).to_have_count(2, timeout=DEADLINE_MS)
     expect(page.locator("#workers")).to_contain_text("cached")
     expect(page.locator("#tiers")).to_contain_text("device")
-    expect(page.locator("#classes tbody tr").filter(has_text="standard")).to_contain_text("2 of 2")
-    expect(page.locator("#admission")).to_contain_text("Admission: shadow. Waiting: nobody. Refused: nobody.")
+    expect(page.locator("#classes tbody tr").filter(has_text="standard")).to_contain_text(re.compile(r"\d+ of \d+"))
+    expect(page.locator("#admission")).to_contain_text("Admission: shadow.")
     expect(page.locator("#links")).to_contain_text("GB/s")
 
 

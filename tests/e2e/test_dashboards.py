@@ -122,6 +122,7 @@ def test_names_and_units_pass_promtool(stack: Stack) -> None:
             lines = answer.read().decode().splitlines()
         own = "\n".join(line for line in lines if "vllm:" not in line) + "\n"
         assert own.count("pdserve_") > 20
+        assert "pdserve_build_info{" in own, component
         done = subprocess.run(
             [tool("promtool"), "check", "metrics"], input=own, capture_output=True, text=True, check=False
         )
