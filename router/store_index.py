@@ -21,7 +21,6 @@ from router.policy.candidates import Numbers
 MAX_NODES = 256
 MAX_KEYS = 1 << 21  # of one node; what is more is not known of it, and counted
 _HOST, _ANY = 0, 1  # rows of a node
-_SLOTS = 2 * MAX_NODES  # a multiple of 8
 
 
 @dataclass(slots=True)
@@ -100,11 +99,14 @@ class StoreIndex:
             self._show(node, tier, [key for key, tiers in known.tiers.items() if tiers & bit])
 
     def match(self, keys: Sequence[BlockKey]) -> Stored | None:
-        """None: no node is known."""
-        if not self._nodes:
+        """None: no node holds any of it."""
+        found = self._index.match(keys).by_slot() if self._nodes else None
+        if not found:
             return None
-        blocks = self._index.match(keys).column(_SLOTS).reshape(-1, 2)
-        return Stored(*(np.append(blocks[:, row], 0.0) for row in (_HOST, _ANY)))
+        rows = np.zeros((2, MAX_NODES + 1))
+        for slot, blocks in found.items():
+            rows[slot % 2, slot // 2] = blocks
+        return Stored(rows[_HOST], rows[_ANY])
 
     @staticmethod
     def _accepts(known: _Node, sequence: int) -> bool:

@@ -213,10 +213,10 @@ class Candidates:
 
     def uncached_s(self, need: Need) -> Numbers:
         """To compute what each neither holds nor fetches."""
+        if (fetched := self.fetched(need)) is not None:
+            return fetched.compute_s
         if self._uncached_s is None or self._uncached_s[0] is not need:
-            fetched = self.fetched(need)
-            held = self.seen.matched_blocks if fetched is None else self.seen.matched_blocks + fetched.blocks
-            self._uncached_s = need, self.prefill_s(uncached_tokens(need, held))
+            self._uncached_s = need, self.prefill_s(uncached_tokens(need, self.seen.matched_blocks))
         return self._uncached_s[1]
 
     def fetched(self, need: Need) -> Fetched | None:
@@ -243,6 +243,7 @@ class Fetched:
 
     blocks: Numbers
     seconds: Numbers
+    compute_s: Numbers  # the rest
     tier: NDArray[np.intp]  # the farthest that they come from: a `Tier`, or 0 for none
 
 
@@ -253,15 +254,18 @@ def plan_fetches(need: Need, candidates: Candidates) -> Fetched:
     seen = candidates.seen
     assert seen.reach is not None
     most = max(0, need.tokens - 1) // need.block_size
-    ends = np.vstack([seen.matched_blocks, np.minimum(seen.reach.blocks, most)])
+    ends = np.empty((1 + len(FETCH_TIERS), len(seen)))
+    ends[0] = seen.matched_blocks
+    np.minimum(seen.reach.blocks, most, out=ends[1:])
     np.maximum.accumulate(ends, axis=0, out=ends)
     blocks = ends[1:] - ends[:-1]
     seconds = np.zeros_like(ends)
     seconds[1:] = blocks * seen.roster.block_bytes * seen.reach.byte_s + (blocks > 0.0) * _LATENCY_S
     np.cumsum(seconds, axis=0, out=seconds)
-    cut = (seconds + candidates.prefill_s(uncached_tokens(need, ends))).argmin(axis=0)
-    at = cut, np.arange(len(seen))
-    return Fetched(ends[at] - ends[0], seconds[at], cut)
+    compute_s = candidates.prefill_s(uncached_tokens(need, ends))
+    cut = (seconds + compute_s).argmin(axis=0)
+    at = cut * len(seen) + np.arange(len(seen))  # of the tables, flat
+    return Fetched(ends.take(at) - seen.matched_blocks, seconds.take(at), compute_s.take(at), cut)
 
 
 def _flags(values: Iterable[bool]) -> Flags:

@@ -81,8 +81,7 @@ class Node:
 
     def known(self) -> tuple[float, float]:
         stored = self.index.match(KEYS)
-        assert stored is not None
-        return stored.host[3], stored.any[3]
+        return (stored.host[3], stored.any[3]) if stored is not None else (0.0, 0.0)
 
 
 @settings(deadline=None)
@@ -109,9 +108,7 @@ def test_nothing_counts_before_the_snapshot_is_complete() -> None:
     index = StoreIndex()
     index.join(0)
     index.stored(0, 7, Tier.HOST, KEYS[:4])
-    stored = index.match(KEYS)
-    assert stored is not None
-    assert stored.any.max() == 0
+    assert index.match(KEYS) is None
     index.snapshot_ended(0, 7)
     stored = index.match(KEYS)
     assert stored is not None
