@@ -49,7 +49,8 @@ def _limit(result: Result) -> str:
 
 def _reason(point: Point) -> str:
     if point.failed > (1 - ATTAINMENT) * point.requests:
-        return f"requests that fail ({point.failed} of {point.requests})"
+        commonest = max(point.errors.items(), key=lambda item: item[1])[0]
+        return f"requests that fail ({point.failed} of {point.requests}, such as: {commonest})"
     if abs(point.ttft_share - point.tpot_share) < 0.05:
         return "both objectives"
     return "TTFT" if point.ttft_share < point.tpot_share else "TPOT"

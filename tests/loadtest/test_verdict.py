@@ -36,7 +36,7 @@ def test_what_is_closer_than_the_resolution_is_no_win() -> None:
 def test_one_target_has_a_limit_and_no_opponent() -> None:
     text = verdict(sweep(endpoint=[holding(1.0), rejecting(2.0)]))
     assert text.startswith("endpoint holds 1 req/s")
-    assert "breaks on requests that fail (5 of 20)" in text
+    assert "breaks on requests that fail (5 of 20, such as: HTTP 503: busy)" in text
     assert "Given" not in text
 
 
