@@ -25,6 +25,7 @@ from pdserve.kernels.base import Int4Weight, Weight
 from pdserve.models import int4
 from pdserve.models.checkpoint import open_checkpoint
 from pdserve.models.config import ModelConfig
+from pdserve.models.experts import ExpertWeights
 from pdserve.models.folder import weight_files
 from pdserve.models.packed import Damaged, Entries, Packed, Shape, map_packed, tensor_bytes, write_packed
 
@@ -36,6 +37,7 @@ TORCH_DTYPES: dict[KvDtype, torch.dtype] = {
 }
 PACK_TIMEOUT_S = 1800.0
 _FORMAT = 1
+_OF_EXPERTS = ("router", "experts_gate_up", "experts_down", "shared_gate")
 _PACKED, _SCALES = ".packed", ".scales"  # of a weight in 4 bits, after its name
 
 _log = logging.getLogger(__name__)
@@ -54,11 +56,12 @@ class LayerWeights:
     output_bias: Tensor | None  # [H]
     attention_post_norm: Tensor | None  # [H], of what attention adds to the residual
     mlp_norm: Tensor | None  # [H]
-    gate_up: Weight  # [2 I, H], rows of gate, then up
+    gate_up: Weight | None  # [2 I, H], rows of gate, then up; beside experts that of the shared one, if there is one
     gate_up_bias: Tensor | None  # [2 I]
-    down: Weight  # [H, I]
+    down: Weight | None  # [H, I]
     down_bias: Tensor | None  # [H]
     mlp_post_norm: Tensor | None  # [H]
+    experts: ExpertWeights | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +148,18 @@ def place(weights: Weights, device: torch.device) -> Weights:
         assert not isinstance(weight, Int4Weight)
         return None if weight is None else weight.to(device)
 
-    names = LayerWeights.__dataclass_fields__
+    def experts(here: ExpertWeights | None) -> ExpertWeights | None:
+        if here is None:
+            return None
+        shared_gate = there(here.shared_gate)
+        return ExpertWeights(here.router.to(device), here.gate_up.to(device), here.down.to(device), shared_gate)
+
+    names = [name for name in LayerWeights.__dataclass_fields__ if name != "experts"]
     layers = tuple(
-        LayerWeights(**{name: there(getattr(layer, name)) for name in names})  # type: ignore[arg-type]
+        LayerWeights(
+            **{name: there(getattr(layer, name)) for name in names},  # type: ignore[arg-type]
+            experts=experts(layer.experts),
+        )
         for layer in weights.layers
     )
     embedding, final_norm = weights.embedding.to(device), weights.final_norm.to(device)
@@ -161,7 +173,7 @@ def _parts(config: ModelConfig, weight_format: WeightFormat = "dense") -> list[_
     hidden = config.hidden_size
     parts = [_Part("embedding", ("model.embed_tokens.weight",), (config.vocab_size,), hidden)]
     for i in range(config.num_layers):
-        parts += _layer_parts(config, f"layers.{i}.", f"model.layers.{i}.")
+        parts += _layer_parts(config, i, f"layers.{i}.", f"model.layers.{i}.")
     parts.append(_Part("final_norm", ("model.norm.weight",), (hidden,), None))
     if not config.tie_word_embeddings:
         parts.append(_Part("head", ("lm_head.weight",), (config.vocab_size,), hidden))
@@ -170,15 +182,14 @@ def _parts(config: ModelConfig, weight_format: WeightFormat = "dense") -> list[_
     return parts
 
 
-def _layer_parts(config: ModelConfig, name: str, source: str) -> list[_Part]:
+def _layer_parts(config: ModelConfig, layer: int, name: str, source: str) -> list[_Part]:
     """`name` and `source` begin the names of the layer's tensors in the packed file and in the checkpoint."""
-    hidden, q, kv, inner = config.hidden_size, config.q_size, config.kv_size, config.intermediate_size
+    hidden, q, kv = config.hidden_size, config.q_size, config.kv_size
     fused = config.family.fused
     parts = [
         *_linear("qkv", ("qkv",) if fused else ("q", "k", "v"), "self_attn", (q, kv, kv), hidden, config.qkv_bias),
         *_linear("output", ("o",), "self_attn", (hidden,), q, config.output_bias),
-        *_linear("gate_up", ("gate_up",) if fused else ("gate", "up"), "mlp", (inner, inner), hidden, config.mlp_bias),
-        *_linear("down", ("down",), "mlp", (hidden,), inner, config.mlp_bias),
+        *_mlp_parts(config, layer),
         *(_Part(norm, (f"{at}.weight",), (hidden,), None) for norm, at in config.family.norms.items()),
     ]
     if config.qk_norm is not None:
@@ -188,6 +199,25 @@ def _layer_parts(config: ModelConfig, name: str, source: str) -> list[_Part]:
     return [
         _Part(name + part.name, tuple(source + one for one in part.sources), part.rows, part.columns) for part in parts
     ]
+
+
+def _mlp_parts(config: ModelConfig, layer: int) -> Iterator[_Part]:
+    experts, names = config.experts, config.family.experts
+    at, inner, hidden = "mlp", config.intermediate_size, config.hidden_size
+    if experts is not None and names is not None and experts.layers[layer]:
+        each = [f"{names.at}.experts.{i}." for i in range(experts.count)]
+        gate_up = tuple(f"{one}{name}.weight" for one in each for name in (names.gate, names.up))
+        down = tuple(f"{one}{names.down}.weight" for one in each)
+        yield _Part("router", (f"{names.at}.gate.weight",), (experts.count,), hidden)
+        yield _Part("experts_gate_up", gate_up, (experts.size,) * (2 * experts.count), hidden)
+        yield _Part("experts_down", down, (hidden,) * experts.count, experts.size)
+        if not experts.shared_size:
+            return
+        yield _Part("shared_gate", (f"{names.at}.shared_expert_gate.weight",), (1,), hidden)
+        at, inner = f"{names.at}.shared_expert", experts.shared_size
+    projections = ("gate_up",) if config.family.fused else ("gate", "up")
+    yield from _linear("gate_up", projections, at, (inner, inner), hidden, config.mlp_bias)
+    yield from _linear("down", ("down",), at, (hidden,), inner, config.mlp_bias)
 
 
 def _linear(
@@ -253,7 +283,7 @@ def _pack(
 
 def _in_4_bits(part: _Part) -> bool:
     """Weights of products; the table of embeddings is read a row a token."""
-    return part.name != "embedding" and int4.fits(part.shape)
+    return part.name != "embedding" and not part.name.endswith(_OF_EXPERTS) and int4.fits(part.shape)
 
 
 def _entries(parts: list[_Part], quantised: set[str], dtype: torch.dtype) -> Entries:
@@ -281,9 +311,20 @@ def _assemble(config: ModelConfig, tensors: dict[str, Tensor], identity: str) ->
         dense, packed = tensors.get(name), tensors.get(name + _PACKED)
         return dense if dense is None or packed is None else Int4Weight(dense, packed, tensors[name + _SCALES])
 
-    fields = LayerWeights.__dataclass_fields__
+    def experts(layer: str) -> ExpertWeights | None:
+        router, count = tensors.get(f"{layer}router"), config.experts.count if config.experts is not None else 0
+        if router is None:
+            return None
+        gate_up, down = tensors[f"{layer}experts_gate_up"], tensors[f"{layer}experts_down"]
+        shared_gate = tensors.get(f"{layer}shared_gate")
+        return ExpertWeights(router, gate_up.unflatten(0, (count, -1)), down.unflatten(0, (count, -1)), shared_gate)
+
+    fields = [field for field in LayerWeights.__dataclass_fields__ if field != "experts"]
     layers = tuple(
-        LayerWeights(**{field: weight(f"layers.{i}.{field}") for field in fields})  # type: ignore[arg-type]
+        LayerWeights(
+            **{field: weight(f"layers.{i}.{field}") for field in fields},  # type: ignore[arg-type]
+            experts=experts(f"layers.{i}."),
+        )
         for i in range(config.num_layers)
     )
     embedding, head = tensors["embedding"], weight("head")
@@ -300,6 +341,8 @@ def _source_stamp(files: tuple[Path, ...], config: ModelConfig, weight_format: W
 def _config_stamp(config: ModelConfig) -> str:
     """The numbers that shape the KV; which tokens end a text is not among them."""
     numbers = asdict(config)
+    if config.experts is None:
+        del numbers["experts"]  # files packed before there were any stay valid
     for name in ("bos_token_id", "eos_token_ids", "max_position_embeddings"):
         del numbers[name]
     return json.dumps(numbers, sort_keys=True)
