@@ -160,8 +160,9 @@ def _parse(fields: Fields, architecture: str, generation: Fields) -> ModelConfig
 def _experts(fields: Fields, family: Family) -> ExpertsConfig | None:
     if family.experts is None:
         return None
-    # transformers 5 writes all of them under the one name.
-    count = fields.count(family.experts.count, fields.values.get("num_local_experts"))
+    # The name that transformers 5 writes for all of them comes first.
+    local = "num_local_experts"
+    count = fields.count(local if fields.values.get(local) is not None else family.experts.count)
     per_token = fields.count("num_experts_per_tok")
     if per_token > count:
         raise ConfigError(f"{fields.path}: num_experts_per_tok ({per_token}) must be at most {count}, of all experts.")

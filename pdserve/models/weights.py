@@ -317,7 +317,8 @@ def _assemble(config: ModelConfig, tensors: dict[str, Tensor], identity: str) ->
             return None
         gate_up, down = tensors[f"{layer}experts_gate_up"], tensors[f"{layer}experts_down"]
         shared_gate = tensors.get(f"{layer}shared_gate")
-        return ExpertWeights(router, gate_up.unflatten(0, (count, -1)), down.unflatten(0, (count, -1)), shared_gate)
+        gate_up, down = gate_up.view(count, -1, config.hidden_size), down.view(count, config.hidden_size, -1)
+        return ExpertWeights(router, gate_up, down, shared_gate)
 
     fields = [field for field in LayerWeights.__dataclass_fields__ if field != "experts"]
     layers = tuple(
