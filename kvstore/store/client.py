@@ -58,6 +58,8 @@ _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 _TIERS = {tier.value: tier for tier in Tier}
 _leased = partial(tuple.__new__, LeasedBlock)
 
+OnArena = Callable[[Buffer], None]
+
 
 class _Attachment:
     """One session with one life of the node."""
@@ -71,9 +73,12 @@ class _Attachment:
 class StoreClient:
     """Create with `attach`."""
 
-    def __init__(self, socket_path: str | Path, fingerprint: bytes, block_bytes: int, owner: str) -> None:
+    def __init__(
+        self, socket_path: str | Path, fingerprint: bytes, block_bytes: int, owner: str, on_arena: OnArena | None = None
+    ) -> None:
         self._path = Path(socket_path)
         self._hello = Hello(owner, block_bytes, fingerprint)
+        self._on_arena = on_arena
         self._attachment: _Attachment | None = None
         self._arena_path = ""
         self._arena: ArenaMap | None = None
@@ -84,7 +89,15 @@ class StoreClient:
         self._first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @classmethod
-    async def attach(cls, socket_path: str | Path, *, fingerprint: bytes, block_bytes: int, owner: str) -> StoreClient:
+    async def attach(
+        cls,
+        socket_path: str | Path,
+        *,
+        fingerprint: bytes,
+        block_bytes: int,
+        owner: str,
+        on_arena: OnArena | None = None,
+    ) -> StoreClient:
         """Join the node that listens on `socket_path`; the first worker decides the node's block geometry.
 
         A node that is not there (yet) gives a detached client, which keeps trying.
@@ -93,11 +106,12 @@ class StoreClient:
             fingerprint: 16 bytes, `BlockGeometry.fingerprint`.
             block_bytes: bytes of one block.
             owner: names this worker in the node's ledger.
+            on_arena: called with the node's arena as it is mapped, and again with the next life's; on a thread.
 
         Raises:
             Unavailable: the node refuses; the message says why (it serves another model or block layout).
         """
-        client = cls(socket_path, fingerprint, block_bytes, owner)
+        client = cls(socket_path, fingerprint, block_bytes, owner, on_arena)
         client._task = asyncio.create_task(client._keep_attached(), name=f"store session of {owner}")
         try:
             await client._first
@@ -255,8 +269,14 @@ class StoreClient:
             if welcome.arena_path:
                 self._arena = ArenaMap(Path(welcome.arena_path), welcome.num_slots, self._hello.block_bytes)
                 self._arena_path = welcome.arena_path
-                self._background(asyncio.to_thread(self._arena.populate))
+                self._background(asyncio.to_thread(self._prepare, self._arena))
         return () if self._arena is None else self._arena.slots
+
+    def _prepare(self, arena: ArenaMap) -> None:
+        """On a thread."""
+        arena.populate()
+        if self._on_arena is not None:
+            self._on_arena(arena.all)
 
     async def _keep_attached(self) -> None:
         """Attach, and again whenever the session has ended."""

@@ -105,7 +105,13 @@ FAMILIES: dict[str, Family] = {
     "MixtralForCausalLM": Family(
         "Mixtral",
         gguf="",
-        options={"sliding_window": None, "rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2},
+        options={
+            "sliding_window": None,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
         experts=Experts("num_local_experts", "intermediate_size", "block_sparse_moe", "w1", "w3", "w2"),
     ),
     "Qwen2MoeForCausalLM": Family(

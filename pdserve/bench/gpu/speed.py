@@ -177,7 +177,7 @@ def transformers(setup: Setup) -> dict[str, object]:
     values = {name: value for name, value in SHAPES[setup.shape].items() if name != "architectures"}
     config = AutoConfig.for_model("llama", **values)
     with torch.device(setup.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train(False)  # type: ignore[no-untyped-call]
     prompt = torch.tensor([random_prompt(1024, 0)], device=setup.device)
 
     def generate(count: int) -> float:
