@@ -47,7 +47,8 @@ class ArenaMap:
         advise(memory)
         self.directory = Directory(memoryview(table), num_slots)
         self._memory = memory
-        self.slots: list[Buffer] = list(np.frombuffer(memory, np.uint8).reshape(num_slots, block_bytes))
+        self.all: Buffer = np.frombuffer(memory, np.uint8)
+        self.slots: list[Buffer] = list(self.all.reshape(num_slots, block_bytes))
 
     def populate(self) -> None:
         """Map all pages now: one by one, as they are first touched, they would cost more than the copies.

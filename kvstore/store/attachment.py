@@ -26,6 +26,7 @@ from kvstore.transfer.transport import Buffer
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+OnArena = Callable[[Buffer], None]
 
 ATTACH_TIMEOUT_S = 30.0  # the first worker waits while the node takes its memory
 _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -85,8 +86,13 @@ class Attachment:
 class Attaching:
     """Attach, and again whenever the session has ended. Use on the asyncio loop only."""
 
-    def __init__(self, path: Path, hello: Hello, writing: Collection[tuple[int, int]]) -> None:
-        """`writing` is looked at whenever a session begins: slot and generation of what its callers still write."""
+    def __init__(self, path: Path, hello: Hello, writing: Collection[tuple[int, int]], on_arena: OnArena) -> None:
+        """
+        Args:
+            writing: looked at whenever a session begins: slot and generation of what its callers still write.
+            on_arena: called on a thread with the memory of each arena that is mapped.
+        """
+        self._on_arena = on_arena
         self.changed: Callable[[], None] = lambda: None  # `current` has
         self._attachment: Attachment | None = None
         self._path = path
@@ -162,5 +168,9 @@ class Attaching:
             if welcome.arena_path:
                 self._arena = ArenaMap(Path(welcome.arena_path), welcome.num_slots, self._hello.block_bytes)
                 self._arena_path = welcome.arena_path
-                self._populating = asyncio.create_task(asyncio.to_thread(self._arena.populate))
+                self._populating = asyncio.create_task(asyncio.to_thread(self._prepare, self._arena))
         return self._arena
+
+    def _prepare(self, arena: ArenaMap) -> None:
+        arena.populate()
+        self._on_arena(arena.all)

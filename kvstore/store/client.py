@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.keys import BlockKey
-from kvstore.store.attachment import Attaching, Attachment, StoreNode
+from kvstore.store.attachment import Attaching, Attachment, OnArena, StoreNode
 from kvstore.store.frames import Kind
 from kvstore.store.handles import Lease, LeasedBlock, SaveSlot
 from kvstore.store.messages import (
@@ -46,16 +46,30 @@ _TIERS = {tier.value: tier for tier in Tier}
 _leased = partial(tuple.__new__, LeasedBlock)
 
 
+def _nothing(arena: Buffer) -> None:
+    """Nobody wants to know where the arena is."""
+
+
 class StoreClient:
     """Create with `attach`."""
 
-    def __init__(self, socket_path: str | Path, fingerprint: bytes, block_bytes: int, owner: str) -> None:
+    def __init__(
+        self, socket_path: str | Path, fingerprint: bytes, block_bytes: int, owner: str, on_arena: OnArena = _nothing
+    ) -> None:
         self._writing: set[tuple[int, int]] = set()  # slot and generation of what the callers may still write
-        self._attaching = Attaching(Path(socket_path), Hello(owner, block_bytes, fingerprint), self._writing)
+        self._attaching = Attaching(Path(socket_path), Hello(owner, block_bytes, fingerprint), self._writing, on_arena)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @classmethod
-    async def attach(cls, socket_path: str | Path, *, fingerprint: bytes, block_bytes: int, owner: str) -> StoreClient:
+    async def attach(
+        cls,
+        socket_path: str | Path,
+        *,
+        fingerprint: bytes,
+        block_bytes: int,
+        owner: str,
+        on_arena: OnArena = _nothing,
+    ) -> StoreClient:
         """Join the node that listens on `socket_path`; the first worker decides the node's block geometry.
 
         A node that is not there (yet) gives a detached client, which keeps trying.
@@ -64,11 +78,12 @@ class StoreClient:
             fingerprint: 16 bytes, `BlockGeometry.fingerprint`.
             block_bytes: bytes of one block.
             owner: names this worker in the node's ledger.
+            on_arena: called with the node's arena as it is mapped, and again with the next life's; on a thread.
 
         Raises:
             Unavailable: the node refuses; the message says why (it serves another model or block layout).
         """
-        client = cls(socket_path, fingerprint, block_bytes, owner)
+        client = cls(socket_path, fingerprint, block_bytes, owner, on_arena)
         try:
             await client._attaching.tried()
         except BaseException:

@@ -18,6 +18,7 @@ BENCHMARKS = {
     "speculation": ("pdserve.bench.speculation", "decode with and without prompt look-up"),
     "quantised": ("pdserve.bench.quantised", "what 4-bit weights cost: perplexity of a TEXT file, greedy agreement"),
     "kernels": ("pdserve.bench.kernels", "kernels against torch"),
+    "gpu": ("pdserve.bench.gpu", "on a GPU: correctness, then speed against floors of the same run (make gpu-check)"),
     "transfer": ("kvstore.transfer.bench", "KV push against memcpy, over shared memory and TCP"),
     "store": ("kvstore.store.bench", "KV store against memcpy, disk, transfer plane and Redis"),
     "router": ("router.bench", "router overhead per request and per token"),

@@ -85,11 +85,13 @@ class DeviceRunner(Runner):
         if self.graphs is not None and self.graphs.fits(batch, rows):
             logits, tokens = self.graphs.run(inputs, batch, params)
         else:
-            hidden = self._model.forward(inputs, self._planner.plan(batch, self.pool, self._dtype), self.pool)
+            hidden = self.model.forward(inputs, self._planner.plan(batch, self.pool, self._dtype), self.pool)
             self.describe_prompts(plan, starts, hidden)
+            if not rows:
+                return self._flight(plan, [], [], torch.empty(0, dtype=torch.int64, device=hidden.device), None)
             if len(last_rows) < hidden.shape[0]:
-                hidden = hidden[self._to_device(torch.tensor(last_rows, dtype=torch.int64))]
-            logits = self._model.logits(hidden)
+                hidden = hidden[self._to_device(torch.tensor(last_rows))]
+            logits = self.model.logits(hidden)
             tokens = self._choose(logits, params)
         special = [i for i, row in enumerate(rows) if not plain(row)]
         host_logits = logits[self._to_device(torch.tensor(special))] if special else None

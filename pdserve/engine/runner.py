@@ -45,7 +45,7 @@ class Runner:
     """Owns the KV pool's memory: `pool` is `[num_blocks, kv_heads, layers, 2, block_size, head_dim]`."""
 
     def __init__(self, model: Model, pool: Tensor) -> None:
-        self._model = model
+        self.model = model
         self.pool = pool
 
     def foresees(self, plan: Plan) -> bool:
@@ -69,7 +69,7 @@ class Runner:
     @torch.inference_mode()
     def _run(self, plan: Plan) -> list[list[Sampled]]:
         token_ids, batch = build_batch(plan.chunks)
-        hidden = self._model.forward(token_ids, batch, self.pool)
+        hidden = self.model.forward(token_ids, batch, self.pool)
         starts = batch.query_start.tolist()
         self.describe_prompts(plan, starts, hidden)
         ready, last_rows = ready_rows(plan, starts)
@@ -78,7 +78,7 @@ class Runner:
         if len(last_rows) < hidden.shape[0]:
             hidden = hidden[torch.tensor(last_rows)]
         rows = [row for chunk in ready for row in sampling_rows(chunk)]
-        return verified(ready, sample(self._model.logits(hidden), rows))
+        return verified(ready, sample(self.model.logits(hidden), rows))
 
     def describe_prompts(self, plan: Plan, starts: Seq[int], hidden: Tensor) -> None:
         """For the sequences that asked for it; `starts` are the first rows of the chunks in hidden [T, H]."""
@@ -94,7 +94,7 @@ class Runner:
         del sequence.prompt_logprobs[start:]  # of a computation that was given up
         for first in range(0, len(behind), _DESCRIBED_ROWS):
             some = behind[first : first + _DESCRIBED_ROWS]
-            logits = self._model.logits(hidden[first : first + len(some)]).cpu()
+            logits = self.model.logits(hidden[first : first + len(some)]).cpu()
             sequence.prompt_logprobs += describe(logits, some, sequence.sampling.prompt_logprobs)
 
 

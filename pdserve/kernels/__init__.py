@@ -18,7 +18,13 @@ _CPU = torch.device("cpu")
 log = logging.getLogger(__name__)
 
 
-def choose(name: str, head_dim: int = 64, group: int = 1, device: torch.device = _CPU) -> Kernels:
+def choose(
+    name: str,
+    head_dim: int = 64,
+    group: int = 1,
+    device: torch.device = _CPU,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Kernels:
     """The implementation of that name; `auto` is the fastest that the device has. One log line.
 
     On the CPU native where it can be built, else reference; on CUDA flashinfer where it is installed, else sdpa.
@@ -36,7 +42,7 @@ def choose(name: str, head_dim: int = 64, group: int = 1, device: torch.device =
         log.info("kernels: reference, as configured")
         return ReferenceKernels()
     if device.type == "cuda":
-        return _choose_cuda(name, device)
+        return _choose_cuda(name, device, head_dim, dtype)
     if name in ("flashinfer", "sdpa"):
         raise ConfigError(f"The {name} kernels run on CUDA; on the CPU there are native and reference.")
     from pdserve.kernels import native
@@ -55,14 +61,14 @@ def choose(name: str, head_dim: int = 64, group: int = 1, device: torch.device =
     return kernels
 
 
-def _choose_cuda(name: str, device: torch.device) -> Kernels:
+def _choose_cuda(name: str, device: torch.device, head_dim: int, dtype: torch.dtype) -> Kernels:
     from pdserve.kernels import flashinfer, sdpa
 
     if name == "native":
         raise ConfigError("The native kernels run on the CPU; on CUDA there are flashinfer, sdpa and reference.")
     if name != "sdpa":
         try:
-            kernels = flashinfer.load(device)
+            kernels = flashinfer.load(device, head_dim, dtype)
         except flashinfer.FlashInferUnavailable as error:
             if name == "flashinfer":
                 raise ConfigError(f"The flashinfer kernels are not available: {error}.") from error

@@ -28,6 +28,7 @@ from pdserve.kernels.paging import Pages, pages_of
 from pdserve.kernels.staging import Staging
 
 WORKSPACE_BYTES = 128 << 20  # of split attention, shared by all wrappers: they run one after the other
+HEAD_DIMS = (64, 128, 256)
 _LAYOUT = "HND"
 _FP8 = torch.float8_e4m3fn
 
@@ -244,11 +245,15 @@ class FlashInferKernels:
         return activated
 
 
-def load(device: torch.device) -> FlashInferKernels:
+def load(device: torch.device, head_dim: int, dtype: torch.dtype) -> FlashInferKernels:
     """
     Raises:
-        FlashInferUnavailable: it is not installed, or the GPU is older than its kernels.
+        FlashInferUnavailable: it is not installed, or has no kernels for the GPU, the heads or the dtype.
     """
+    if head_dim not in HEAD_DIMS:
+        raise FlashInferUnavailable(f"it has heads of {', '.join(map(str, HEAD_DIMS))}, not of {head_dim}")
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise FlashInferUnavailable(f"it computes in 16 bits, not in {dtype}")
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < (8, 0):
         raise FlashInferUnavailable(f"it needs compute capability 8.0, the GPU has {major}.{minor}")

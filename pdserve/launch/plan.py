@@ -15,6 +15,8 @@ from pdserve.models.weight_format import WeightFormat
 
 ROLES = ("prefill", "decode", "mixed")
 
+_GPU_SHARE = 0.9  # of all workers together, as of one by default
+
 
 @dataclass(frozen=True, slots=True)
 class UpOptions:
@@ -107,6 +109,9 @@ def _worker_command(
         "--kernels": options.kernels,
         "--weights": options.weights,
     }
+    workers = options.prefill + options.decode + options.mixed
+    if workers > 1:  # which share one GPU, where there is one
+        values["--gpu-memory-utilization"] = f"{_GPU_SHARE / workers:.3f}"
     if store is not None:
         values["--store"] = str(store)
     if options.kv_bytes is not None:

@@ -31,6 +31,16 @@ class LayerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    count: int
+    per_token: int
+    size: int  # intermediate, of one
+    shared_size: int  # of the expert that all tokens have; 0: there is none
+    normalised: bool  # the shares of a token's experts sum to 1
+    layers: tuple[bool, ...]  # which layers have experts; the others have an MLP
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     architecture: str  # a key of FAMILIES
     hidden_size: int
@@ -58,6 +68,7 @@ class ModelConfig:
     logit_softcap: float | None
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    experts: ExpertsConfig | None = None
 
     @property
     def family(self) -> Family:
@@ -142,6 +153,33 @@ def _parse(fields: Fields, architecture: str, generation: Fields) -> ModelConfig
         logit_softcap=_cap(fields, family, "final_logit_softcapping"),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=tuple(eos),
+        experts=_experts(fields, family),
+    )
+
+
+def _experts(fields: Fields, family: Family) -> ExpertsConfig | None:
+    if family.experts is None:
+        return None
+    # The name that transformers 5 writes for all of them comes first.
+    local = "num_local_experts"
+    count = fields.count(local if fields.values.get(local) is not None else family.experts.count)
+    per_token = fields.count("num_experts_per_tok")
+    if per_token > count:
+        raise ConfigError(f"{fields.path}: num_experts_per_tok ({per_token}) must be at most {count}, of all experts.")
+    num_layers, step = fields.count("num_hidden_layers"), 1
+    dense: object = []
+    if "mlp_only_layers" in family.options:
+        step, dense = fields.count("decoder_sparse_step"), fields.values.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise ConfigError(f"{fields.path}: mlp_only_layers must be a list of layers, got {dense!r}.")
+    shared = "shared_expert_intermediate_size"
+    return ExpertsConfig(
+        count=count,
+        per_token=per_token,
+        size=fields.count(family.experts.size),
+        shared_size=fields.count(shared) if shared in family.options else 0,
+        normalised=fields.flag("norm_topk_prob") if "norm_topk_prob" in family.options else True,
+        layers=tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers)),
     )
 
 

@@ -15,6 +15,7 @@ from torch.nn.functional import embedding
 from pdserve.kernels.base import Batch, Kernels
 from pdserve.kernels.quantised import QuantisedWeight
 from pdserve.models.config import ModelConfig
+from pdserve.models.experts import mix
 from pdserve.models.rope import rope_table
 from pdserve.models.weights import LayerWeights, Weights
 
@@ -70,8 +71,7 @@ class Decoder:
             attended = self._attend(linear(x, layer.qkv, layer.qkv_bias), layer, batch, pool, i)
             x = linear(attended, layer.output, layer.output_bias)
             x = self._add(x, residual, layer.attention_post_norm, layer.mlp_norm)
-            x = self._activate(linear(x, layer.gate_up, layer.gate_up_bias))
-            x = linear(x, layer.down, layer.down_bias)
+            x = self._mlp(x, layer)
             x = self._add(x, residual, layer.mlp_post_norm, next_norm)
         return x
 
@@ -101,6 +101,22 @@ class Decoder:
         kernels.rope_append(qkv, self._cos_sin[i], batch, pool, i, config.num_heads)
         scale, window = config.attention_scale, self._windows[i]
         return kernels.attention(qkv, batch, pool, i, config.num_heads, scale, window, self._softcap)
+
+    def _mlp(self, x: Tensor, layer: LayerWeights) -> Tensor:
+        """[T, hidden] -> [T, hidden]: the MLP, or the layer's experts and beside them the shared one."""
+        linear, experts = self.kernels.linear, layer.experts
+        mixed = None
+        if experts is not None:
+            assert self.config.experts is not None
+            mixed = mix(x, experts, self.config.experts, self._activate)
+        if layer.gate_up is None or layer.down is None:
+            assert mixed is not None
+            return mixed
+        share = None if experts is None or experts.shared_gate is None else linear(x, experts.shared_gate).sigmoid()
+        own = linear(self._activate(linear(x, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
+        if share is not None:
+            own = own * share
+        return own if mixed is None else own + mixed
 
     def _add(self, x: Tensor, residual: Tensor, post_norm: Tensor | None, next_norm: Tensor | None) -> Tensor:
         """Add what a block gives to the residual; returns what the next block reads. All [T, hidden]."""

@@ -26,16 +26,29 @@ QkNorm = Literal["head", "projection"]
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """Where a family with experts has them, in its config.json and in its checkpoints."""
+
+    count: str  # field: how many
+    size: str  # field: intermediate size of one
+    at: str  # of a layer's block of experts, in a checkpoint
+    gate: str  # of an expert's projections
+    up: str
+    down: str
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """
     Attributes:
         models: what people call its models.
-        gguf: `general.architecture` in GGUF files.
+        gguf: `general.architecture` in GGUF files; empty if those are not read.
         gguf_rotates_pairs: its GGUF files store the two elements of a rotated pair next to each other.
         qk_norm: q and k are normed before they are rotated, each head by itself or all heads as one vector.
         qkv_bias: q, k and v always have a bias and the output projection never; else `attention_bias` says it for all.
         fused: the checkpoint holds q, k and v in one tensor, gate and up in one tensor.
         norm_offset: added to the weights of every norm.
+        experts: some or all layers have a mixture of experts in place of the MLP.
         embedding_scaled: embeddings are multiplied by the square root of their size.
     """
 
@@ -49,10 +62,13 @@ class Family:
     fused: bool = False
     norm_offset: float = 0.0
     embedding_scaled: bool = False
+    experts: Experts | None = None
 
 
 # Windows on some layers, where the file does not list `layer_types`.
 _QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
+_QWEN_EXPERTS = Experts("num_experts", "moe_intermediate_size", "mlp", "gate_proj", "up_proj", "down_proj")
+_QWEN_SPARSE = {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": None}
 _GEMMA = {
     "head_dim": 256,
     "hidden_activation": "gelu_pytorch_tanh",
@@ -86,6 +102,46 @@ FAMILIES: dict[str, Family] = {
     ),
     "Qwen2ForCausalLM": Family("Qwen2, Qwen2.5", gguf="qwen2", options=_QWEN_WINDOWS, qkv_bias=True),
     "Qwen3ForCausalLM": Family("Qwen3", gguf="qwen3", options={"head_dim": 128, **_QWEN_WINDOWS}, qk_norm="head"),
+    "MixtralForCausalLM": Family(
+        "Mixtral",
+        gguf="",
+        options={
+            "sliding_window": None,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        experts=Experts("num_local_experts", "intermediate_size", "block_sparse_moe", "w1", "w3", "w2"),
+    ),
+    "Qwen2MoeForCausalLM": Family(
+        "Qwen1.5-MoE, Qwen2-57B-A14B",
+        gguf="",
+        options={
+            **_QWEN_WINDOWS,
+            **_QWEN_SPARSE,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+        },
+        qkv_bias=True,
+        experts=_QWEN_EXPERTS,
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        "Qwen3-30B-A3B, Qwen3-235B-A22B",
+        gguf="",
+        options={
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            **_QWEN_SPARSE,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        qk_norm="head",
+        experts=_QWEN_EXPERTS,
+    ),
     "Phi3ForCausalLM": Family(
         "Phi-3, Phi-3.5, Phi-4", gguf="phi3", options={"sliding_window": None, "rms_norm_eps": 1e-5}, fused=True
     ),

@@ -10,4 +10,5 @@ TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q
 # `general.architecture` to ours. A Mistral file says llama, so its window is lost: it does not hold one.
 ARCHITECTURES: dict[str, str] = {}
 for _name, _family in FAMILIES.items():
-    ARCHITECTURES.setdefault(_family.gguf, _name)
+    if _family.gguf:
+        ARCHITECTURES.setdefault(_family.gguf, _name)

@@ -33,7 +33,7 @@ def supported() -> dict[str, dict[str, str]]:
             "native kernels": f"head_dim a multiple of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM}, up to {MAX_GROUP} heads a"
             " kv head; other models run on the reference kernels",
             "windows": "tokens outside a sliding window are masked; their blocks are kept",
-            "not supported": "mixtures of experts, images and audio, encoders, weights quantised in other forms than"
+            "not supported": "images and audio, encoders, weights quantised in other forms than"
             " GGUF's, pickled weights",
         },
     }
@@ -55,6 +55,8 @@ def _family(family: Family) -> str:
         "capped scores and logits": "attn_logit_softcapping" in options,
         "two rotations": "rope_local_base_freq" in options,
         "multipliers": "residual_multiplier" in options,
+        "mixture of experts": family.experts is not None,
+        "a shared expert": "shared_expert_intermediate_size" in options,
     }
     named = ", ".join(trait for trait, has in traits.items() if has)
     return f"{family.models}: {named}" if named else family.models

@@ -24,6 +24,7 @@ from pdserve.kernels.base import Weight
 from pdserve.kernels.quantised import Bits, QuantisedWeight, fits, packed_shapes
 from pdserve.models.checkpoint import Tensors, open_checkpoint
 from pdserve.models.config import ModelConfig
+from pdserve.models.experts import ExpertWeights
 from pdserve.models.folder import weight_files
 from pdserve.models.packed import Damaged, Entries, Packed, Shape, map_packed, tensor_bytes, write_packed
 from pdserve.models.quantise import Levels, quantise
@@ -38,6 +39,7 @@ PACK_TIMEOUT_S = 1800.0
 _FORMAT = 1
 _QUANTISED_FORMAT = 1
 _SCALES = ".scales"  # of a quantised weight, after its name
+_OF_EXPERTS = ("router", "experts_gate_up", "experts_down", "shared_gate")
 
 _log = logging.getLogger(__name__)
 
@@ -55,11 +57,12 @@ class LayerWeights:
     output_bias: Tensor | None  # [H]
     attention_post_norm: Tensor | None  # [H], of what attention adds to the residual
     mlp_norm: Tensor | None  # [H]
-    gate_up: Weight  # [2 I, H], rows of gate, then up
+    gate_up: Weight | None  # [2 I, H], rows of gate, then up; beside experts that of the shared one, if there is one
     gate_up_bias: Tensor | None  # [2 I]
-    down: Weight  # [H, I]
+    down: Weight | None  # [H, I]
     down_bias: Tensor | None  # [H]
     mlp_post_norm: Tensor | None  # [H]
+    experts: ExpertWeights | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +149,18 @@ def place(weights: Weights, device: torch.device) -> Weights:
         assert not isinstance(weight, QuantisedWeight), "a device has dense weights"
         return None if weight is None else weight.to(device)
 
-    names = LayerWeights.__dataclass_fields__
+    def experts(here: ExpertWeights | None) -> ExpertWeights | None:
+        if here is None:
+            return None
+        shared_gate = there(here.shared_gate)
+        return ExpertWeights(here.router.to(device), here.gate_up.to(device), here.down.to(device), shared_gate)
+
+    names = [name for name in LayerWeights.__dataclass_fields__ if name != "experts"]
     layers = tuple(
-        LayerWeights(**{name: there(getattr(layer, name)) for name in names})  # type: ignore[arg-type]
+        LayerWeights(
+            **{name: there(getattr(layer, name)) for name in names},  # type: ignore[arg-type]
+            experts=experts(layer.experts),
+        )
         for layer in weights.layers
     )
     embedding, final_norm = there(weights.embedding), weights.final_norm.to(device)
@@ -163,22 +175,21 @@ def _parts(config: ModelConfig) -> list[_Part]:
     hidden = config.hidden_size
     parts = [_Part("embedding", ("model.embed_tokens.weight",), (config.vocab_size,), hidden)]
     for i in range(config.num_layers):
-        parts += _layer_parts(config, f"layers.{i}.", f"model.layers.{i}.")
+        parts += _layer_parts(config, i, f"layers.{i}.", f"model.layers.{i}.")
     parts.append(_Part("final_norm", ("model.norm.weight",), (hidden,), None))
     if not config.tie_word_embeddings:
         parts.append(_Part("head", ("lm_head.weight",), (config.vocab_size,), hidden))
     return parts
 
 
-def _layer_parts(config: ModelConfig, name: str, source: str) -> list[_Part]:
+def _layer_parts(config: ModelConfig, layer: int, name: str, source: str) -> list[_Part]:
     """`name` and `source` begin the names of the layer's tensors in the packed file and in the checkpoint."""
-    hidden, q, kv, inner = config.hidden_size, config.q_size, config.kv_size, config.intermediate_size
+    hidden, q, kv = config.hidden_size, config.q_size, config.kv_size
     fused = config.family.fused
     parts = [
         *_linear("qkv", ("qkv",) if fused else ("q", "k", "v"), "self_attn", (q, kv, kv), hidden, config.qkv_bias),
         *_linear("output", ("o",), "self_attn", (hidden,), q, config.output_bias),
-        *_linear("gate_up", ("gate_up",) if fused else ("gate", "up"), "mlp", (inner, inner), hidden, config.mlp_bias),
-        *_linear("down", ("down",), "mlp", (hidden,), inner, config.mlp_bias),
+        *_mlp_parts(config, layer),
         *(_Part(norm, (f"{at}.weight",), (hidden,), None) for norm, at in config.family.norms.items()),
     ]
     if config.qk_norm is not None:
@@ -188,6 +199,25 @@ def _layer_parts(config: ModelConfig, name: str, source: str) -> list[_Part]:
     return [
         _Part(name + part.name, tuple(source + one for one in part.sources), part.rows, part.columns) for part in parts
     ]
+
+
+def _mlp_parts(config: ModelConfig, layer: int) -> Iterator[_Part]:
+    experts, names = config.experts, config.family.experts
+    at, inner, hidden = "mlp", config.intermediate_size, config.hidden_size
+    if experts is not None and names is not None and experts.layers[layer]:
+        each = [f"{names.at}.experts.{i}." for i in range(experts.count)]
+        gate_up = tuple(f"{one}{name}.weight" for one in each for name in (names.gate, names.up))
+        down = tuple(f"{one}{names.down}.weight" for one in each)
+        yield _Part("router", (f"{names.at}.gate.weight",), (experts.count,), hidden)
+        yield _Part("experts_gate_up", gate_up, (experts.size,) * (2 * experts.count), hidden)
+        yield _Part("experts_down", down, (hidden,) * experts.count, experts.size)
+        if not experts.shared_size:
+            return
+        yield _Part("shared_gate", (f"{names.at}.shared_expert_gate.weight",), (1,), hidden)
+        at, inner = f"{names.at}.shared_expert", experts.shared_size
+    projections = ("gate_up",) if config.family.fused else ("gate", "up")
+    yield from _linear("gate_up", projections, at, (inner, inner), hidden, config.mlp_bias)
+    yield from _linear("down", ("down",), at, (hidden,), inner, config.mlp_bias)
 
 
 def _linear(
@@ -248,7 +278,7 @@ def _pack(
 
 def _bits(checkpoint: Tensors, part: _Part, weight_format: WeightFormat) -> Bits | None:
     """What a part is kept in; None: in the serving dtype."""
-    if weight_format == "dense" or not fits(part.shape):
+    if weight_format == "dense" or part.name.endswith(_OF_EXPERTS) or not fits(part.shape):
         return None
     if weight_format == "gguf":
         kept = [checkpoint.bits(name) for name in part.sources]
@@ -300,9 +330,21 @@ def _assemble(config: ModelConfig, tensors: dict[str, Tensor], identity: str) ->
         tensor, scales = tensors.get(name), tensors.get(name + _SCALES)
         return tensor if tensor is None or scales is None else QuantisedWeight(tensor, scales)
 
-    fields = LayerWeights.__dataclass_fields__
+    def experts(layer: str) -> ExpertWeights | None:
+        router, count = tensors.get(f"{layer}router"), config.experts.count if config.experts is not None else 0
+        if router is None:
+            return None
+        gate_up, down = tensors[f"{layer}experts_gate_up"], tensors[f"{layer}experts_down"]
+        shared_gate = tensors.get(f"{layer}shared_gate")
+        gate_up, down = gate_up.view(count, -1, config.hidden_size), down.view(count, config.hidden_size, -1)
+        return ExpertWeights(router, gate_up, down, shared_gate)
+
+    fields = [field for field in LayerWeights.__dataclass_fields__ if field != "experts"]
     layers = tuple(
-        LayerWeights(**{field: weight(f"layers.{i}.{field}") for field in fields})  # type: ignore[arg-type]
+        LayerWeights(
+            **{field: weight(f"layers.{i}.{field}") for field in fields},  # type: ignore[arg-type]
+            experts=experts(f"layers.{i}."),
+        )
         for i in range(config.num_layers)
     )
     embedding, head = weight("embedding"), weight("head")
@@ -320,6 +362,8 @@ def _source_stamp(files: tuple[Path, ...], config: ModelConfig, weight_format: W
 def _config_stamp(config: ModelConfig) -> str:
     """The numbers that shape the KV; which tokens end a text is not among them."""
     numbers = asdict(config)
+    if config.experts is None:
+        del numbers["experts"]  # files packed before there were any stay valid
     for name in ("bos_token_id", "eos_token_ids", "max_position_embeddings"):
         del numbers[name]
     return json.dumps(numbers, sort_keys=True)

@@ -47,7 +47,7 @@ def main(
         int | None, typer.Option(help="Memory of the KV pool; default 1 GiB, or what the next leaves on a GPU.")
     ] = None,
     gpu_memory_utilization: Annotated[
-        float, typer.Option(min=0.05, max=1.0, help="Share of a GPU's memory that may be in use, whoever uses it.")
+        float, typer.Option(min=0.05, max=1.0, help="Share of a GPU's memory that this worker may take.")
     ] = 0.9,
     block_size: Annotated[int, typer.Option(help="Tokens a KV block.")] = 16,
     max_batched_tokens: Annotated[int, typer.Option(help="Tokens computed in one step.")] = 512,

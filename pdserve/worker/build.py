@@ -51,7 +51,8 @@ def build_engine(config: WorkerConfig, progress: Progress) -> Built:
     model = load_config(config.model)
     progress("loading weights")
     weights = _load_weights(config, model, device)
-    kernels = choose(config.kernels, model.head_dim, model.num_heads // model.num_kv_heads, device)
+    group = model.num_heads // model.num_kv_heads
+    kernels = choose(config.kernels, model.head_dim, group, device, TORCH_DTYPES[config.dtype])
     kv_dtype = config.kv_dtype or config.dtype
     if kv_dtype != config.dtype and not (kv_dtype == "fp8_e4m3" and kernels.name == "flashinfer"):
         raise ConfigError(

@@ -67,7 +67,7 @@ class WorkerConfig:
     dtype: KvDtype = "bfloat16"
     kv_dtype: KvDtype | None = None  # None: dtype
     kv_bytes: int | None = None  # None: 1 GiB, or on a GPU what the next leaves
-    gpu_memory_utilization: float = 0.9  # of all its memory, whoever uses it
+    gpu_memory_utilization: float = 0.9  # this worker's share of the device's memory
     block_size: int = 16
     max_batched_tokens: int = 512
     speculate_tokens: int = 0

@@ -14,15 +14,16 @@ GRAPHS_KEEP_BYTES = 1 << 30  # left free when no more graphs are captured
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Bytes; `free` is what nobody uses, other processes included."""
+    """Bytes; `free` is what nobody uses, other processes included, `own` what this one has."""
 
     total: int
     free: int
+    own: int = 0
 
     @classmethod
     def of(cls, device: torch.device) -> DeviceMemory:
         free, total = torch.cuda.mem_get_info(device)
-        return cls(total, free)
+        return cls(total, free, torch.cuda.memory_allocated(device))
 
 
 def check_weights_fit(weight_bytes: int, memory: DeviceMemory, utilization: float, device: torch.device) -> None:
@@ -55,8 +56,8 @@ def num_blocks(block_bytes: int, step_bytes: int, memory: DeviceMemory, utilizat
 
 
 def usable_bytes(memory: DeviceMemory, utilization: float) -> int:
-    """What may still be taken, so that `utilization` of the whole is in use, whoever uses it."""
-    return int(memory.total * utilization) - (memory.total - memory.free)
+    """What may still be taken, so that this process has `utilization` of the whole, as far as others leave it."""
+    return min(int(memory.total * utilization) - memory.own, memory.free)
 
 
 def peak_bytes(work: Callable[[], None], device: torch.device) -> int:

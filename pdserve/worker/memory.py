@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Protocol
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from kvstore.transfer.checksum import block_checksum
 from kvstore.transfer.transport import Buffer, DeviceBuffer, Memory
+
+log = logging.getLogger(__name__)
 
 
 class BlockMemory(Protocol):
@@ -62,7 +65,8 @@ class HostBlocks:
 
 
 class DeviceBlocks:
-    """Copies go through one pinned block a thread, on a stream of the thread's own: beside the steps, not between."""
+    """Copies run on a stream of the calling thread's own, beside the steps; each is a plain DMA where the host's memory
+    is pinned, as `PinnedArena` makes the store's."""
 
     def __init__(self, pool: Tensor) -> None:
         self._blocks = pool.view(torch.uint8).reshape(pool.shape[0], -1)
@@ -73,33 +77,39 @@ class DeviceBlocks:
         return DeviceBuffer(self._blocks[block_id].data_ptr(), self.block_bytes, self._blocks)
 
     def checksum(self, block_id: int) -> int:
-        return block_checksum(self._fetched(block_id))
-
-    def read(self, block_id: int, into: Buffer) -> int:
-        fetched = self._fetched(block_id)
-        np.copyto(into, fetched)
-        return block_checksum(fetched)
-
-    def write(self, block_id: int, data: Buffer) -> int:
-        pinned, stream = self._own()
-        np.copyto(pinned.numpy(), data)
-        with torch.cuda.stream(stream):
-            self._blocks[block_id].copy_(pinned, non_blocking=True)
-        stream.synchronize()
-        return block_checksum(pinned.numpy())
-
-    def _fetched(self, block_id: int) -> Buffer:
-        """The thread's pinned block, until its next call."""
-        pinned, stream = self._own()
-        with torch.cuda.stream(stream):
-            pinned.copy_(self._blocks[block_id], non_blocking=True)
-        stream.synchronize()
-        fetched: Buffer = pinned.numpy()
-        return fetched
-
-    def _own(self) -> tuple[Tensor, torch.cuda.Stream]:
         own = self._of_thread
         if not hasattr(own, "pinned"):
-            own.pinned = torch.empty(self.block_bytes, dtype=torch.uint8, pin_memory=True)
+            own.pinned = torch.empty(self.block_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+        return self.read(block_id, own.pinned)
+
+    def read(self, block_id: int, into: Buffer) -> int:
+        self._copy(torch.from_numpy(into), self._blocks[block_id])
+        return block_checksum(into)
+
+    def write(self, block_id: int, data: Buffer) -> int:
+        self._copy(self._blocks[block_id], torch.from_numpy(data))
+        return block_checksum(data)
+
+    def _copy(self, target: Tensor, source: Tensor) -> None:
+        own = self._of_thread
+        if not hasattr(own, "stream"):
             own.stream = torch.cuda.Stream(self._blocks.device)  # type: ignore[no-untyped-call]
-        return own.pinned, own.stream
+        with torch.cuda.stream(own.stream):
+            target.copy_(source, non_blocking=True)
+        own.stream.synchronize()
+
+
+class PinnedArena:
+    """Pins the store's shared memory for the GPU; call it with the mapping, and with the next one when that changes."""
+
+    def __init__(self) -> None:
+        self._pinned: Buffer | None = None
+
+    def __call__(self, arena: Buffer) -> None:
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        if self._pinned is not None:
+            runtime.cudaHostUnregister(self._pinned.ctypes.data)
+        status = int(runtime.cudaHostRegister(arena.ctypes.data, arena.nbytes, 0))
+        self._pinned = arena if status == 0 else None
+        if status != 0:
+            log.warning("the store's memory could not be pinned (CUDA error %d): copies take a detour", status)

@@ -38,7 +38,7 @@ from pdserve.worker.config import WorkerConfig
 from pdserve.worker.engine_thread import EngineThread
 from pdserve.worker.link_metrics import LinkCollector
 from pdserve.worker.links import CHANNEL_OPTIONS, LinkTable
-from pdserve.worker.memory import BlockMemory, block_memory
+from pdserve.worker.memory import BlockMemory, HostBlocks, PinnedArena, block_memory
 from pdserve.worker.metrics import WorkerMetrics
 from pdserve.worker.service import WorkerService
 from pdserve.worker.store_side import StoreSide
@@ -107,7 +107,11 @@ async def _attach_store(
         return None
     try:
         client = await StoreClient.attach(
-            config.store, fingerprint=hello.fingerprint, block_bytes=hello.block_bytes, owner=hello.worker_id
+            config.store,
+            fingerprint=hello.fingerprint,
+            block_bytes=hello.block_bytes,
+            owner=hello.worker_id,
+            on_arena=None if isinstance(memory, HostBlocks) else PinnedArena(),
         )
     except Unavailable as error:
         log.error("the store at %s is not used: %s", config.store, error)

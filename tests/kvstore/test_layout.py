@@ -38,7 +38,7 @@ def test_sizes_must_be_positive(name: str, value: int) -> None:
 
 
 def test_unknown_dtype_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="bfloat16, float32, got 'float16'"):
+    with pytest.raises(ValueError, match="bfloat16, float32, fp8_e4m3, got 'float16'"):
         replace(GEOMETRY, dtype="float16")
 
 

@@ -48,10 +48,16 @@ def test_kernels_of_another_device_are_refused(name: str) -> None:
         choose("native", device=torch.device("cuda", 0))
 
 
+@pytest.mark.parametrize(("head_dim", "dtype"), [(96, torch.bfloat16), (128, torch.float32)])
+def test_flashinfer_tells_what_it_has_no_kernels_for(head_dim: int, dtype: torch.dtype) -> None:
+    with pytest.raises(flashinfer.FlashInferUnavailable, match=r"not (of 96|in torch\.float32)"):
+        flashinfer.load(torch.device("cuda", 0), head_dim, dtype)
+
+
 def test_without_flashinfer_the_fallback_says_that_it_is_slow(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def missing(device: torch.device) -> flashinfer.FlashInferKernels:
+    def missing(device: torch.device, head_dim: int, dtype: torch.dtype) -> flashinfer.FlashInferKernels:
         raise flashinfer.FlashInferUnavailable("the package is not installed")
 
     monkeypatch.setattr(flashinfer, "load", missing)

@@ -17,5 +17,5 @@ def test_the_list_is_whole() -> None:
     assert list(listed["families"]) == list(FAMILIES)
     assert list(listed["rotations"]) == list(ROPE_KINDS)
     text = CliRunner().invoke(app, ["models"]).stdout
-    for word in (*FAMILIES, *ROPE_KINDS, *TENSOR_TYPES, "head_dim", "mixtures of experts"):
+    for word in (*FAMILIES, *ROPE_KINDS, *TENSOR_TYPES, "head_dim", "mixture of experts"):
         assert word in text

@@ -117,7 +117,8 @@ def test_a_frame_keeps_the_addresses_of_its_batches(kernels: FlashInferKernels) 
         tensors = (planned.positions, planned.page_indptr, planned.page_indices, planned.last_page_len)
         addresses.append([tensor.data_ptr() for tensor in tensors])
         assert planned.positions.tolist() == batch.positions.tolist()
-        assert planned.page_indices.tolist() == pages_of(batch, BLOCK).indices.tolist()
+        blocks = pages_of(batch, BLOCK).indices.tolist()
+        assert planned.page_indices[: len(blocks)].tolist() == blocks
     assert addresses[0] == addresses[1]
 
 

@@ -191,7 +191,10 @@ def test_eos_tokens_of_both_files_are_joined(tmp_path: Path) -> None:
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'; supported: silu"),
         ({"quantization_config": {"bits": 4}}, "quantization_config; supported: weights in bfloat16"),
-        ({"architectures": ["MixtralForCausalLM"]}, "'MixtralForCausalLM'; supported: LlamaForCausalLM, .*Granite"),
+        (
+            {"architectures": ["DeepseekV3ForCausalLM"]},
+            "'DeepseekV3ForCausalLM'; supported: LlamaForCausalLM, .*Granite",
+        ),
         ({"architectures": ["Gemma3ForConditionalGeneration"]}, "'Gemma3ForConditionalGeneration'; supported: Llama"),
         (
             {"rope_scaling": {"rope_type": "mrope"}},

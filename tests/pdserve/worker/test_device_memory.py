@@ -13,13 +13,18 @@ GPU = torch.device("cuda", 0)
 
 
 def test_the_pool_gets_what_is_left() -> None:
-    memory = DeviceMemory(total=100 * GIB, free=70 * GIB)  # 30 are in use
+    memory = DeviceMemory(total=100 * GIB, free=70 * GIB, own=30 * GIB)
     assert num_blocks(GIB, 5 * GIB, memory, 0.9) == 90 - 30 - 5 - 1  # one is the scratch block
+    assert num_blocks(GIB, 5 * GIB, memory, 0.45) == 45 - 30 - 5 - 1
+
+
+def test_others_on_the_same_gpu_leave_less() -> None:
+    assert num_blocks(GIB, 5 * GIB, DeviceMemory(100 * GIB, free=20 * GIB, own=30 * GIB), 0.9) == 20 - 5 - 1
 
 
 def test_no_room_is_told_with_the_numbers() -> None:
     with pytest.raises(ConfigError, match=r"6.0 GiB of 80.0 GiB are free, a step takes 2.0 GiB"):
-        num_blocks(GIB, 2 * GIB, DeviceMemory(80 * GIB, 6 * GIB), 0.95)
+        num_blocks(GIB, 2 * GIB, DeviceMemory(80 * GIB, 6 * GIB, 74 * GIB), 0.95)
 
 
 def test_weights_that_do_not_fit_are_told_before_they_are_loaded() -> None:

@@ -1,0 +1,245 @@
+"""Speed beside floors measured in the same run: what a copy moves and what a large product computes here and now."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import multiprocessing
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+
+import torch
+
+from kvstore.transfer.transport import Completion
+from kvstore.transfer.ucx import UcxTransport
+from pdserve.bench.gpu.correctness import scattered
+from pdserve.bench.gpu.drive import Setup, add, elapsed_s, finish_all, random_prompt, step, wait_for
+from pdserve.engine.engine import Engine
+from pdserve.kernels import choose
+from pdserve.kernels.base import Batch
+from pdserve.kernels.flashinfer import FlashInferKernels
+from pdserve.models.config import ModelConfig
+from pdserve.models.decoder import Decoder
+from pdserve.models.weights import weight_bytes
+from pdserve.worker.memory import block_memory
+
+_DECODES = ((1, 1024), (8, 1024), (32, 1024), (64, 1024), (32, 8192))  # sequences, context
+_PREFILLS = (2048, 8192)
+_STEPS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Floors:
+    copy_bytes_per_s: float  # read and written
+    flops_per_s: float
+
+    @classmethod
+    def measured(cls, device: torch.device) -> Floors:
+        count, side = (1 << 30, 8192) if device.type == "cuda" else (1 << 22, 512)
+        source = torch.empty(count, dtype=torch.bfloat16, device=device)
+        target = torch.empty_like(source)
+        copy_s = elapsed_s(lambda: target.copy_(source), device)
+        a, b = (torch.randn(side, side, device=device).to(torch.bfloat16) for _ in range(2))
+        return cls(2 * 2 * count / copy_s, 2 * side**3 / elapsed_s(lambda: a @ b, device))
+
+
+def floors(setup: Setup) -> dict[str, object]:
+    measured = Floors.measured(setup.device)
+    return {"copy_tb_s": measured.copy_bytes_per_s / 1e12, "gemm_tflops": measured.flops_per_s / 1e12}
+
+
+def decode(setup: Setup) -> dict[str, object]:
+    """Whole steps, as the worker runs them: scheduled, planned, launched ahead, sampled, read."""
+    floor, built = Floors.measured(setup.device), setup.build()
+    engine, config = built.engine, _config_of(built.engine)
+    dtype_bytes = engine.runner.pool.element_size()
+    read_bytes = weight_bytes(config, "bfloat16") - 2 * config.vocab_size * config.hidden_size  # of embeddings few rows
+    token_bytes = 2 * config.num_layers * config.kv_size * dtype_bytes
+    found: dict[str, object] = {}
+    for count, context in _DECODES:
+        if count * (context + _STEPS + 64) > engine.config.num_blocks * engine.config.block_size:
+            found[f"{count}x{context}"] = "the pool is too small"
+            continue
+        sequences = [
+            add(engine, f"{count}/{context}/{i}", random_prompt(context, i), _STEPS + 40) for i in range(count)
+        ]
+        while not all(sequence.decoding for sequence in sequences):
+            step(engine, look_ahead=False)
+        for _ in range(4):
+            step(engine)
+        wait_for(setup.device)
+        began_s = time.perf_counter()
+        for _ in range(_STEPS):
+            step(engine)
+        step_s = (time.perf_counter() - began_s) / _STEPS
+        finish_all(engine)
+        weights_s = max(read_bytes / floor.copy_bytes_per_s, read_bytes * count / floor.flops_per_s)
+        floor_s = weights_s + count * context * token_bytes / floor.copy_bytes_per_s
+        found[f"{count}x{context}"] = _beside(step_s, floor_s)
+    return found
+
+
+def prefill(setup: Setup) -> dict[str, object]:
+    floor, built = Floors.measured(setup.device), setup.build()
+    engine, config = built.engine, _config_of(built.engine)
+    body = weight_bytes(config, "bfloat16") // 2 - 2 * config.vocab_size * config.hidden_size
+    found: dict[str, object] = {}
+    for length in _PREFILLS:
+        if length + 16 > engine.config.num_blocks * engine.config.block_size:
+            found[str(length)] = "the pool is too small"
+            continue
+        numbers = itertools.count()
+        run_s = elapsed_s(partial(_prefill_once, engine, length, numbers), setup.device, rounds=3)
+        attention = 4 * config.q_size * config.num_layers * length * (length + 1) / 2
+        flops = 2 * body * length + attention
+        found[str(length)] = {**_beside(run_s, flops / floor.flops_per_s), "mfu": flops / run_s / floor.flops_per_s}
+    return found
+
+
+def layout(setup: Setup) -> dict[str, object]:
+    """Decode attention over the pool as it is, and over one tensor a layer: what the strides cost."""
+    kernels = choose("auto", device=setup.device)
+    if not isinstance(kernels, FlashInferKernels):
+        return {"skipped": f"the {kernels.name} kernels do not read through strides"}
+    found: dict[str, object] = {}
+    for count, context in ((32, 1024), (8, 8192)):
+        batch, num_blocks = scattered(((context - 1, 1),) * count)
+        qkv = torch.randn(count, 48 * 128, device=setup.device).to(torch.bfloat16)
+        times_s = []
+        for layers in (32, 1):
+            pool = torch.randn(num_blocks, 8, layers, 2, 16, 128, dtype=torch.bfloat16, device=setup.device)
+            planned = kernels.plan(batch, pool, torch.bfloat16)
+            times_s.append(elapsed_s(partial(_attend_in_all_layers, kernels, qkv, planned, pool), setup.device))
+        found[f"{count}x{context}"] = {"pool_over_layer": times_s[0] / times_s[1]}
+    return found
+
+
+def tier(setup: Setup) -> dict[str, object]:
+    """Blocks to the host and back, beside plain copies of pinned memory."""
+    pool = torch.zeros(64, 8, 32, 2, 16, 128, dtype=torch.bfloat16, device=setup.device)
+    memory = block_memory(pool)
+    pinned = torch.empty(pool.shape, dtype=pool.dtype, pin_memory=setup.device.type == "cuda")
+    host = torch.empty(memory.block_bytes, dtype=torch.uint8).numpy()
+    out_s = elapsed_s(lambda: [memory.read(block, host) for block in range(len(pool))], setup.device)
+    in_s = elapsed_s(lambda: [memory.write(block, host) for block in range(len(pool))], setup.device)
+    return {
+        "to_host": _beside(out_s, elapsed_s(lambda: pinned.copy_(pool), setup.device)),
+        "to_device": _beside(in_s, elapsed_s(lambda: pool.copy_(pinned), setup.device)),
+    }
+
+
+def push(setup: Setup) -> dict[str, object]:
+    """Blocks of Llama-3-8B from one process to another on the same device, over the transport that workers use."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    receiver = context.Process(target=_receive, args=(theirs, str(setup.device)))
+    receiver.start()
+    floor = Floors.measured(setup.device)
+    found: dict[str, object] = {}
+    try:
+        pool = _push_pool(setup.device)
+        memory, transport, done = block_memory(pool), UcxTransport(device=setup.device.type == "cuda"), _Count()
+        link = transport.open(done, same_host=True)
+        link.connect(ours.recv())
+        ours.send(link.address)
+        for count in (64, 512):
+            times_s = []
+            for round_number in range(4):
+                ours.send(count)
+                ours.recv()
+                began_s = time.perf_counter()
+                for block in range(count):
+                    link.send(round_number << 16 | block, memory.block(block % len(pool)))
+                ours.recv()
+                times_s.append(time.perf_counter() - began_s)
+            num_bytes = count * memory.block_bytes
+            found[f"{count * 16} tokens"] = _beside(min(times_s), 2 * num_bytes / floor.copy_bytes_per_s)
+        found["lanes"] = link.describe()
+        ours.send(0)
+        transport.close()
+    finally:
+        receiver.join(20)
+        receiver.kill()
+    return found
+
+
+def transformers(setup: Setup) -> dict[str, object]:
+    """A decode step of the same shape in transformers, batch 1, context 1024."""
+    if importlib.util.find_spec("transformers") is None:
+        return {"skipped": "transformers is not installed"}
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from pdserve.bench.gpu.shapes import SHAPES
+
+    values = {name: value for name, value in SHAPES[setup.shape].items() if name != "architectures"}
+    config = AutoConfig.for_model("llama", **values)
+    with torch.device(setup.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train(False)  # type: ignore[no-untyped-call]
+    prompt = torch.tensor([random_prompt(1024, 0)], device=setup.device)
+
+    def generate(count: int) -> float:
+        return elapsed_s(
+            lambda: model.generate(prompt, min_new_tokens=count, max_new_tokens=count, do_sample=False),
+            setup.device,
+            rounds=3,
+        )
+
+    return {"step_ms": (generate(_STEPS + 1) - generate(1)) / _STEPS * 1e3}
+
+
+def _config_of(engine: Engine) -> ModelConfig:
+    assert isinstance(engine.runner.model, Decoder)
+    return engine.runner.model.config
+
+
+def _prefill_once(engine: Engine, length: int, numbers: Iterator[int]) -> None:
+    number = next(numbers)
+    add(engine, f"prefill {length}/{number}", random_prompt(length, number), 1)
+    while not engine.idle:
+        step(engine, look_ahead=False)
+
+
+def _attend_in_all_layers(kernels: FlashInferKernels, qkv: torch.Tensor, batch: Batch, pool: torch.Tensor) -> None:
+    for layer in range(32):
+        kernels.attention(qkv, batch, pool, layer % pool.shape[2], 32, 128**-0.5)
+
+
+def _beside(measured_s: float, floor_s: float) -> dict[str, float]:
+    return {"ms": measured_s * 1e3, "floor_ms": floor_s * 1e3, "ratio": measured_s / floor_s}
+
+
+def _push_pool(device: torch.device) -> torch.Tensor:
+    return torch.ones(64, 8, 32, 2, 16, 128, dtype=torch.bfloat16, device=device)
+
+
+class _Count:
+    """Completions of a link; the number that have come."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self, completion: Completion) -> None:
+        self.number += 1
+
+
+def _receive(pipe: Connection, device: str) -> None:
+    """The other process of `push`."""
+    pool = _push_pool(torch.device(device))
+    memory, transport, done = block_memory(pool), UcxTransport(device=pool.is_cuda), _Count()
+    link = transport.open(done, same_host=True)
+    pipe.send(link.address)
+    link.connect(pipe.recv())
+    round_number = total = 0
+    while count := pipe.recv():
+        for block in range(count):
+            link.receive(round_number % 4 << 16 | block, memory.block(block % len(pool)))
+        pipe.send("posted")
+        total += count
+        while done.number < total:
+            time.sleep(0.0001)
+        pipe.send("landed")
+        round_number += 1
+    transport.close()

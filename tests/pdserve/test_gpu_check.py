@@ -1,0 +1,60 @@
+"""What `make gpu-check` runs on a GPU runs here on the CPU, on a tiny shape: its own code, and that it can fail."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pdserve.bench.gpu import correctness
+from pdserve.bench.gpu.__main__ import PARTS, run
+from pdserve.bench.gpu.drive import Setup
+from pdserve.engine.sampler import Sampled
+from pdserve.kernels.sdpa import SdpaKernels
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Setup:
+    return Setup(torch.device("cpu"), "tiny", tmp_path, kv_bytes=16 << 20)
+
+
+def test_parts_run_and_are_kept_in_one_file(setup: Setup, tmp_path: Path) -> None:
+    path = tmp_path / "results" / "gpu.json"
+    assert run(setup, ["text"], path)
+    assert run(setup, ["sampler", "disaggregated"], path)
+    result = json.loads(path.read_text())
+    assert set(result) == {"setting", "text", "sampler", "disaggregated"}
+    assert result["text"]["the_likeliest"] == 144
+    assert result["disaggregated"]["equal"] is True
+    assert result["setting"]["shape"] == "tiny"
+
+
+def test_a_wrong_kernel_is_told(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(correctness, "_HEADS", ((4, 2, 64),))
+    assert run(setup, ["kernels"], tmp_path / "good.json")
+    right = SdpaKernels.attention
+    monkeypatch.setattr(SdpaKernels, "attention", lambda *args, **more: right(*args, **more) * 1.01)
+    assert not run(setup, ["kernels"], tmp_path / "wrong.json")
+    assert "attention (decode)" in json.loads((tmp_path / "wrong.json").read_text())["kernels"]["error"]
+
+
+def test_a_wrong_token_is_told(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pdserve.engine.runner import Runner
+
+    right = Runner.collect
+    monkeypatch.setattr(Runner, "collect", lambda *args: [[Sampled(7)] for _ in right(*args)])
+    with pytest.raises(correctness.Wrong, match="below the reference"):
+        PARTS["text"](setup)
+
+
+def test_without_a_gpu_it_says_so_in_one_sentence() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run([sys.executable, "-m", "pdserve.bench.gpu"], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.startswith("gpu-check needs a GPU: ")
+    assert done.stderr.count("\n") == 1
