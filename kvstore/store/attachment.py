@@ -86,7 +86,9 @@ class Attachment:
 class Attaching:
     """Attach, and again whenever the session has ended. Use on the asyncio loop only."""
 
-    def __init__(self, path: Path, hello: Hello, writing: Collection[tuple[int, int]], on_arena: OnArena) -> None:
+    def __init__(
+        self, path: Path, hello: Hello, writing: Collection[tuple[int, int]], on_arena: OnArena | None
+    ) -> None:
         """
         Args:
             writing: looked at whenever a session begins: slot and generation of what its callers still write.
@@ -173,4 +175,5 @@ class Attaching:
 
     def _prepare(self, arena: ArenaMap) -> None:
         arena.populate()
-        self._on_arena(arena.all)
+        if self._on_arena is not None:
+            self._on_arena(arena.all)

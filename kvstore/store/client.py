@@ -46,15 +46,11 @@ _TIERS = {tier.value: tier for tier in Tier}
 _leased = partial(tuple.__new__, LeasedBlock)
 
 
-def _nothing(arena: Buffer) -> None:
-    """Nobody wants to know where the arena is."""
-
-
 class StoreClient:
     """Create with `attach`."""
 
     def __init__(
-        self, socket_path: str | Path, fingerprint: bytes, block_bytes: int, owner: str, on_arena: OnArena = _nothing
+        self, socket_path: str | Path, fingerprint: bytes, block_bytes: int, owner: str, on_arena: OnArena | None = None
     ) -> None:
         self._writing: set[tuple[int, int]] = set()  # slot and generation of what the callers may still write
         self._attaching = Attaching(Path(socket_path), Hello(owner, block_bytes, fingerprint), self._writing, on_arena)
@@ -68,7 +64,7 @@ class StoreClient:
         fingerprint: bytes,
         block_bytes: int,
         owner: str,
-        on_arena: OnArena = _nothing,
+        on_arena: OnArena | None = None,
     ) -> StoreClient:
         """Join the node that listens on `socket_path`; the first worker decides the node's block geometry.
 

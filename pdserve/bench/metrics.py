@@ -24,11 +24,11 @@ from pdserve.launch.folders import cache_folder
 from pdserve.models.default_model import ensure_default_model
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.vllm_names import VllmNames
+from pdserve.worker.build import build_engine
 from pdserve.worker.config import Role, WorkerConfig
 from pdserve.worker.engine_thread import Load, StepReport
 from pdserve.worker.link_metrics import LinkCollector
 from pdserve.worker.metrics import WorkerMetrics
-from pdserve.worker.process import build_engine
 
 SERIES = 1000
 

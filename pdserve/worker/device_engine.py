@@ -22,7 +22,7 @@ from pdserve.worker.device_memory import GRAPHS_KEEP_BYTES, DeviceMemory, num_bl
 
 def measured_blocks(decoder: Decoder, geometry: BlockGeometry, limits: EngineConfig, utilization: float) -> int:
     """How many blocks the pool may have; runs the largest step with a pool that is just large enough."""
-    device = decoder.weights.embedding.device
+    device = decoder.weights.final_norm.device
     few = -(-(limits.max_batched_tokens + 2) // limits.block_size) + 1
     tried = replace(limits, num_blocks=few, max_model_len=limits.max_batched_tokens + 2)
     step_bytes = peak_bytes(lambda: device_engine(decoder, geometry, tried).warm_up(), device)
@@ -31,13 +31,13 @@ def measured_blocks(decoder: Decoder, geometry: BlockGeometry, limits: EngineCon
 
 def device_engine(decoder: Decoder, geometry: BlockGeometry, limits: EngineConfig) -> Engine:
     """Not warmed up, without graphs."""
-    device = decoder.weights.embedding.device
+    device = decoder.weights.final_norm.device
     shape = (limits.num_blocks + 1, *geometry.shape)  # the last is the scratch block
     # One allocation, which a transport registers once. Zeros: a kernel may read, and mask, what lies behind a context.
     pool = torch.zeros(shape, dtype=TORCH_DTYPES[geometry.dtype], device=device)
     kernels = decoder.kernels
     planner = kernels if isinstance(kernels, FlashInferKernels) else Mover()
-    runner = DeviceRunner(decoder, pool, planner, decoder.weights.embedding.dtype)
+    runner = DeviceRunner(decoder, pool, planner, decoder.weights.final_norm.dtype)
     return Engine(limits, BlockPool(limits.num_blocks, limits.block_size), runner)
 
 
@@ -51,7 +51,7 @@ def capture_graphs(engine: Engine, decoder: Decoder, progress: Callable[[str], N
         decoder,
         runner.pool,
         kernels,
-        decoder.weights.embedding.dtype,
+        decoder.weights.final_norm.dtype,
         chooser(device),
         -(-limits.max_model_len // limits.block_size),
         cuda_recorder(device),

@@ -195,12 +195,12 @@ def _error(got: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> floa
 
 def _reference_logits(reference: Decoder, token_ids: list[int], count: int, block_shape: tuple[int, ...]) -> Tensor:
     """Of the last `count` tokens, float32, computed in one batch on the reference kernels."""
-    embedding, block_size = reference.weights.embedding, block_shape[3]
+    norm, block_size = reference.weights.final_norm, block_shape[3]
     blocks = -(-len(token_ids) // block_size)
     params = SamplingParams(max_tokens=1, seed=0)
     sequence = Sequence("reference", array("I", token_ids), len(token_ids), params, root_key(b""), block_size, 0.0)
     sequence.block_ids.extend(range(blocks))
     ids, batch = build_batch((Chunk(sequence, len(token_ids)),))
-    pool = torch.zeros(blocks, *block_shape, dtype=embedding.dtype, device=embedding.device)
+    pool = torch.zeros(blocks, *block_shape, dtype=norm.dtype, device=norm.device)
     hidden = reference.forward(ids.to(pool.device), Mover().plan(batch, pool, pool.dtype), pool)
     return reference.logits(hidden[-count:])
