@@ -149,6 +149,37 @@ def test_ports_of_policies_and_monitors_exist(profile: str) -> None:
             assert endpoint["port"] in ports.get(component(monitor), {endpoint["port"]})
 
 
+def test_what_one_side_may_call_the_other_side_takes() -> None:
+    """Each plane between our own components: every egress rule has an ingress rule of the same ports, and none more."""
+    found = objects("everything", "--set", "networkPolicy.monitoring=null")
+    ports = {
+        component({"metadata": pod["metadata"]}): {
+            port["name"]: port["containerPort"] for c in pod["spec"]["containers"] for port in c.get("ports", ())
+        }
+        for _, pod in pod_templates(found)
+    }
+    sends: set[tuple[str, str, int, int]] = set()
+    takes: set[tuple[str, str, int, int]] = set()
+    for policy in of_kind("NetworkPolicy", found):
+        own = policy["spec"]["podSelector"]["matchLabels"]["app.kubernetes.io/component"]
+        for direction, side, pairs in (("egress", "to", sends), ("ingress", "from", takes)):
+            for rule in policy["spec"].get(direction, ()):
+                others = [
+                    name
+                    for peer in rule.get(side, ())
+                    for match in peer.get("podSelector", {}).get("matchExpressions", ())
+                    for name in match["values"]
+                ]
+                for other in others:
+                    for port in rule["ports"]:
+                        first = port["port"] if isinstance(port["port"], int) else ports[own][port["port"]]
+                        pair = (own, other) if direction == "egress" else (other, own)
+                        pairs.add((*pair, first, port.get("endPort", first)))
+    takes = {each for each in takes if each[0] != "test"}  # which may call whatever it likes
+    assert sends == takes
+    assert {(a, b) for a, b, _, _ in sends} >= {("router", "prefill"), ("prefill", "decode"), ("store", "store")}
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_pod_of_ours_has_a_policy(profile: str) -> None:
     found = objects(profile)
