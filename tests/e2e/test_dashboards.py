@@ -88,9 +88,9 @@ def has_data(url: str, expr: str) -> bool:
 
 def ask(stack: Stack, number: int) -> None:
     body = {"model": stack.model.name, "prompt": PROMPT + str(number), "max_tokens": 4, "temperature": 0}
-    request = urllib.request.Request(
-        f"{stack.url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
-    )
+    # A class whose objectives a busy machine meets too: else there would be no goodput to show.
+    headers = {"content-type": "application/json", "x-pdserve-slo": "batch"}
+    request = urllib.request.Request(f"{stack.url}/v1/completions", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=60) as answer:
         assert json.load(answer)["usage"]["completion_tokens"]
 
