@@ -29,6 +29,12 @@ def supported() -> dict[str, dict[str, str]]:
             "file.gguf": f"one file, not split; {', '.join(TENSOR_TYPES)}",
             "ORG/NAME": "from a Hugging Face hub, where one is reachable",
         },
+        "weights": {
+            "dense": "in the dtype of the KV, the default",
+            "int8": "8 bits and a scale for each 32 columns of a row, 8.5 bits a weight",
+            "int4": "4 bits, a scale and a least value for each 32 columns, 5 bits a weight; the embeddings in 8",
+            "gguf": "as the GGUF file has them: Q8_0, Q4_0, Q4_1, Q4_K in their bits, 5 and 6 bits in 8",
+        },
         "limits": {
             "native kernels": f"head_dim a multiple of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM}, up to {MAX_GROUP} heads a"
             " kv head; other models run on the reference kernels",

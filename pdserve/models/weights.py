@@ -281,7 +281,7 @@ def _bits(checkpoint: Tensors, part: _Part, weight_format: WeightFormat) -> Bits
     if weight_format == "dense" or part.name.endswith(_OF_EXPERTS) or not fits(part.shape):
         return None
     if weight_format == "gguf":
-        kept: list[Bits | None] = [checkpoint.bits(name) for name in part.sources]
+        kept = [checkpoint.bits(name) for name in part.sources]
         return None if None in kept else 8 if 8 in kept else 4
     # The table of embeddings stays in 8 bits: a token reads one row of it, and as a head it is the most sensitive.
     return 4 if weight_format == "int4" and part.name != "embedding" else 8

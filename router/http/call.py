@@ -31,6 +31,7 @@ class Call:
     Attributes:
         n: choices that are answered with, for each prompt.
         best_of: choices that are generated for each; the `n` likeliest are kept.
+        continuous_usage: with each chunk of a stream, not the last alone.
         tells_logprobs: with the answer's tokens. Log probabilities may be computed without being told.
         tells_prompt_logprobs: in vLLM's shape, beside the choice.
         echo_only: the answer is the prompt alone.
@@ -44,6 +45,7 @@ class Call:
     stop_strings: tuple[str, ...]
     stream: bool
     include_usage: bool
+    continuous_usage: bool = False
     n: int = 1
     best_of: int = 1
     tells_logprobs: bool = False
@@ -193,6 +195,7 @@ def _call(
         stop_strings=request.stop or (),
         stream=bool(request.stream),
         include_usage=bool(options is not None and options.include_usage),
+        continuous_usage=bool(options is not None and options.include_usage and options.continuous_usage_stats),
         n=n,
         best_of=n,
         tells_prompt_logprobs=request.prompt_logprobs is not None,

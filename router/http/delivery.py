@@ -104,6 +104,9 @@ class Delivery:
         return events
 
     def _encode(self, chunks: list[Payload]) -> bytes:
+        if self._call.continuous_usage:
+            usage = self._usage().payload()
+            chunks = [chunk | {"usage": usage} for chunk in chunks]
         return b"".join(map(self._shape.event, chunks))
 
     def _closing(self) -> bytes:

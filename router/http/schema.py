@@ -46,6 +46,7 @@ class Strict(BaseModel):
 class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class NamedSchema(Strict):

@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from kvstore.keys import BlockKey, root_key
 from pdserve.errors import InvalidRequest, Overloaded
-from pdserve.request import FinishReason, Grammar, Request
+from pdserve.request import FinishReason, Grammar, Request, TokenLogprobs
 from pdserve.timeline import Timeline
 from router.generation import Tokens
 from router.http.app import make_app
@@ -61,7 +61,16 @@ class FakeGeneration:
             assert step is not None
             for _ in step.token_ids:
                 self.timeline.token(next(self._clock))
-            yield step
+            yield self._with_logprobs(step)
+
+    def _with_logprobs(self, step: Tokens) -> Tokens:
+        """What the request asks for, where the script says nothing of it."""
+        sampling, some = self.request.sampling, TokenLogprobs(-1.0, 1, (), ())
+        if sampling.logprobs is not None and not step.logprobs:
+            step = replace(step, logprobs=(some,) * len(step.token_ids))
+        if sampling.prompt_logprobs is not None and not step.prompt_logprobs:
+            step = replace(step, prompt_logprobs=(some,) * (len(self.request.prompt_token_ids) - 1))
+        return step
 
     def abort(self) -> None:
         self.aborted.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -93,6 +94,23 @@ async def test_stream_with_usage(client: httpx.AsyncClient, dispatcher: Any) -> 
         + f'data: {{{TEXT_HEAD},"choices":[],"usage":{{"prompt_tokens":3,"completion_tokens":1,'
         '"total_tokens":4,"prompt_tokens_details":{"cached_tokens":3}}}\n\ndata: [DONE]\n\n'
     )
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_stream_with_continuous_usage(client: httpx.AsyncClient, dispatcher: Any, path: str) -> None:
+    """As vLLM writes it and guidellm asks for: with every chunk the tokens so far."""
+    dispatcher.script = [Tokens((39,)), Tokens((72,)), Tokens((), FinishReason.LENGTH)]
+    body = CHAT if "chat" in path else COMPLETION
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    response = await client.post(path, json=body | {"stream": True, "stream_options": options})
+    events = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: {")]
+    counts = [json.loads(event)["usage"]["completion_tokens"] for event in events]
+    assert counts == sorted(counts)
+    assert {1, 2} <= set(counts)
+    assert counts[-1] == 2
+    alone = {"continuous_usage_stats": True}  # without include_usage there is none, as with vLLM
+    response = await client.post(path, json=body | {"stream": True, "stream_options": alone})
+    assert "usage" not in response.text
 
 
 async def test_tokens_that_arrive_together_leave_together(client: httpx.AsyncClient, dispatcher: Any) -> None:
