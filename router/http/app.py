@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -42,10 +42,13 @@ def make_app(service: Service) -> ASGIApp:
     and /console/{name}; and the endpoints about choices, `router.http.routing`.
     """
     in_flight = InFlight(service.limits.in_flight, service.metrics)
+    generating = {
+        "/v1/completions": GenerateEndpoint(COMPLETIONS, service, in_flight),
+        "/v1/chat/completions": GenerateEndpoint(CHAT, service, in_flight),
+        "/v1/responses": GenerateEndpoint(RESPONSES, service, in_flight),
+    }
     routes = [
-        Route("/v1/completions", GenerateEndpoint(COMPLETIONS, service, in_flight), methods=["POST"]),
-        Route("/v1/chat/completions", GenerateEndpoint(CHAT, service, in_flight), methods=["POST"]),
-        Route("/v1/responses", GenerateEndpoint(RESPONSES, service, in_flight), methods=["POST"]),
+        *(Route(path, endpoint, methods=["POST"]) for path, endpoint in generating.items()),
         Route("/tokenize", TokenizeEndpoint(service), methods=["POST"]),
         Route("/detokenize", DetokenizeEndpoint(service), methods=["POST"]),
         *_model_routes(service.model),
@@ -58,15 +61,20 @@ def make_app(service: Service) -> ASGIApp:
         routes=routes,
         exception_handlers={ServeError: _on_error, HTTPException: _on_http_exception, Exception: _on_error},
     )
-    return RequestIds(app, service.limits)  # outside Starlette's own handling of errors, so that a 500 has an id too
+    return Entrance(app, generating, service.limits)
 
 
-class RequestIds:
+class Entrance:
     """Gives each request its id, the client's X-Request-Id if that is printable ASCII, puts it on the response, and
-    refuses headers beyond the limits."""
+    refuses headers beyond the limits.
 
-    def __init__(self, app: ASGIApp, limits: HttpLimits) -> None:
+    Outside Starlette's own handling of errors, so that a 500 has an id too. What generates handles its errors itself
+    and is reached past Starlette, whose layers would have a part in every token.
+    """
+
+    def __init__(self, app: ASGIApp, generating: Mapping[str, ASGIApp], limits: HttpLimits) -> None:
         self._app = app
+        self._generating = generating
         self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,7 +91,12 @@ class RequestIds:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
             await send(message)
 
-        app = self._app if self._acceptable(headers) else _error_response(HeadersTooLarge("The headers are too large."))
+        if not self._acceptable(headers):
+            app: ASGIApp = _error_response(HeadersTooLarge("The headers are too large."))
+        elif scope["method"] == "POST":
+            app = self._generating.get(scope["path"], self._app)
+        else:
+            app = self._app
         await app(scope, receive, send_with_id)
 
     def _acceptable(self, headers: list[tuple[bytes, bytes]]) -> bool:
