@@ -22,7 +22,9 @@ class Account:
         self._open: dict[str, Record] = {}  # bounded by the requests that are active
 
     def open(self, request: Request, wishes: Wishes) -> Record:
-        record = Record(request.request_id, wishes.label, len(request.prompt_token_ids), wishes.slo)
+        record = Record(
+            request.request_id, wishes.label, len(request.prompt_token_ids), wishes.slo, tenant=wishes.tenant
+        )
         self._open[request.request_id] = record
         return self.records.open(record)
 
@@ -36,7 +38,7 @@ class Account:
             refused = generation.verdict is not None and generation.verdict.refused
             record.missed = REFUSED if refused else first_miss(record.slo, timeline)
             workers = generation.workers or ["-"]
-            self.goodput.note(record.slo, (workers[0], workers[-1]), record.missed)
+            self.goodput.note(record.slo, (workers[0], workers[-1]), record.missed, record.tenant)
         self.records.closed(record)
         return record.missed is None if end != FinishReason.ABORT.value else None
 

@@ -36,6 +36,7 @@ class Record:
     actual: Mapping[str, Any] | None = None
     missed: str | None = None  # the stage that broke the objective
     verdict: Verdict | None = None  # of admission, once the request has ended
+    tenant: str = "default"
 
     def note(self, decision: Decision) -> None:
         if len(self.decisions) >= _DECISIONS:
