@@ -64,8 +64,17 @@ def main(
     ] = None,
     decision_log: Annotated[Path | None, typer.Option(help="Append each decision's record to this file.")] = None,
     vllm_names: Annotated[bool, typer.Option(help="Export metrics under the names of vLLM too.")] = True,
+    reuse_port: Annotated[
+        bool, typer.Option(help="Several routers of this machine listen on the port, and share its connections.")
+    ] = False,
+    own_port: Annotated[
+        int | None, typer.Option(help="Listen here too, alone: the metrics and records of this process.")
+    ] = None,
 ) -> None:
     """Run the router until SIGTERM or Ctrl-C; a second signal ends it at once."""
+    # What no line shows is not looked up for each of them: a third of what a line costs.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         config = RouterConfig(
@@ -85,6 +94,8 @@ def main(
             tls_dir=tls_dir,
             decision_log=decision_log,
             vllm_names=vllm_names,
+            reuse_port=reuse_port,
+            own_port=own_port,
         )
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(run(config))

@@ -34,7 +34,9 @@ class Account:
         self._open: dict[str, Record] = {}  # bounded by the requests that are active
 
     def open(self, request: Request, wishes: Wishes) -> Record:
-        record = Record(request.request_id, wishes.label, len(request.prompt_token_ids), wishes.slo, wishes.tenant)
+        record = Record(
+            request.request_id, wishes.label, len(request.prompt_token_ids), wishes.slo, tenant=wishes.tenant
+        )
         self._open[request.request_id] = record
         self.demand.arrived(time.monotonic())
         return self.records.open(record)
@@ -58,7 +60,7 @@ class Account:
         if judged:
             record.missed = _missed_by(record.slo, generation, end)
             workers = generation.workers or ["-"]
-            self.goodput.note(record.slo, (workers[0], workers[-1]), record.missed)
+            self.goodput.note(record.slo, (workers[0], workers[-1]), record.missed, record.tenant)
         self.records.closed(record)
         return record.missed is None if judged else None
 

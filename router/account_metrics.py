@@ -25,6 +25,23 @@ class AccountCollector(Collector):
         for (name, stage), count in sorted(self._goodput.by_class().items()):
             outcomes.add_metric((name, stage or "none"), count)
         yield outcomes
+        tenants = CounterMetricFamily(
+            "pdserve_slo_tenant_requests",
+            "Requests by tenant (a digest of its API key; other: beyond the first 64) and whether they were good.",
+            labels=("tenant", "good"),
+        )
+        for tenant, stages in sorted(self._goodput.by_tenant.items()):
+            tenants.add_metric((tenant, "true"), stages[""])
+            tenants.add_metric((tenant, "false"), stages.total() - stages[""])
+        yield tenants
+        pairs = CounterMetricFamily(
+            "pdserve_slo_pair_requests",
+            "Requests by the first and the last worker that did a part, and whether they were good.",
+            labels=("prefill", "decode", "good"),
+        )
+        for (prefill, decode, good), count in sorted(self._goodput.by_pair().items()):
+            pairs.add_metric((prefill, decode, str(good).lower()), count)
+        yield pairs
         error = GaugeMetricFamily(
             "pdserve_prediction_error_ratio",
             "How far predictions were off, as a share of what happened, over the last requests.",

@@ -110,6 +110,9 @@ class Attempt:
     def worker_ids(self) -> tuple[str, ...]:
         return (self.prompt_id,) if self.decode is None else (self.prompt_id, self.decode.worker_id)
 
+    def is_on(self, worker_id: str) -> bool:
+        return worker_id == self.prompt.worker_id or (self.decode is not None and worker_id == self.decode.worker_id)
+
     def decode_began(self) -> None:
         """Decode's first message after the hand-over: prefill's part is over."""
         self.state = State.DECODING
@@ -154,7 +157,7 @@ class Attempt:
     def _may_fail(self, failed: Failed) -> bool:
         """A reservation may be refused, and a late word from a worker that was asked before changes nothing."""
         asked_only = self.state is State.RESERVING and failed.worker_id == self.decode_id
-        return asked_only or failed.worker_id not in self.worker_ids
+        return asked_only or not self.is_on(failed.worker_id)
 
     def _stalled_at_s(self) -> float:
         """When the lack of tokens becomes a failure. The steps of a hand-over have deadlines of their own."""

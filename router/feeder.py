@@ -81,7 +81,8 @@ class Feeder:
         self._predictor = predictor
         self._limits = limits
         self._queue: RequestQueue[Waiting] = RequestQueue(limits.queue_places)
-        self._running: dict[str, SloClass] = {}  # by request: what was placed and has not ended
+        self._running: dict[str, float] = {}  # by request that was placed and has not ended: the TPOT it asks of others
+        self._tpots_s: Counter[float] = Counter()  # how many of them ask each
         self._pump: asyncio.Task[None] | None = None
 
     def depths(self) -> Mapping[str, int]:
@@ -115,7 +116,11 @@ class Feeder:
         return prompts_s + (wait_s or 0.0)
 
     def ended(self, request_id: str) -> None:
-        self._running.pop(request_id, None)
+        tpot_s = self._running.pop(request_id, None)
+        if tpot_s is not None:
+            self._tpots_s[tpot_s] -= 1
+            if not self._tpots_s[tpot_s]:
+                del self._tpots_s[tpot_s]
 
     async def place(self, item: Waiting) -> Placed:
         """Wait for its turn and a worker. Cancelling it leaves nothing behind.
@@ -205,8 +210,7 @@ class Feeder:
     def _strictest_s(self, slo: SloClass, others: Iterable[SloClass]) -> float:
         """TPOT of those that would share a batch with it. One client's own numbers slow down nobody else further than
         the strictest of the named classes does."""
-        shared = [max(each.tpot_s, _STRICTEST_S) for each in {*others, *self._running.values()}]
-        return min(slo.tpot_s, *shared) if shared else slo.tpot_s
+        return min((slo.tpot_s, *map(_asked_s, others), *self._tpots_s))
 
     # --- turns ---
 
@@ -267,7 +271,9 @@ class Feeder:
 
     def _begin(self, item: Waiting, decision: Decision, now_s: float) -> None:
         self._queue.take(item, now_s)
-        self._running[item.request_id] = item.slo
+        self.ended(item.request_id)  # on the worker that it was on before
+        self._running[item.request_id] = tpot_s = _asked_s(item.slo)
+        self._tpots_s[tpot_s] += 1
         self.wait_seconds.labels(item.slo.name).observe(now_s - item.queued_s)
         item.answer.set_result(item.settle(decision))
 
@@ -311,6 +317,11 @@ class Feeder:
             decode_room(self._fleet.in_use(), each, self._predictor.step.factor) for each in idle[:1]
         ]
         return not len(self._queue) and any(room.has_place(tpot_s) for room in rooms)
+
+
+def _asked_s(slo: SloClass) -> float:
+    """The TPOT that a request asks of those that would share its batch."""
+    return max(slo.tpot_s, _STRICTEST_S)
 
 
 class _Plans:

@@ -66,6 +66,7 @@ class Fleet:
         self._by_link: dict[WorkerLink, Member] = {}
         self._seats: Seats | None = None  # all workers that ever said hello; None: something about them changed
         self._facts: ModelFacts | None = None
+        self._facts_now: ModelFacts | None = None  # with the longest context of those in use; None: one came or went
         self._listener: RequestListener | None = None
         self.role_changes: Counter[tuple[str, str]] = Counter()  # from, to
         self._changed = asyncio.Event()
@@ -247,6 +248,7 @@ class Fleet:
             if member.told_peers != encoded:
                 member.told_peers = encoded
                 member.link.send(pb.RouterMessage(peers=wanted))
+        self._facts_now = None
         self._count_partners()
         self._wake()
 
@@ -339,9 +341,11 @@ class Fleet:
         """Those of the last fleet while all its workers are gone. Raises Overloaded before any worker connected."""
         if self._facts is None:
             raise Overloaded("No worker is connected yet.")
-        contexts = [member.hello.max_model_len for member in self._by_id.values()]
-        longest = max(contexts, default=self._facts.max_model_len)
-        return replace(self._facts, max_model_len=longest)
+        if self._facts_now is None:
+            contexts = [member.hello.max_model_len for member in self._by_id.values()]
+            longest = max(contexts, default=self._facts.max_model_len)
+            self._facts_now = replace(self._facts, max_model_len=longest)
+        return self._facts_now
 
     def root_key(self, salt: bytes) -> BlockKey:
         """What the first blocks of all requests chain from. Raises Overloaded before any worker connected."""

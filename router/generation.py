@@ -11,7 +11,7 @@ from pdserve.timeline import Timeline
 from router.wishes import NO_WISHES, Wishes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # one a token: freezing it would cost more than making it
 class Tokens:
     """What arrived since the last item; `finish_reason` is set on the last item, whose `token_ids` may be empty."""
 

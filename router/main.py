@@ -82,6 +82,8 @@ class RouterConfig:
     tls_dir: Path | None = None  # as `kvstore.control_plane` has it
     decision_log: Path | None = None  # one JSON line a request is appended
     vllm_names: bool = True  # metrics under the names of vLLM too
+    reuse_port: bool = False  # other router processes listen on the same port, and the kernel spreads the connections
+    own_port: int | None = None  # where this process alone listens too
 
     def __post_init__(self) -> None:
         if (self.redis_url is None) == (not self.workers):
@@ -226,18 +228,21 @@ class _Server(uvicorn.Server):
         yield
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
     """Raises ConfigError."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG, reuse_port=reuse_port)
     except (OSError, OverflowError) as error:
         raise ConfigError(f"Port {port} on {host} cannot be listened on ({error}); choose another --port.") from error
 
 
 async def run(config: RouterConfig) -> None:
     """Serve until a signal. Raises ConfigError."""
-    with listen(config.host, config.port) as listening:
+    with contextlib.ExitStack() as open_sockets:
+        sockets = [open_sockets.enter_context(listen(config.host, config.port, reuse_port=config.reuse_port))]
+        if config.own_port is not None:
+            sockets.append(open_sockets.enter_context(listen(config.host, config.own_port)))
         config = replace(config, model=resolve_model(config.model, cache_folder()))
         router = Router(config, load_model(config.model))
         server = _Server(
@@ -255,7 +260,7 @@ async def run(config: RouterConfig) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stop, hurry)
         router.start()
-        serving = asyncio.create_task(server.serve(sockets=[listening]), name="http")
+        serving = asyncio.create_task(server.serve(sockets=sockets), name="http")
         stopping = asyncio.create_task(stop.wait())
         try:
             await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)

@@ -65,7 +65,7 @@ class OutputBuffer:
         self._finish: FinishReason | None = None
         self._error: ServeError | None = None
         self._told = False  # the reader has had the end
-        self._wake = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None  # while it waits
 
     @property
     def closed(self) -> bool:
@@ -77,7 +77,7 @@ class OutputBuffer:
             self._logprobs.append(logprobs_from_proto(event.logprobs))
         if event.prompt_logprobs:
             self._prompt_logprobs = tuple(map(logprobs_from_proto, event.prompt_logprobs))
-        self._wake.set()
+        self._wake()
 
     def close(self, end: FinishReason | ServeError) -> None:
         """The first end counts."""
@@ -87,13 +87,13 @@ class OutputBuffer:
             self._error = end
         else:
             self._finish = end
-        self._wake.set()
+        self._wake()
 
     async def next(self) -> Tokens:
         """Raises the error that ended the output, after its tokens, and StopAsyncIteration after the end."""
         while not (self._fresh or self.closed):
-            self._wake.clear()
-            await self._wake.wait()
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         if self._told:
             raise StopAsyncIteration
         if self._fresh:
@@ -107,3 +107,7 @@ class OutputBuffer:
         if self._error is not None:
             raise self._error
         return Tokens((), self._finish)
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from kvstore.keys import KeyChain
 from pdserve.errors import DeadlineExceeded, InternalError, Overloaded, ServeError, WorkerFailed
@@ -80,8 +80,8 @@ class RoutedGeneration:
     def __aiter__(self) -> AsyncIterator[Tokens]:
         return self
 
-    async def __anext__(self) -> Tokens:
-        return await self._buffer.next()
+    def __anext__(self) -> Awaitable[Tokens]:
+        return self._buffer.next()
 
     def abort(self) -> None:
         self._end(FinishReason.ABORT)
@@ -100,18 +100,19 @@ class RoutedGeneration:
         if finish in (FinishReason.ERROR, FinishReason.ABORT):
             self._worker_failed(attempt, worker_id, event.error or f"{finish.value} without a reason")
             return
-        self._note_phase(attempt, worker_id, event)
+        if attempt.state is not State.DECODING or not self._order.token_ids:
+            self._note_phase(attempt, worker_id, event)
         ready = self._order.offer(event)
         if ready is None:
             self._counts["rejected_tokens"] += 1
             return
-        for each in ready:
+        if ready:
             attempt.progress_s = time.monotonic()
+        for each in ready:
             if not each.no_token:
                 self.timeline.token(attempt.progress_s)
                 self._buffer.put(each)
-            finish = finish_from_proto(each.finish)
-            if finish is not None:
+            if (finish := finish_from_proto(each.finish)) is not None:
                 self._end(finish, finished_by=worker_id)
 
     def on_handoff_wanted(self, worker_id: str, message: pb.HandoffWanted) -> None:
@@ -128,7 +129,7 @@ class RoutedGeneration:
 
     def on_worker_lost(self, worker_id: str, reason: str) -> None:
         attempt = self._attempt
-        if attempt is not None and worker_id in attempt.worker_ids:
+        if attempt is not None and attempt.is_on(worker_id):
             self._worker_failed(attempt, worker_id, f"lost: {reason}")
 
     def _worker_failed(self, attempt: Attempt, worker_id: str, reason: str, *, refused: bool = False) -> None:
@@ -139,7 +140,7 @@ class RoutedGeneration:
 
     def _current(self, worker_id: str, number: int) -> Attempt | None:
         attempt = self._attempt
-        return attempt if attempt is not None and attempt.number == number and worker_id in attempt.worker_ids else None
+        return attempt if attempt is not None and attempt.number == number and attempt.is_on(worker_id) else None
 
     def _note_phase(self, attempt: Attempt, worker_id: str, event: pb.TokenEvent) -> None:
         """The first token of a worker says how long its stages took; those that the client waited for are kept."""

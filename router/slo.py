@@ -24,6 +24,7 @@ CUSTOM = "custom"
 FAILED = "failed"
 REFUSED = "refused"  # by admission: no stage began
 _MAX_PAIRS = 1024  # label sets that are counted apart; the rest goes to one
+_MAX_TENANTS = 64  # as above
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +107,13 @@ class GoodputTracker:
 
     def __init__(self) -> None:
         self.outcomes: Counter[tuple[str, str, str, str]] = Counter()  # class, prefill, decode, stage; "" is good
+        self.by_tenant: dict[str, Counter[str]] = {}  # stages
 
-    def note(self, slo: SloClass, workers: tuple[str, str], missed: str | None) -> None:
+    def note(self, slo: SloClass, workers: tuple[str, str], missed: str | None, tenant: str = "default") -> None:
         """`workers`: the first and the last that did a part."""
+        if tenant not in self.by_tenant and len(self.by_tenant) >= _MAX_TENANTS:
+            tenant = "other"
+        self.by_tenant.setdefault(tenant, Counter())[missed or ""] += 1
         if len(self.outcomes) >= _MAX_PAIRS:
             workers = ("other", "other")
         self.outcomes[slo.name, *workers, missed or ""] += 1
@@ -120,6 +125,13 @@ class GoodputTracker:
             totals[name, stage] += count
         return totals
 
+    def by_pair(self) -> Counter[tuple[str, str, bool]]:
+        """(prefill worker, decode worker, good): requests."""
+        totals: Counter[tuple[str, str, bool]] = Counter()
+        for (_, prefill, decode, stage), count in self.outcomes.items():
+            totals[prefill, decode, not stage] += count
+        return totals
+
     def describe(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
@@ -127,19 +139,26 @@ class GoodputTracker:
                 each.name: {"ttft_ms": each.ttft_s * 1e3, "tpot_ms": each.tpot_s * 1e3} for each in CLASSES.values()
             },
             "classes": {
-                name: self._sum({key: n for key, n in self.outcomes.items() if key[0] == name})
+                name: _sum(Counter({key: n for key, n in self.outcomes.items() if key[0] == name}))
                 for name in sorted({key[0] for key in self.outcomes})
             },
+            "tenants": {name: _share(stages) for name, stages in sorted(self.by_tenant.items())},
             "pairs": [
                 {"prefill": prefill, "decode": decode}
-                | self._sum({key: n for key, n in self.outcomes.items() if key[1:3] == (prefill, decode)})
+                | _sum(Counter({key: n for key, n in self.outcomes.items() if key[1:3] == (prefill, decode)}))
                 for prefill, decode in sorted({key[1:3] for key in self.outcomes})
             ],
         }
 
-    def _sum(self, outcomes: dict[tuple[str, str, str, str], int]) -> dict[str, Any]:
-        misses: Counter[str] = Counter()
-        for key, count in outcomes.items():
-            misses[key[3]] += count
-        good, total = misses.pop("", 0), sum(outcomes.values())
-        return {"requests": total, "good": good, "goodput": good / total, "missed_by_stage": dict(misses)}
+
+def _sum(outcomes: Counter[tuple[str, str, str, str]]) -> dict[str, Any]:
+    stages: Counter[str] = Counter()
+    for key, count in outcomes.items():
+        stages[key[3]] += count
+    return _share(stages)
+
+
+def _share(stages: Counter[str]) -> dict[str, Any]:
+    good, total = stages[""], stages.total()
+    missed = {stage: count for stage, count in stages.items() if stage}
+    return {"requests": total, "good": good, "goodput": good / total, "missed_by_stage": missed}

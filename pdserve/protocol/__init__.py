@@ -1,3 +1,9 @@
 """The control plane's wire format: `worker.proto`, the code generated from it (`make proto`), and the codec."""
 
+import os
+
 PROTOCOL_VERSION = 3
+
+# grpc reads it when it is imported, and whatever speaks the protocol comes by here first. Its event engine hands each
+# message of a client from thread to thread twice more: 5.5 context switches and 170 us instead of 2 and 110.
+os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client")

@@ -77,15 +77,19 @@ class Load:
         self._free: deque[Connection] = deque()
         self.took_s: list[float] = []
         self.events = 0
+        self.refused = 0  # 429 and 503: beyond what the server takes
 
     async def one(self, began_s: float) -> None:
         connection = self._free.popleft() if self._free else await self._open()
         answer = await connection.ask(self._request)
-        self.took_s.append(time.perf_counter() - began_s)
+        self._free.append(connection)
+        if answer.startswith((b"HTTP/1.1 429", b"HTTP/1.1 503")):
+            self.refused += 1
+            return
         if not answer.startswith(b"HTTP/1.1 200"):
             raise RuntimeError(answer[:400].decode("latin-1"))
+        self.took_s.append(time.perf_counter() - began_s)
         self.events += answer.count(b"data: {")
-        self._free.append(connection)
 
     async def _open(self) -> Connection:
         _, connection = await asyncio.get_running_loop().create_connection(Connection, self._host, self._port)
@@ -132,6 +136,7 @@ async def _run(address: str, body: str, requests: int, connections: int, rate: f
         "p99_us": round(took_s[len(took_s) * 99 // 100] * 1e6),
         "requests_per_s": round(len(took_s) / wall_s, 1),
         "events_per_s": round(load.events / wall_s),
+        "refused": load.refused,
     }
 
 

@@ -15,14 +15,15 @@ import socket
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 PROMPT = "The quick brown fox jumps over the lazy dog, and then it sleeps."
 RATES = (100, 500)  # requests/s
 STREAM_TOKENS = 256
-_STREAMS = 160
+_STREAMS = 256
+_STREAMS_AT_ONCE = 64
 
 
 async def measure_http(model: Path, name: str, peers: Path | None) -> dict[str, Any]:
@@ -33,24 +34,36 @@ async def measure_http(model: Path, name: str, peers: Path | None) -> dict[str, 
     """
     found: dict[str, Any] = {}
     async with _started("router.bench.http_stub") as stub:
-        found["stub_alone"] = await _measure(stub, "stub", None)
+        found["stub_alone"] = await _measure(stub, "stub")
         for peer, command in _peers(peers, stub).items():
             port = _free_port()
             async with _process(*command, "--port", str(port)) as (process, _):
                 await _ready(port)
                 found[peer] = await _measure(f"127.0.0.1:{port}", "stub", process.pid)
-    async with _started("router.bench.stub_worker") as worker:
-        port = _free_port()
-        command = (sys.executable, "-m", "router", "--model", str(model), "--worker", worker, "--port", str(port))
-        async with _process(*command) as (process, _):
-            await _ready(port)
-            found["pdserve"] = await _measure(f"127.0.0.1:{port}", name, process.pid)
+    for label, processes in (("pdserve", 1), ("pdserve_2_processes", 2)):
+        async with _started("router.bench.stub_worker") as worker, _routers(model, worker, processes) as (port, pids):
+            found[label] = await _measure(f"127.0.0.1:{port}", name, *pids)
     alone = found["stub_alone"]
     for each in found.values():
         for rate in RATES:
             at, base = each[f"at_{rate}_per_s"], alone[f"at_{rate}_per_s"]
             at["added_p50_us"], at["added_p99_us"] = at["p50_us"] - base["p50_us"], at["p99_us"] - base["p99_us"]
     return found
+
+
+@contextlib.asynccontextmanager
+async def _routers(model: Path, worker: str, processes: int) -> AsyncIterator[tuple[int, list[int]]]:
+    """So many on one port; with their process ids."""
+    port = _free_port()
+    options = ("--model", str(model), "--worker", worker, "--port", str(port), "--reuse-port", "--own-port")
+    async with contextlib.AsyncExitStack() as running:
+        pids: list[int] = []
+        for _ in range(processes):
+            own = _free_port()
+            process, _ = await running.enter_async_context(_process(sys.executable, "-m", "router", *options, str(own)))
+            pids.append(process.pid)
+            await _ready(own)
+        yield port, pids
 
 
 def _peers(folder: Path | None, stub: str) -> dict[str, tuple[str, ...]]:
@@ -66,8 +79,8 @@ def _peers(folder: Path | None, stub: str) -> dict[str, tuple[str, ...]]:
     }
 
 
-async def _measure(address: str, model: str, pid: int | None) -> dict[str, Any]:
-    """`pid`: of the router, whose CPU time is measured too: client and stub share the cores with it."""
+async def _measure(address: str, model: str, *pids: int) -> dict[str, Any]:
+    """`pids`: of the router, whose CPU time is measured too: client and stub share the cores with it."""
     fields = {"model": model, "prompt": PROMPT, "temperature": 0}
     whole = json.dumps({**fields, "max_tokens": 1})
     stream = json.dumps({**fields, "max_tokens": STREAM_TOKENS, "stream": True, "ignore_eos": True})
@@ -75,29 +88,30 @@ async def _measure(address: str, model: str, pid: int | None) -> dict[str, Any]:
     for rate in RATES:
         options = ("--requests", str(4 * rate), "--rate", str(rate))
         found[f"at_{rate}_per_s"] = _latency(await _load(address, whole, *options))
-    before_s = _cpu_s(pid)
+    before_s = _cpu_s(pids)
     requests = await _load(address, whole, "--requests", "1600")
-    between_s = _cpu_s(pid)
-    streams = await _load(address, stream, "--requests", str(_STREAMS))
-    after_s = _cpu_s(pid)
+    between_s = _cpu_s(pids)
+    streams = await _load(address, stream, "--requests", str(_STREAMS), "--connections", str(_STREAMS_AT_ONCE))
+    after_s = _cpu_s(pids)
     found["requests_per_s"] = requests["requests_per_s"]
     found["streamed_tokens_per_s"] = round(streams["requests_per_s"] * STREAM_TOKENS)
-    if pid is not None:
+    if pids:
         found["requests_per_cpu_s"] = round(1600 / (between_s - before_s))
         found["streamed_tokens_per_cpu_s"] = round(_STREAMS * STREAM_TOKENS / (after_s - between_s))
     return found
 
 
 def _latency(measured: dict[str, float]) -> dict[str, float]:
-    return {name: measured[name] for name in ("p50_us", "p99_us")}
+    return {name: measured[name] for name in ("p50_us", "p99_us", "refused")}
 
 
-def _cpu_s(pid: int | None) -> float:
-    """User and system time of a process; 0 of none. Linux."""
-    if pid is None:
-        return 0.0
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def _cpu_s(pids: Sequence[int]) -> float:
+    """User and system time of these processes. Linux."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 async def _load(address: str, body: str, *options: str) -> dict[str, float]:

@@ -13,6 +13,7 @@ from hashlib import blake2b
 from typing import Any
 
 import grpc
+import uvloop
 
 from kvstore.keys import BlockKey, block_keys
 from pdserve.protocol import PROTOCOL_VERSION
@@ -21,6 +22,8 @@ from pdserve.protocol.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_
 
 VOCAB_SIZE = 49_152  # that of the default model
 FINGERPRINT = b"stub"
+
+_STEP_S = 0.0005  # of the stub that benchmarks start; an engine's takes ten times as long or more
 
 TicketId = tuple[str, int, int]
 
@@ -50,7 +53,7 @@ def finish_after(index: int, token: int, sampling: pb.Sampling) -> pb.Finish:
 class StubSpec:
     worker_id: str
     role: pb.Role
-    token_s: float = 0.0  # between two tokens of a request
+    token_s: float = 0.0  # between two tokens of a request; all requests get theirs together, as in an engine's step
     prefill_s: float = 0.0
     num_blocks: int = 4096
     block_size: int = 16
@@ -163,7 +166,10 @@ class StubWorker(WorkerServicer):
         reader = asyncio.create_task(self._read(session, request_iterator))
         try:
             while True:
-                yield self._merged(session, await self.next_message(session))
+                message = await self.next_message(session)
+                if message.HasField("step"):
+                    await asyncio.sleep(0)  # so that the step is one of all requests that run
+                yield self._merged(session, message)
         finally:
             self.sessions.discard(session)
             tasks = [reader, *session.tasks.values()]
@@ -282,9 +288,13 @@ class StubWorker(WorkerServicer):
                 event.times.CopyFrom(times)
                 event.cached_by_tier["device"] = cached_tokens
             self.emit(session, event)
-            await asyncio.sleep(self.spec.token_s)
+            await self._step_end()
             if index == start + 1:
                 await self.at("decode", session, submit)
+
+    async def _step_end(self) -> None:
+        step_s = self.spec.token_s
+        await asyncio.sleep(step_s - asyncio.get_running_loop().time() % step_s if step_s else 0.0)
 
     def _token(self, submit: pb.Submit, index: int, token: int) -> pb.TokenEvent:
         return pb.TokenEvent(
@@ -336,10 +346,11 @@ def _ticket_id(ticket: pb.Ticket) -> TicketId:
 
 
 async def _serve() -> None:
-    worker = StubWorker(StubSpec("stub", pb.MIXED), Fabric())
+    worker = StubWorker(StubSpec("stub", pb.MIXED, token_s=_STEP_S), Fabric())
     print(await worker.start(), flush=True)
     await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve())

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from urllib.parse import urlsplit
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
-from pdserve.errors import ConfigError, Forbidden, ServeError, Unauthorized
+from pdserve.errors import ConfigError, Forbidden, Unauthorized
 from pdserve.tenants import NOBODY, Tenant, TenantsFile, cache_salt
 from router.caller import ANYBODY, Caller
 from router.http.trust import Trust, bearer
@@ -44,6 +44,15 @@ class Access:
         self._file = tenants
         self._clock = clock
         self._fresh_until_s = 0.0
+
+    def admit(self, scope: Scope) -> Caller:
+        """As `caller`, of an HTTP request; a refusal is logged."""
+        path, client_host = scope["path"], (scope.get("client") or (None,))[0]
+        try:
+            return self.caller(path, client_host, dict(scope["headers"]))
+        except (Unauthorized, Forbidden) as error:
+            audit.warning("refused status=%d path=%r client=%s", error.status, path[:64], client_host)
+            raise
 
     def caller(self, path: str, client_host: str | None, headers: Mapping[bytes, bytes]) -> Caller:
         """
@@ -90,26 +99,6 @@ class Access:
                 audit.error("tenants not read again, those read before stay: %s", error)
         key = bearer(headers)
         return self._file.tenants.find(key, time.time()) if key is not None else None
-
-
-class AccessControl:
-    """Lets a request through with its `Caller` in the scope, or answers with what `refuse` makes of the error."""
-
-    def __init__(self, app: ASGIApp, access: Access, refuse: Callable[[ServeError], ASGIApp]) -> None:
-        self._app = app
-        self._access = access
-        self._refuse = refuse
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self._app
-        if scope["type"] == "http":
-            client_host = (scope.get("client") or (None,))[0]
-            try:
-                scope[CALLER_KEY] = self._access.caller(scope["path"], client_host, dict(scope["headers"]))
-            except (Unauthorized, Forbidden) as error:
-                audit.warning("refused status=%d path=%r client=%s", error.status, scope["path"][:64], client_host)
-                app = self._refuse(error)
-        await app(scope, receive, send)
 
 
 def _same_origin(headers: Mapping[bytes, bytes]) -> bool:

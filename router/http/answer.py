@@ -42,7 +42,7 @@ class Answer:
     """
 
     __slots__ = (
-        *("_call", "_clock", "_delivered_s", "_detokenizer", "_stop", "_tools", "finish_reason", "gaps_s"),
+        *("_call", "_clock", "_delivered_s", "_detokenizer", "_plain", "_stop", "_tools", "finish_reason", "gaps_s"),
         *("output_tokens", "prompt_logprobs", "total_logprob"),
     )
 
@@ -56,6 +56,8 @@ class Answer:
         self._detokenizer = Detokenizer(_token_bytes(call, tokenizer))
         self._stop = StopMatcher(call.stop_strings, keep=call.keeps_stop_string) if call.stop_strings else None
         self._tools = ToolCallParser(call.tooling.format) if call.tooling is not None else None
+        # Text alone becomes of tokens, but for the last ones.
+        self._plain = not call.stop_strings and call.tooling is None and not call.echo_only
         self._clock = clock
         self._delivered_s: float | None = None
 
@@ -65,6 +67,11 @@ class Answer:
         Raises:
             WorkerFailed: the generation was aborted, and not through us.
         """
+        if self._plain and tokens.finish_reason is None and not (tokens.logprobs or tokens.prompt_logprobs):
+            self._note_delivery()
+            ids = tokens.token_ids
+            self.output_tokens += len(ids)
+            return Piece(self._detokenizer.push(ids), ids, ids)
         if tokens.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
             raise WorkerFailed("The request was aborted by the server.")
         if tokens.token_ids:

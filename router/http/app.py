@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from prometheus_client.exposition import choose_encoder
@@ -16,9 +16,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pdserve import __version__
-from pdserve.errors import InvalidRequest, ModelNotFound, ServeError
+from pdserve.errors import Forbidden, InvalidRequest, ModelNotFound, ServeError, Unauthorized
 from pdserve.protocol.codec import MAX_GRAMMAR_BYTES, MAX_LOGIT_BIAS, MAX_LOGPROBS
-from router.http.access import CALLER_KEY, AccessControl
+from router.http.access import CALLER_KEY, Access
 from router.http.call import MAX_CHOICES
 from router.http.console import console_routes
 from router.http.conversation import tool_format_of
@@ -46,10 +46,13 @@ def make_app(service: Service) -> ASGIApp:
     `router.http.operations`.
     """
     in_flight, meters = InFlight(service.limits.in_flight, service.metrics), Meters()
+    generating = {
+        "/v1/completions": GenerateEndpoint(COMPLETIONS, service, in_flight, meters),
+        "/v1/chat/completions": GenerateEndpoint(CHAT, service, in_flight, meters),
+        "/v1/responses": GenerateEndpoint(RESPONSES, service, in_flight, meters),
+    }
     routes = [
-        Route("/v1/completions", GenerateEndpoint(COMPLETIONS, service, in_flight, meters), methods=["POST"]),
-        Route("/v1/chat/completions", GenerateEndpoint(CHAT, service, in_flight, meters), methods=["POST"]),
-        Route("/v1/responses", GenerateEndpoint(RESPONSES, service, in_flight, meters), methods=["POST"]),
+        *(Route(path, endpoint, methods=["POST"]) for path, endpoint in generating.items()),
         Route("/tokenize", TokenizeEndpoint(service), methods=["POST"]),
         Route("/detokenize", DetokenizeEndpoint(service), methods=["POST"]),
         *_model_routes(service.model),
@@ -63,18 +66,21 @@ def make_app(service: Service) -> ASGIApp:
         routes=routes,
         exception_handlers={ServeError: _on_error, HTTPException: _on_http_exception, Exception: _on_error},
     )
-    guarded = AccessControl(app, service.access, _error_response)
-    return RequestIds(
-        guarded, service.limits
-    )  # outside Starlette's own handling of errors, so that a 500 has an id too
+    return Entrance(app, generating, service.access, service.limits)
 
 
-class RequestIds:
-    """Gives each request its id, the client's X-Request-Id if that is printable ASCII, puts it on the response, and
-    refuses headers beyond the limits."""
+class Entrance:
+    """Gives each request its id, the client's X-Request-Id if that is printable ASCII, puts it on the response, finds
+    out who sent it, and refuses callers who may not and headers beyond the limits.
 
-    def __init__(self, app: ASGIApp, limits: HttpLimits) -> None:
+    Outside Starlette's own handling of errors, so that a 500 has an id too. What generates handles its errors itself
+    and is reached past Starlette, whose layers would have a part in every token.
+    """
+
+    def __init__(self, app: ASGIApp, generating: Mapping[str, ASGIApp], access: Access, limits: HttpLimits) -> None:
         self._app = app
+        self._generating = generating
+        self._access = access
         self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,8 +97,17 @@ class RequestIds:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
             await send(message)
 
-        app = self._app if self._acceptable(headers) else _error_response(HeadersTooLarge("The headers are too large."))
-        await app(scope, receive, send_with_id)
+        await self._behind(scope)(scope, receive, send_with_id)
+
+    def _behind(self, scope: Scope) -> ASGIApp:
+        """What answers. Nothing behind the entrance runs for a caller that may not ask for it."""
+        if not self._acceptable(scope["headers"]):
+            return _error_response(HeadersTooLarge("The headers are too large."))
+        try:
+            scope[CALLER_KEY] = self._access.admit(scope)
+        except (Unauthorized, Forbidden) as error:
+            return _error_response(error)
+        return self._generating.get(scope["path"], self._app) if scope["method"] == "POST" else self._app
 
     def _acceptable(self, headers: list[tuple[bytes, bytes]]) -> bool:
         size = sum([len(name) + len(value) for name, value in headers])

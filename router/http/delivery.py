@@ -36,7 +36,8 @@ class Delivery:
         self._routing = routing
         self._writers = [_Writer(call, branch, shape, tokenizer) for branch in choices.branches]
         self._open = len(choices.branches)
-        self._turn = asyncio.Lock()  # one write at a time
+        # One write at a time.
+        self._turn: asyncio.Lock | None = asyncio.Lock() if self._open > 1 else None
 
     async def whole(self) -> None:
         made = [Choice(index) for index in range(len(self._choices.branches))]
@@ -68,7 +69,8 @@ class Delivery:
 
     async def stream(self) -> None:
         """Nothing is sent before the first tokens are there, so an earlier failure still gets its own status."""
-        await self._choices.run(self._stream_one)
+        async with self._exchange.streaming():
+            await self._choices.run(self._stream_one)
 
     async def _stream_one(self, index: int, branch: Branch) -> None:
         writer = self._writers[index]
@@ -83,11 +85,16 @@ class Delivery:
                 data += self._closing()
             if data:
                 self._name_decision()
-                async with self._turn:
+                if self._turn is None:
                     await self._exchange.write(data, last=last)
+                else:
+                    async with self._turn:
+                        await self._exchange.write(data, last=last)
                 data = b""
 
     def _events(self, index: int, branch: Branch, writer: _Writer, piece: Piece) -> bytes:
+        if writer.only_text and not piece.tool_calls:
+            return self._shape.text_events(index, piece.text) if piece.text else b""
         events = b""
         first, text = not writer.begun, piece.text
         if first and writer.prefix:
@@ -162,17 +169,20 @@ class _Writer:
     Attributes:
         prefix: the prompt's text, if it is to be repeated.
         begun: something was written.
+        only_text: of what comes next.
     """
 
     def __init__(self, call: Call, branch: Branch, shape: Shape, tokenizer: Tokenizer) -> None:
         self.prefix = branch.prompt.text or ""
         self.begun = False
+        self.only_text = False
         self._call = call
         self._branch = branch
         self._logprobs: LogprobsWriter | None = shape.logprobs_writer(tokenizer) if call.tells_logprobs else None
 
     def extra(self, piece: Piece) -> Payload:
         extra: Payload = {}
+        self.only_text = self._logprobs is None and not self._call.return_token_ids
         if self._logprobs is not None:
             token_ids, logprobs = list(piece.visible), [*piece.logprobs]
             if self.prefix and not self.begun:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import contextlib
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import msgspec
@@ -17,7 +18,7 @@ from router.http.service import HttpLimits
 
 REQUEST_ID_KEY = "pdserve.request_id"  # in the ASGI scope
 
-_encode = msgspec.json.encode
+encode_json = msgspec.json.encode
 _JSON_HEADERS = [(b"content-type", b"application/json")]
 _SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -27,12 +28,12 @@ _SSE_HEADERS = [
 
 
 def sse_event(payload: Mapping[str, Any]) -> bytes:
-    return b"data: " + _encode(payload) + b"\n\n"
+    return b"data: " + encode_json(payload) + b"\n\n"
 
 
 class Exchange:
     """
-    Either one `respond`, or `write`s of which the last has `last=True`; `fail` ends both kinds.
+    Either one `respond`, or `write`s within `streaming` of which the last has `last=True`; `fail` ends both kinds.
 
     Attributes:
         extra_headers: for the start of the response, set before it.
@@ -45,6 +46,7 @@ class Exchange:
         "_receive",
         "_send",
         "_streaming",
+        "_writing_s",
         "caller",
         "extra_headers",
         "gone",
@@ -64,6 +66,7 @@ class Exchange:
         self._send = send
         self._limits = limits
         self._streaming = False
+        self._writing_s: float | None = None  # when the write that is under way began, on the loop's clock
 
     async def body(self) -> bytes:
         """
@@ -84,7 +87,7 @@ class Exchange:
 
     async def respond(self, status: int, payload: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> None:
         """A whole JSON response. Raises ClientGone."""
-        body = _encode(payload)
+        body = encode_json(payload)
         extra = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
         length = (b"content-length", str(len(body)).encode())
         await self._emit(
@@ -96,19 +99,55 @@ class Exchange:
         )
         await self._emit({"type": "http.response.body", "body": body})
 
+    @contextlib.asynccontextmanager
+    async def streaming(self) -> AsyncIterator[None]:
+        """Where `write` may be called. Raises ClientGone when one waits too long: one timer watches all of them."""
+        loop, limit_s = asyncio.get_running_loop(), self._limits.write_stall_s
+
+        timer: asyncio.TimerHandle
+
+        def look() -> None:
+            nonlocal timer
+            now_s = loop.time()
+            began_s = self._writing_s if self._writing_s is not None else now_s
+            if now_s < began_s + limit_s:
+                timer = loop.call_at(began_s + limit_s, look)
+            else:
+                self.gone = True
+                stalled.reschedule(now_s)
+
+        timer = loop.call_later(limit_s, look)
+        try:
+            async with asyncio.timeout(None) as stalled:
+                yield
+        except TimeoutError as error:
+            raise ClientGone from error
+        finally:
+            timer.cancel()
+
     async def write(self, data: bytes, *, last: bool = False) -> None:
-        """Events of a stream; the first call sends the headers. Raises ClientGone, also for a client that stalls."""
-        if not self._streaming:
-            self._streaming = True
-            await self._emit(
-                {"type": "http.response.start", "status": 200, "headers": [*_SSE_HEADERS, *self.extra_headers]}
-            )
-        await self._emit({"type": "http.response.body", "body": data, "more_body": not last})
+        """Events of a stream; the first call sends the headers. Raises ClientGone.
+
+        The server below buffers a bounded amount and then waits, which is how a slow client slows its request.
+        """
+        self._writing_s = asyncio.get_running_loop().time()
+        try:
+            if not self._streaming:
+                self._streaming = True
+                headers = [*_SSE_HEADERS, *self.extra_headers]
+                await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+            await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+        except OSError as error:
+            self.gone = True
+            raise ClientGone from error
+        finally:
+            self._writing_s = None
 
     async def fail(self, error: ServeError) -> None:
         """The error as a response, or as the last event of a stream that has begun; then without [DONE]."""
         if self._streaming:
-            await self.write(sse_event(stream_error_payload(error, self.request_id)), last=True)
+            data = sse_event(stream_error_payload(error, self.request_id))
+            await self._emit({"type": "http.response.body", "body": data, "more_body": False})
         else:
             await self.respond(error.status, error_payload(error), error_headers(error))
 
@@ -135,7 +174,7 @@ class Exchange:
                 return b"".join(chunks)
 
     async def _emit(self, message: Message) -> None:
-        """The server below buffers a bounded amount and then waits, which is how a slow client slows its request."""
+        """A message on its own, with a deadline of its own."""
         try:
             async with asyncio.timeout(self._limits.write_stall_s):
                 await self._send(message)

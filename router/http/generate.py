@@ -111,7 +111,6 @@ class GenerateEndpoint:
         shape = self._api.shape(response_id, int(service.wall_clock()), service.model.name, call)
         delivery = Delivery(exchange, call, choices, shape, service.model.tokenizer, service.routing)
         self._meters.begin(tenant, call.prompt_tokens, service.clock())
-        logger.info("request started request_id=%s id=%s", exchange.request_id, response_id)
         watcher = asyncio.create_task(_stop_when_gone(exchange, choices))
         try:
             async with asyncio.timeout(limits.request_s + DEADLINE_GRACE_S):

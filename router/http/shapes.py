@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from router.http.call import Call
-from router.http.exchange import sse_event
+from router.http.exchange import encode_json, sse_event
 from router.http.logprobs import ChatLogprobs, CompletionLogprobs, LogprobsWriter
 from router.text.tool_calls import ToolCallText
 
 Payload = dict[str, Any]
+_MARK = "text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +87,30 @@ class Shape(ABC):
     def event(chunk: Payload) -> bytes:
         return sse_event(chunk)
 
+    def text_events(self, index: int, text: str) -> bytes:
+        """The events of `delta` for text that has nothing beside it."""
+        return b"".join(map(self.event, self.delta(index, text, {})))
 
-class ChatShape(Shape):
+
+class ChunkShape(Shape):
+    """A stream whose chunks differ in their text alone, so that what is around it is encoded once a choice."""
+
+    def __init__(self, response_id: str, created_s: int, model: str, call: Call) -> None:
+        super().__init__(response_id, created_s, model, call)
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
+
+    def text_events(self, index: int, text: str) -> bytes:
+        before, after = self._frames.get(index) or self._frame(index)
+        return before + encode_json(text) + after
+
+    def _frame(self, index: int) -> tuple[bytes, bytes]:
+        # Only numbers and nulls follow the text, so the last mark is that of the text, whatever the model is called.
+        before, _, after = super().text_events(index, _MARK).rpartition(encode_json(_MARK))
+        self._frames[index] = before, after
+        return before, after
+
+
+class ChatShape(ChunkShape):
     logprobs_writer = ChatLogprobs
     prompt_on_top = True
 
@@ -149,7 +172,7 @@ def tool_call(call: ToolCallText, position: int) -> Payload:
     return {"index": position, "id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
-class CompletionShape(Shape):
+class CompletionShape(ChunkShape):
     logprobs_writer = CompletionLogprobs
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> Payload:

@@ -15,7 +15,7 @@ import pytest
 
 from pdserve.errors import ConfigError
 from router.bench.stub_worker import Fabric, StubSpec, StubWorker
-from router.main import RouterConfig
+from router.main import RouterConfig, listen
 from tests.support.stub_cluster import MIXED
 
 STARTED_S = 60.0
@@ -28,10 +28,13 @@ def free_port() -> int:
 
 
 class RouterProcess:
-    def __init__(self, process: asyncio.subprocess.Process, client: httpx.AsyncClient, worker_address: str) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, client: httpx.AsyncClient, worker_address: str, own_url: str
+    ) -> None:
         self.process = process
         self.client = client
         self.worker_address = worker_address
+        self.own_url = own_url
 
     async def answers(self, status: int) -> httpx.Response:
         """The first /readyz with this status."""
@@ -55,11 +58,12 @@ class RouterProcess:
 @pytest.fixture
 async def router(default_model: Path) -> AsyncIterator[RouterProcess]:
     """Knows one worker address, where nobody listens yet; `--drain-s` is 5."""
-    port, worker_address = free_port(), f"127.0.0.1:{free_port()}"
+    port, own_port, worker_address = free_port(), free_port(), f"127.0.0.1:{free_port()}"
     arguments = ["--port", str(port), "--model", str(default_model), "--worker", worker_address, "--drain-s", "5"]
+    arguments += ["--reuse-port", "--own-port", str(own_port)]
     process = await asyncio.create_subprocess_exec(sys.executable, "-m", "router", *arguments)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-        yield RouterProcess(process, client, worker_address)
+        yield RouterProcess(process, client, worker_address, f"http://127.0.0.1:{own_port}")
     if process.returncode is None:
         process.kill()
         await process.wait()
@@ -85,6 +89,7 @@ async def test_not_ready_says_what_is_missing_and_a_drained_stream_ends_whole(
     assert (await router.client.get("/workers")).json()["workers"][0]["worker_id"] == "m0"
     metrics = (await router.client.get("/metrics")).text
     assert 'pdserve_router_workers{role="mixed",state="ready"} 1.0' in metrics
+    assert (await router.client.get(f"{router.own_url}/readyz")).status_code == 200
 
     async with router.client.stream("POST", "/v1/completions", json=BODY | {"stream": True}) as response:
         lines = response.aiter_lines()
@@ -112,6 +117,15 @@ async def test_a_second_signal_ends_what_still_streams(router: RouterProcess, wo
     assert await router.ended() == 0
     assert time.monotonic() - began_s < 4.0
     assert len(worker.aborts) <= 1
+
+
+def test_routers_share_a_port_only_if_all_say_so() -> None:
+    with listen("127.0.0.1", 0, reuse_port=True) as first:
+        port = first.getsockname()[1]
+        with listen("127.0.0.1", port, reuse_port=True) as second:
+            assert second.getsockname() == first.getsockname()
+        with pytest.raises(ConfigError, match=str(port)):
+            listen("127.0.0.1", port)
 
 
 @pytest.mark.parametrize(

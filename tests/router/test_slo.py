@@ -111,9 +111,21 @@ def test_goodput_by_class_and_pair() -> None:
     }
 
 
+def test_goodput_by_tenant() -> None:
+    tracker = GoodputTracker()
+    tracker.note(SLO, ("p", "d"), None, "acme")
+    tracker.note(SLO, ("p", "d"), "queue", "acme")
+    tracker.note(SLO, ("p", "d"), None)
+    tenants = tracker.describe()["tenants"]
+    assert tenants["acme"] == {"requests": 2, "good": 1, "goodput": 0.5, "missed_by_stage": {"queue": 1}}
+    assert tenants["default"]["goodput"] == 1.0
+    assert tracker.by_pair() == {("p", "d", True): 2, ("p", "d", False): 1}
+
+
 def test_label_sets_are_bounded() -> None:
     tracker = GoodputTracker()
     for number in range(5000):
-        tracker.note(SLO, (f"p{number}", "d"), None)
+        tracker.note(SLO, (f"p{number}", "d"), None, f"t{number}")
+    assert len(tracker.by_tenant) <= 65
     assert len(tracker.outcomes) <= 1025
     assert sum(tracker.outcomes.values()) == 5000

@@ -58,8 +58,15 @@ async def test_whole_answers_at_a_rate() -> None:
         assert load.events == 0
 
 
-async def test_an_error_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_refusal_is_counted_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("router.bench.http_stub._WHOLE", b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n")
     async with loaded() as load:
-        with pytest.raises(RuntimeError, match="503"):
+        await load.closed_loop(requests=2, connections=1)
+        assert (load.refused, load.took_s) == (2, [])
+
+
+async def test_an_error_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.bench.http_stub._WHOLE", b"HTTP/1.1 500 Bug\r\ncontent-length: 0\r\n\r\n")
+    async with loaded() as load:
+        with pytest.raises(RuntimeError, match="500"):
             await load.closed_loop(requests=1, connections=1)

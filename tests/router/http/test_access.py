@@ -18,8 +18,8 @@ from kvstore.keys import root_key
 from pdserve.errors import ConfigError, Overloaded
 from pdserve.request import Request
 from pdserve.tenants import TenantsFile, add_key
-from router.http.access import Access, AccessControl
-from router.http.app import RequestIds, make_app
+from router.http.access import Access
+from router.http.app import Entrance, make_app
 from router.http.service import RoleName, Service
 from router.http.trust import Trust
 from router.wishes import Wishes
@@ -68,14 +68,14 @@ def key(path: Path) -> str:
 
 
 @pytest.fixture
-def app(service: Service, path: Path, key: str) -> RequestIds:
+def app(service: Service, path: Path, key: str) -> Entrance:
     made = make_app(replace(service, routing=Routing(), access=Access(Trust(ADMIN), TenantsFile(path), lambda: 0.0)))
-    assert isinstance(made, RequestIds)
+    assert isinstance(made, Entrance)
     return made
 
 
 @pytest.fixture
-def connect(app: RequestIds) -> Connect:
+def connect(app: Entrance) -> Connect:
     """A client with a bearer's token, on this machine: that alone must open nothing."""
 
     @asynccontextmanager
@@ -88,10 +88,8 @@ def connect(app: RequestIds) -> Connect:
     return client
 
 
-def routes(app: RequestIds) -> list[tuple[str, str]]:
-    guard = app._app
-    assert isinstance(guard, AccessControl)
-    inner = guard._app
+def routes(app: Entrance) -> list[tuple[str, str]]:
+    inner = app._app
     assert isinstance(inner, Starlette)
     found = [
         (method, route.path)
@@ -105,7 +103,7 @@ def routes(app: RequestIds) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("token", [None, "", "pds_00000000_" + "a" * 43, "sk-something", "é"])
-async def test_every_route_but_those_named_wants_a_key(app: RequestIds, connect: Connect, token: str | None) -> None:
+async def test_every_route_but_those_named_wants_a_key(app: Entrance, connect: Connect, token: str | None) -> None:
     async with connect() as client:
         headers = {"authorization": f"Bearer {token}".encode()} if token is not None else {}
         for method, path in [
