@@ -40,7 +40,6 @@ class Record:
     missed: str | None = None  # the stage that broke the objective
     copy: Copy | None = None  # of a hot prefix, that its placement led to
     verdict: Verdict | None = None  # of admission, once the request has ended
-    tenant: str = "default"
 
     def note(self, decision: Decision) -> None:
         if len(self.decisions) >= _DECISIONS:
