@@ -137,7 +137,7 @@ def test_a_model_that_native_cannot_run_has_the_reference() -> None:
 
 
 def test_an_unknown_name_says_which_there_are() -> None:
-    with pytest.raises(ConfigError, match="auto, native, reference"):
+    with pytest.raises(ConfigError, match="auto, native, flashinfer, sdpa, reference"):
         kernels.choose("fastest")
 
 
