@@ -182,7 +182,7 @@ class _Writer:
 
     def extra(self, piece: Piece) -> Payload:
         extra: Payload = {}
-        self.only_text = self._logprobs is None and not self._call.return_token_ids
+        self.only_text = not (self._logprobs or self._call.return_token_ids or self._call.continuous_usage)
         if self._logprobs is not None:
             token_ids, logprobs = list(piece.visible), [*piece.logprobs]
             if self.prefix and not self.begun:

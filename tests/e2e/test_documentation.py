@@ -42,6 +42,7 @@ NOT_RUN = {
     ("operate.md", "pdserve role"): "tests/e2e/test_roles.py: it takes two workers of a role",
     ("operate.md", "pdserve worker"): "test_parts_join_from_several_machines",
     ("operate.md", "pdserve store"): "test_parts_join_from_several_machines",
+    ("gpu.md", "pip install"): "no GPU; tests/pdserve/test_gpu_check.py runs the same checks small, on a CPU",
     ("tenants.md", "pdserve router"): "tests/e2e/test_tenants.py has one",
     ("loadtest.md", "make loadtest"): "test_sweep",
     ("loadtest.md", "locust"): "test_locust_...",

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 
 from router.admission_metrics import AdmissionCollector
+from router.auto_balance import AutoBalance
 from router.bench.stub_worker import Fabric, StubSpec, StubWorker
 from router.fleet_metrics import FleetCollector
 from router.slo import CLASSES
@@ -17,7 +18,8 @@ from tests.support.stub_cluster import DECODE, GREEDY, PREFILL, StubCluster, ass
 
 def registry(cluster: StubCluster) -> CollectorRegistry:
     found = CollectorRegistry()
-    found.register(FleetCollector(cluster.fleet, cluster.dispatcher))
+    balance = AutoBalance(cluster.fleet, cluster.dispatcher.account.demand, acts=False)
+    found.register(FleetCollector(cluster.fleet, cluster.dispatcher, balance))
     found.register(AdmissionCollector(cluster.dispatcher.feeder))
     return found
 

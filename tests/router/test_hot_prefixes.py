@@ -104,7 +104,7 @@ async def test_the_second_worker_is_asked_to_load_it_and_the_record_says_so() ->
     workers = [StubWorker(StubSpec(name, MIXED, has_store=True), Fabric()) for name in ("m0", "m1")]
     async with StubCluster(*workers, policy="cost", limits=with_limits(hot_copy_bytes=1 << 20)) as cluster:
         prompt = 2 * GROUP_BLOCKS * 16 + 1
-        keys = block_keys(cluster.fleet.root_key(), range(prompt), 16)
+        keys = block_keys(cluster.fleet.root_key(b""), range(prompt), 16)
         stores = cluster.fleet.stores
         for member in cluster.members():  # both are attached to a node that holds the prompt
             member.store, member.store_node = StoreLife("nobody:1", 1), 0

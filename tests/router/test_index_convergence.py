@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from kvstore.control_plane import IN_THE_CLEAR
 from kvstore.keys import BlockKey
 from pdserve.discovery import StaticDiscovery
 from pdserve.protocol import PROTOCOL_VERSION
@@ -62,7 +63,7 @@ class LossyEvents(RuleBasedStateMachine):
         self.fleet = Fleet(StaticDiscovery(()), "test", FleetLimits())
         self.workers: dict[WorkerLink, Worker] = {}
         for slot, name in enumerate("ab"):
-            link = WorkerLink(name, "test", self.fleet, FleetLimits().link)
+            link = WorkerLink(name, "test", self.fleet, FleetLimits().link, IN_THE_CLEAR)
             self.fleet._by_link[link] = self.fleet._members[name] = Member(slot, self.fleet.columns, link, 0.0)
             self.workers[link] = Worker(name)
             self.begin_session(link)

@@ -98,7 +98,6 @@ def started(fleets: list[Fleet], folder: Path, behaviour: str = "good") -> Fleet
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_it_serves_and_ends_without_a_trace(tmp_path: Path, fleets: list[Fleet], number: signal.Signals) -> None:
-    shared_before = set(os.listdir("/dev/shm"))
     fleet = started(fleets, tmp_path)
     fleet.read_until(r"ready on http://127\.0\.0\.1:\d+ after [\d.]+ s")
     command = fleet.read_until("^curl ")
@@ -109,7 +108,6 @@ def test_it_serves_and_ends_without_a_trace(tmp_path: Path, fleets: list[Fleet],
     assert fleet.process.returncode == 0
     assert not fleet.processes()
     assert list(tmp_path.iterdir()) == []
-    assert set(os.listdir("/dev/shm")) <= shared_before
 
 
 def test_a_deaf_worker_is_killed_in_time(tmp_path: Path, fleets: list[Fleet]) -> None:
