@@ -73,7 +73,7 @@ bench-router: $(VENV)/.serve ## decision, events, keys and HTTP path of the rout
 
 .PHONY: proto
 proto: $(VENV)/.dev ## generate *_pb2* from the .proto files
-	@for source in pdserve/protocol/worker.proto kvstore/store/store.proto; do \
+	@for source in pdserve/protocol/worker.proto pdserve/protocol/component.proto kvstore/store/store.proto; do \
 		$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $$source; done
 
 .PHONY: docs

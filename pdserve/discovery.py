@@ -51,12 +51,13 @@ class Endpoint:
     """One process that can be dialled. `incarnation` differs between two lives of the same `endpoint_id`."""
 
     namespace: str
-    component: str  # "worker" or "router"
+    component: str  # "worker", or a user's own (pdserve.client)
     endpoint_id: str
     address: str  # host:port of its gRPC or HTTP service
     incarnation: int = 0  # 0: not known before the handshake
     role: str = ""
     admin_address: str = ""  # host:port of metrics, ledger and health; a worker's only
+    protocol_version: int = 0  # 0: not known before the handshake
 
     @property
     def record_key(self) -> str:
@@ -73,12 +74,14 @@ class Endpoint:
             raise ValueError("an endpoint record is a JSON object")
         names = ("namespace", "component", "endpoint_id", "address", "role", "admin_address")
         strings = {name: value.get(name, "") for name in names}
-        incarnation = value.get("incarnation", 0)
-        if not all(isinstance(field, str) for field in strings.values()) or not isinstance(incarnation, int):
+        numbers = {name: value.get(name, 0) for name in ("incarnation", "protocol_version")}
+        if not all(isinstance(field, str) for field in strings.values()) or not all(
+            isinstance(field, int) for field in numbers.values()
+        ):
             raise ValueError("an endpoint record has a field of the wrong type")
         if not strings["endpoint_id"] or not _ADDRESS.fullmatch(strings["address"]):
             raise ValueError("an endpoint record needs an endpoint_id and an address host:port")
-        return cls(**strings, incarnation=incarnation)
+        return cls(**strings, **numbers)
 
 
 def members_key(namespace: str, component: str) -> str:

@@ -216,7 +216,13 @@ def test_the_command_line_and_the_supervisor_load_neither_torch_nor_ucx() -> Non
     assert not _loaded_after("import pdserve.cli, pdserve.launch.supervisor") & {"torch", "ucxx", "grpc", "tokenizers"}
 
 
-@pytest.mark.parametrize("source", ["pdserve/protocol/worker.proto", "kvstore/store/store.proto"])
+def test_components_of_users_load_neither_torch_nor_ucx() -> None:
+    assert not _loaded_after("import pdserve.client") & {"torch", "ucxx", "tokenizers", "starlette"}
+
+
+@pytest.mark.parametrize(
+    "source", ["pdserve/protocol/worker.proto", "pdserve/protocol/component.proto", "kvstore/store/store.proto"]
+)
 def test_generated_code_is_up_to_date(tmp_path: Path, source: str) -> None:
     """As `make proto` makes it."""
     outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
