@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,7 @@ from opentelemetry.trace import StatusCode
 from pdserve.timeline import HANDOFF_STAGES, TTFT_STAGES, Timeline
 from router.bench.stub_worker import Fabric, StubSpec, StubWorker
 from router.caller import ANYBODY
-from router.main import tracing_of
+from router.main import Router, RouterConfig, tracing_of
 from router.records import Record
 from router.slo import CLASSES, STANDARD
 from router.tracing import Tracing
@@ -195,6 +196,28 @@ async def test_a_collector_receives_a_request_over_otlp(collector: Collector) ->
     values = {each.key: each.value for each in server.attributes}
     assert values["gen_ai.usage.output_tokens"].int_value == GREEDY.max_tokens
     assert [each.string_value for each in values["pdserve.workers"].array_value.values] == ["p0", "d0"]
+
+
+async def test_a_router_that_is_told_where_hands_its_requests_over(collector: Collector, tmp_path: Path) -> None:
+    config = RouterConfig(tmp_path, "127.0.0.1", 0, None, ("127.0.0.1:1",), "test", "cost", drain_s=0.0)
+    router = Router(
+        config,
+        SimpleNamespace(
+            name="tiny",
+            vocab_size=100,
+            eos_token_ids=(),
+            created_s=0,
+            max_model_len=64,
+            tokenizer=None,
+            chat_template=None,
+        ),
+    )
+    router.start()
+    generation = SimpleNamespace(timeline=Timeline(time.monotonic()), wishes=NO_WISHES, workers=[], cached_by_tier={})
+    assert router.dispatcher.account.on_close is not None
+    router.dispatcher.account.on_close(Record("r1", "", 40, CLASSES[STANDARD], end="stop"), generation)
+    await router.close()
+    assert len(collector.posted) == 1
 
 
 def test_the_environment_may_name_the_service(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
