@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 
 from pdserve.request import FinishReason, Request
 from router.demand import DemandMeter
@@ -30,6 +31,7 @@ class Account:
         self.cached_tokens: Counter[str] = Counter()  # of those, by the tier they were found in
         self.predictor = Predictor()
         self.demand = DemandMeter()
+        self.on_close: Callable[[Record, RoutedGeneration], None] | None = None  # told of each record that is complete
         self._fleet = fleet
         self._open: dict[str, Record] = {}  # bounded by the requests that are active
 
@@ -62,6 +64,8 @@ class Account:
             workers = generation.workers or ["-"]
             self.goodput.note(record.slo, (workers[0], workers[-1]), record.missed, record.tenant)
         self.records.closed(record)
+        if self.on_close is not None:
+            self.on_close(record, generation)
         return record.missed is None if judged else None
 
     def _learn(self, record: Record, generation: RoutedGeneration) -> None:

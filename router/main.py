@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import secrets
 import signal
 import socket
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from prometheus_client import CollectorRegistry
@@ -54,6 +55,9 @@ from router.records import Records
 from router.slo import check_slo
 from router.text.chat_template import ChatTemplate
 from router.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from router.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +154,19 @@ def _access(config: RouterConfig) -> Access:
     return Access(_trust(config.admin_key_file), tenants)
 
 
+def tracing_of(model: str, router_id: str) -> Tracing | None:
+    """If the environment names a place for spans; a router without the packages for it serves on without them."""
+    places = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    if os.environ.get("OTEL_TRACES_EXPORTER") == "none" or not any(os.environ.get(place) for place in places):
+        return None
+    try:
+        from router.tracing import Tracing
+    except ImportError:
+        log.warning("No spans are exported, though OTEL_* ask for them: install pdserve[otel].")
+        return None
+    return Tracing.from_environment(model, router_id)
+
+
 class Router:
     """Everything of one router process but its sockets and signals. `start` and `close` run in the event loop."""
 
@@ -171,6 +188,9 @@ class Router:
         self._balance = AutoBalance(self.fleet, self.dispatcher.account.demand, acts=config.auto_balance)
         registry.register(FleetCollector(self.fleet, self.dispatcher, self._balance))
         account = self.dispatcher.account
+        self._tracing = tracing_of(model.name, router_id)
+        if self._tracing is not None:
+            account.on_close = self._tracing.ended
         registry.register(AccountCollector(account.goodput, account.predictor.errors))
         registry.register(AdmissionCollector(self.dispatcher.feeder))
         if config.vllm_names:
@@ -210,6 +230,8 @@ class Router:
         await self.fleet.close()
         await self._grammars.close()
         self._records.close()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
     def _root_key(self, salt: bytes) -> BlockKey:
         if self._draining:

@@ -52,10 +52,10 @@ class RoutedGeneration:
     ) -> None:
         self.request = request
         self.timeline = timeline
+        self.wishes = wishes
         self.cached_by_tier: dict[str, int] = {}
         self.workers: list[str] = []  # that did a part, in order of first use
         self.verdict: Verdict | None = None  # of admission, once there is one
-        self._wishes = wishes
         self._fleet = fleet
         self._placer = placer
         self._feeder = feeder
@@ -224,12 +224,12 @@ class RoutedGeneration:
         try:
             return await self._feeder.place(
                 Waiting(
-                    tenant=self._wishes.tenant,
-                    slo_class=self._wishes.slo.name,
+                    tenant=self.wishes.tenant,
+                    slo_class=self.wishes.slo.name,
                     queued_s=now_s,
                     request_id=self.request.request_id,
-                    priority_s=self._wishes.priority,
-                    slo=self._wishes.slo,
+                    priority_s=self.wishes.priority,
+                    slo=self.wishes.slo,
                     received_s=self.timeline.received_s,
                     deadline_s=self.request.deadline_s,
                     look=look,
@@ -309,8 +309,8 @@ class RoutedGeneration:
             max_tokens=self.request.sampling.max_tokens - done,
             block_size=self._block_size,
             avoid=avoid,
-            target=self._wishes.target,
-            session=self._wishes.session,
+            target=self.wishes.target,
+            session=self.wishes.session,
         )
 
     def _keys(self) -> KeyChain:

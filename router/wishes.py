@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pdserve.errors import Forbidden, InvalidRequest
 from router.caller import ANYBODY, Caller
@@ -19,6 +19,7 @@ class Wishes:
     policy: str | None = None  # x-pdserve-policy; None: the router's
     session: str | None = None  # x-pdserve-session
     slo: SloClass = CLASSES[STANDARD]  # x-pdserve-slo: a class, or {"ttft_ms": .., "tpot_ms": ..}
+    trace_context: Mapping[str, str] = field(default_factory=dict)  # W3C's: the span that the request belongs under
     priority: int = 0  # seconds by which its turn counts as due later; below 0 earlier. From the request's body
 
     @classmethod
@@ -41,7 +42,14 @@ class Wishes:
             policy=policy,
             session=_text(headers, b"x-pdserve-session"),
             slo=parse_slo(slo) if slo else CLASSES[STANDARD],
+            trace_context=_trace_context(headers),
         )
+
+
+def _trace_context(headers: Mapping[bytes, bytes]) -> dict[str, str]:
+    """Unchecked: who makes spans of it checks it."""
+    found = {name: _text(headers, name.encode()) for name in ("traceparent", "tracestate")}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _text(headers: Mapping[bytes, bytes], name: bytes) -> str | None:

@@ -47,6 +47,7 @@ HOMES: dict[str, set[str]] = {
     "flashinfer": {"pdserve.kernels.flashinfer"},
     "triton": {"pdserve.kernels.triton_sampler"},
     "matplotlib": {"loadtest.plots"},
+    "opentelemetry": {"router.tracing"},
 }
 CODE_FROM_DATA = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "jsonpickle"}
 CALLS_FROM_DATA = {"eval", "exec", "compile", "__import__", "yaml.load", "yaml.unsafe_load", "torch.load", "np.load"}

@@ -15,7 +15,7 @@ from pdserve.slo import Slo
 from pdserve.trace import Trace, read_trace
 from router.policy import POLICIES, Policy, Speed
 from router.replay.outcome import Outcome
-from router.replay.run import Outage, Setting, arrivals, replay_all
+from router.replay.run import REPORT_S, Outage, Setting, arrivals, replay_all
 from router.slo import CLASSES, STANDARD
 
 _STANDARD = CLASSES[STANDARD]
@@ -36,7 +36,9 @@ def main(
     copy_token_bytes: Annotated[
         int, typer.Option(min=0, help="KV bytes of a token: hot prefixes are copied, as with a store; 0: they are not.")
     ] = 0,
-    seed: Annotated[int, typer.Option(help="Of the spread of arrivals that the trace rounds.")] = 0,
+    routers: Annotated[int, typer.Option(min=1, help="Each knows its own choices; of others what is reported.")] = 1,
+    report_s: Annotated[float, typer.Option(min=1e-3, help="Workers report to routers so often.")] = REPORT_S,
+    seed: Annotated[int, typer.Option(help="Of the spread of arrivals that the trace rounds, and over routers.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Replay a trace through routing policies under a virtual clock."""
@@ -50,6 +52,9 @@ def main(
             Slo(ttft_s, tpot_s),
             tuple(_outage(text, workers) for text in outage or ()),
             copy_token_bytes,
+            routers,
+            report_s,
+            seed,
         )
         outcomes = replay_all(_policies(policy), setting, arrivals(found, speedup, seed))
     except ConfigError as error:

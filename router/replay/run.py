@@ -1,7 +1,8 @@
 """The replay: arrivals in order, what became of earlier ones between them, and decisions as the router makes them.
 
 Nothing waits for real time, and no worker runs: rates are given. Blocks count as held from the choice on, as the
-router's own expectation has it. The same trace, seed and setting give the same outcome.
+router's own expectation has it; other routers learn of them when they are computed and reported. The same trace, seed
+and setting give the same outcome.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from kvstore.store.rates import PRIORS
 from kvstore.store.tier import Tier
 from pdserve.slo import Slo
 from pdserve.trace import Trace
-from router.columns import Columns, Seats
+from router.columns import Seats
 from router.hot_prefixes import HotPrefixes, Target
-from router.index import PrefixIndex
 from router.limits import RouterLimits
-from router.policy import Candidate, LoadView, Need, Phase, Policy, Role, Speed
+from router.policy import Candidate, Need, Phase, Policy, Role, Speed
 from router.policy.candidates import CONTEXT_TOKENS, SEQUENCES, WAITING_TOKENS
 from router.policy.scorers import SEQUENCE_TOKENS
 from router.replay.outcome import Ended, Outcome, Work, goodness, quantiles
-from router.replay.worker import ReplayWorker
+from router.replay.view import RouterView
+from router.replay.worker import ReplayWorker, Touched
+
+REPORT_S = 0.1  # as workers do while they are busy
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,9 @@ class Setting:
     slo: Slo
     outages: tuple[Outage, ...] = ()
     token_bytes: int = 0  # of KV: hot prefixes are copied out of a store's host tier; 0: there is no store
+    routers: int = 1  # arrivals fall on them at random
+    report_s: float = REPORT_S  # workers tell what they hold and do so often
+    seed: int = 0  # of which router an arrival falls on
 
 
 def arrivals(trace: Trace, speedup: float = 1.0, seed: int = 0) -> list[Arrival]:
@@ -88,6 +94,8 @@ class _Running:
     worker: int
     life: int
     uncached_tokens: int
+    router: RouterView
+    touched: Touched
     first_token_s: float = 0.0
     stalled_from_s: float = 0.0  # the worker's time for prompts that is accounted for
 
@@ -107,13 +115,10 @@ class Replay:
 
     policy: Policy
     setting: Setting
-    _index: PrefixIndex = field(default_factory=PrefixIndex)
-    _columns: Columns = field(default_factory=Columns)
+    _routers: list[RouterView] = field(init=False)
     _heap: list[tuple[float, int, _Event, _Running | Outage | _Copied]] = field(default_factory=list)
     _ended: list[Ended] = field(default_factory=list)
     _queue: dict[int, _Running] = field(default_factory=dict)  # prompts not computed yet, by identity
-    _hot: HotPrefixes = field(init=False)
-    _turn: int = 0
     _pushed: int = 0
     _failed: int = 0
     _tokens: int = 0
@@ -126,9 +131,10 @@ class Replay:
     def run(self, trace: Sequence[Arrival]) -> Outcome:
         began_s = time.perf_counter()
         self._prepare(trace[-1].at_s)
+        draw = random.Random(self.setting.seed)
         for arrival in trace:
             self._advance(arrival.at_s)
-            self._dispatch(arrival, arrival.at_s)
+            self._dispatch(arrival, draw.choice(self._routers), arrival.at_s)
         self._advance(float("inf"))
         return self._outcome(trace, time.perf_counter() - began_s)
 
@@ -136,12 +142,15 @@ class Replay:
         setting = self.setting
         blocks = max(1, setting.tokens_per_worker // setting.block_tokens)
         self._workers = [ReplayWorker(blocks, setting.speed) for _ in range(setting.workers)]
-        for slot in range(setting.workers):
-            self._columns.reset(slot)
-            self._columns.set_speed(slot, setting.speed)
         self._work = Work(setting.workers, duration_s)
         limits = RouterLimits()
-        self._hot = HotPrefixes(limits.hot_copy_bytes, limits.hot_copy_window_s)
+        self._routers = [
+            RouterView(HotPrefixes(limits.hot_copy_bytes, limits.hot_copy_window_s), setting.report_s)
+            for _ in range(setting.routers)
+        ]
+        for router in self._routers:
+            for slot in range(setting.workers):
+                router.joined(slot, setting.speed)
         for outage in setting.outages:
             self._work.absent(outage.worker, outage.from_s, outage.until_s)
             self._push(outage.from_s, _Event.DIES, outage)
@@ -174,45 +183,51 @@ class Replay:
             elif what.life == self._workers[what.worker].life:
                 self._prefilled(what, now_s) if event is _Event.PREFILLED else self._decoded(what, now_s)
 
-    def _dispatch(self, arrival: Arrival, now_s: float) -> None:
+    def _dispatch(self, arrival: Arrival, router: RouterView, now_s: float) -> None:
         block_tokens = self.setting.block_tokens
         need = Need(Phase.PROMPT, arrival.prompt_tokens, arrival.output_tokens, block_tokens, session=arrival.session)
-        match = self._index.match(arrival.keys)
-        candidates = self._columns.candidates(self._seats, match, now_s)
-        row = self.policy.decide(need, candidates, self._turn).row
-        self._turn += 1
+        router.catch_up(now_s)
+        match = router.index.match(arrival.keys)
+        candidates = router.columns.candidates(self._seats, match, now_s)
+        row = self.policy.decide(need, candidates, router.turn).row
+        router.turn += 1
         if row is None:
             self._failed += 1
             return
         slot = int(self._seats.slots[row])
         worker = self._workers[slot]
         if self.setting.token_bytes:
-            self._copy_hot(arrival, match.by_slot(), now_s)
+            self._copy_hot(arrival, router, match.by_slot(), now_s)
         touched = worker.touch(arrival.keys)
-        self._index.stored(slot, touched.stored)
-        self._index.removed(slot, touched.removed)
+        router.note_blocks(slot, touched)
         uncached_tokens = max(1, arrival.prompt_tokens - touched.hit_blocks * block_tokens)
         self._tokens += arrival.prompt_tokens
         self._hit_tokens += arrival.prompt_tokens - uncached_tokens
         self._work.note(slot, uncached_tokens, now_s)
-        self._columns.add_recent(slot, uncached_tokens, now_s)
-        self._columns.change_load(slot, WAITING_TOKENS, uncached_tokens)
-        self._columns.change_load(slot, SEQUENCES, 1)
-        running = _Running(arrival, slot, worker.life, uncached_tokens)
+        router.columns.add_recent(slot, uncached_tokens, now_s)
+        running = _Running(arrival, slot, worker.life, uncached_tokens, router, touched)
+        self._change_load(running, WAITING_TOKENS, uncached_tokens, now_s)
+        self._change_load(running, SEQUENCES, 1, now_s)
         self._queue[id(running)] = running
         self._push(worker.enqueue(uncached_tokens, now_s), _Event.PREFILLED, running)
 
-    def _copy_hot(self, arrival: Arrival, held: dict[int, int], now_s: float) -> None:
+    def _change_load(self, running: _Running, row: int, amount: float, now_s: float) -> None:
+        running.router.columns.change_load(running.worker, row, amount)
+        for router in self._routers:
+            if router is not running.router:
+                router.reports_load(running.worker, row, amount, now_s)
+
+    def _copy_hot(self, arrival: Arrival, router: RouterView, held: dict[int, int], now_s: float) -> None:
         """As `router.hot_copies` does; what any worker holds, the store holds."""
         setting = self.setting
         most = max(held.values(), default=0)
         tokens = max(1, arrival.prompt_tokens - most * setting.block_tokens) + SEQUENCE_TOKENS
-        hot = self._hot.note(arrival.keys, setting.speed.prefill_s(tokens), now_s)
+        hot = router.hot.note(arrival.keys, setting.speed.prefill_s(tokens), now_s)
         targets = [
             Target(str(slot), slot, most, max(0.0, self._workers[slot].idle_from_s - now_s))
             for slot in self._seats.slots.tolist()
         ]
-        copy = self._hot.choose(hot, held, targets, setting.block_tokens * setting.token_bytes, now_s)
+        copy = router.hot.choose(hot, held, targets, setting.block_tokens * setting.token_bytes, now_s)
         if copy is not None:
             slot, host = int(copy.worker_id), PRIORS[Tier.HOST]
             copied = _Copied(slot, self._workers[slot].life, arrival.keys[: copy.blocks])
@@ -222,21 +237,24 @@ class Replay:
         worker = self._workers[copied.worker]
         if worker.life == copied.life:
             touched = worker.touch(copied.keys)
-            self._index.stored(copied.worker, touched.stored)
-            self._index.removed(copied.worker, touched.removed)
+            for router in self._routers:
+                router.note_blocks(copied.worker, touched)
 
     def _prefilled(self, running: _Running, now_s: float) -> None:
         worker, arrival = self._workers[running.worker], running.arrival
         del self._queue[id(running)]
-        self._columns.change_load(running.worker, WAITING_TOKENS, -running.uncached_tokens)
+        if len(self._routers) > 1:  # its own too: an older report may have contradicted what it expected
+            for router in self._routers:
+                router.reports_blocks(running.worker, running.touched, now_s)
+        self._change_load(running, WAITING_TOKENS, -running.uncached_tokens, now_s)
         running.first_token_s = now_s
         running.stalled_from_s = worker.computed_s(now_s)
         if arrival.output_tokens <= 1:
-            self._columns.change_load(running.worker, SEQUENCES, -1)
+            self._change_load(running, SEQUENCES, -1, now_s)
             self._ended.append(Ended(now_s - arrival.at_s, None))
             return
         worker.decoding += 1
-        self._columns.change_load(running.worker, CONTEXT_TOKENS, arrival.prompt_tokens)
+        self._change_load(running, CONTEXT_TOKENS, arrival.prompt_tokens, now_s)
         steps_s = (arrival.output_tokens - 1) * worker.speed.decode_step_s(worker.decoding)
         self._push(now_s + steps_s, _Event.DECODED, running)
 
@@ -249,8 +267,8 @@ class Replay:
             running.stalled_from_s = computed_s
             return
         worker.decoding -= 1
-        self._columns.change_load(running.worker, SEQUENCES, -1)
-        self._columns.change_load(running.worker, CONTEXT_TOKENS, -arrival.prompt_tokens)
+        self._change_load(running, SEQUENCES, -1, now_s)
+        self._change_load(running, CONTEXT_TOKENS, -arrival.prompt_tokens, now_s)
         tpot_s = (now_s - running.first_token_s) / (arrival.output_tokens - 1)
         self._ended.append(Ended(running.first_token_s - arrival.at_s, tpot_s))
 
@@ -259,18 +277,18 @@ class Replay:
         worker = self._workers[slot]
         self._failed += worker.decoding
         worker.die(now_s)
-        self._index.remove_worker(slot)
-        self._columns.set_load(slot, LoadView())
+        for router in self._routers:
+            router.lost(slot)
         self._away.add(slot)
         self._seat()
         for running in [each for each in self._queue.values() if each.worker == slot]:
             del self._queue[id(running)]
-            self._dispatch(running.arrival, now_s)
+            self._dispatch(running.arrival, running.router, now_s)
 
     def _joins(self, slot: int) -> None:
         self._away.discard(slot)
-        self._columns.reset(slot)
-        self._columns.set_speed(slot, self.setting.speed)
+        for router in self._routers:
+            router.joined(slot, self.setting.speed)
         self._seat()
 
     def _outcome(self, trace: Sequence[Arrival], took_s: float) -> Outcome:
@@ -282,7 +300,7 @@ class Replay:
             policy=self.policy.name,
             requests=len(trace),
             failed=self._failed,
-            copied_bytes=self._hot.copied_bytes,
+            copied_bytes=sum(router.hot.copied_bytes for router in self._routers),
             hit_ratio=self._hit_tokens / max(1, self._tokens),
             imbalance=self._work.imbalance(),
             imbalance_60s=self._work.imbalance_60s(),
