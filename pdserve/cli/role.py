@@ -11,9 +11,8 @@ from urllib.parse import quote
 import typer
 
 from pdserve.errors import ConfigError
-from pdserve.launch.http_front import get_json, post_json
+from pdserve.launch.http_front import URL_HELP, get_json, post_json, router_url
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 _TIMEOUT_S = 10.0
 _GRACE_S = 15.0  # after the drain: what moves blocks is ended by its own deadlines
 _LOOK_S = 0.2
@@ -24,7 +23,7 @@ def register(app: typer.Typer) -> None:
     def role(
         worker: Annotated[str, typer.Argument(metavar="WORKER", help="Its id, as GET /v1/topology shows it.")],
         role: Annotated[str, typer.Argument(metavar="ROLE", help="prefill, decode or mixed.")],
-        url: Annotated[str, typer.Option(help="The router.")] = DEFAULT_URL,
+        url: Annotated[str | None, typer.Option(help=URL_HELP)] = None,
         admin_key_file: Annotated[
             Path | None,
             typer.Option(envvar="PDSERVE_ADMIN_KEY_FILE", help="The router's admin key, if it has one."),
@@ -37,12 +36,13 @@ def register(app: typer.Typer) -> None:
         """Drain a worker and change its role."""
         headers = {"x-pdserve-admin-key": _key(admin_key_file)} if admin_key_file is not None else {}
         body = {"role": role, "drain_s": drain_s, "force": force}
+        router = router_url(url)
         try:
-            found = post_json(url, f"/admin/workers/{quote(worker, safe='')}/role", body, headers, _TIMEOUT_S)
+            found = post_json(router, f"/admin/workers/{quote(worker, safe='')}/role", body, headers, _TIMEOUT_S)
             if wait and found["next_role"] is not None:
-                found = _wait(url, worker, role, drain_s + _GRACE_S)
+                found = _wait(router, worker, role, drain_s + _GRACE_S)
         except OSError as error:
-            raise ConfigError(f"The router {url} does not answer: {error}.") from error
+            raise ConfigError(f"The router {router} does not answer: {error}.") from error
         except ValueError as error:
             raise ConfigError(str(error)) from error
         after = f", becomes {found['next_role']}" if found["next_role"] is not None else ""
