@@ -14,6 +14,7 @@ from pdserve.errors import TenantOverQuota
 from pdserve.tenants import Tenant
 
 _MINUTE_S = 60.0
+_ROUNDING_S = 1e-6  # whoever waited as long as it was told is let in, whatever sums of floats say
 
 
 @dataclass(slots=True)
@@ -63,7 +64,7 @@ class Meters:
             f"{limits.tokens_per_minute} tokens": meter.tokens.wait_s(prompt_tokens, limits.tokens_per_minute, now_s),
         }
         longest = max(waits_s, key=waits_s.__getitem__)
-        if waits_s[longest] > 0.0:
+        if waits_s[longest] > _ROUNDING_S:
             raise TenantOverQuota(
                 f"You may take {longest} a minute.",
                 retry_after_s=math.ceil(waits_s[longest]),
