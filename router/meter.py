@@ -14,7 +14,7 @@ from pdserve.errors import TenantOverQuota
 from pdserve.tenants import Tenant
 
 _MINUTE_S = 60.0
-_ROUNDING_S = 1e-6  # whoever waited as long as it was told is let in, whatever sums of floats say
+_ROUNDING_S = 1e-9  # whoever waited as long as it was told is let in, whatever sums of floats say
 
 
 @dataclass(slots=True)

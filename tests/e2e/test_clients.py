@@ -1,10 +1,11 @@
-"""What users run works against the real processes: curl, the `openai` client, Prometheus."""
+"""What users run works against the real processes: the README's examples, curl, the `openai` client, Prometheus."""
 
 from __future__ import annotations
 
 import http.client
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import openai
 import pytest
 
 from tests.support.api_client import Answer
+from tests.support.documented import blocks
 from tests.support.stack import Stack, get_json, metric, scrape
 
 pytestmark = pytest.mark.e2e
@@ -20,6 +22,11 @@ EXAMPLE_S = 120
 # Greedy continuations of these are full of multi-byte characters.
 EMOJI = "Repeat this line ten times:\n🦊🐻🦁🐼🐨\n🦊🐻🦁🐼🐨\n🦊🐻🦁🐼🐨\n🦊🐻"
 CHINESE = "一二三四五六七八九十\n一二三四五六七八九十\n一二三"
+
+
+def readme_examples(language: str) -> list[str]:
+    """Code blocks of the README that talk to the server."""
+    return [each.text for each in blocks(language) if each.page == "README.md" and "127.0.0.1:8000/v1" in each.text]
 
 
 @pytest.fixture
@@ -35,6 +42,25 @@ def model(disaggregated: Stack) -> str:
 
 def run(arguments: list[str]) -> str:
     return subprocess.run(arguments, capture_output=True, text=True, timeout=EXAMPLE_S, check=True).stdout
+
+
+# --- README ----------------------------------------------------------------------------------------------------------
+
+
+def test_readme_has_both_examples() -> None:
+    assert len(readme_examples("sh")) >= 1
+    assert len(readme_examples("python")) >= 1
+
+
+@pytest.mark.parametrize("example", readme_examples("sh"))
+def test_readme_curl(disaggregated: Stack, example: str) -> None:
+    answer = json.loads(run(["bash", "-ec", example.replace("http://127.0.0.1:8000", disaggregated.url)]))
+    assert "physics" in answer["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize("example", readme_examples("python"))
+def test_readme_openai(disaggregated: Stack, example: str) -> None:
+    assert run([sys.executable, "-c", example.replace("http://127.0.0.1:8000", disaggregated.url)]).strip()
 
 
 # --- openai ----------------------------------------------------------------------------------------------------------
