@@ -17,7 +17,14 @@ import grpc.aio
 from kvstore.errors import Unavailable
 
 PEER_NAME = "pdserve"
+TLS_HELP = "tls.crt, tls.key, ca.crt: TLS on both sides between processes."  # of the option that names the folder
 Options = Sequence[tuple[str, Any]]
+# A peer that is silent for 4 s during a call is gone.
+KEEPALIVE: Options = (
+    ("grpc.keepalive_time_ms", 2000),
+    ("grpc.keepalive_timeout_ms", 2000),
+    ("grpc.http2.max_pings_without_data", 0),
+)
 
 
 class ControlPlane(Protocol):

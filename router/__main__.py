@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 import uvloop
 
+from kvstore.control_plane import TLS_HELP
 from pdserve.errors import ConfigError
 from router.admission import Mode
 from router.main import RouterConfig, run
@@ -60,7 +61,7 @@ def main(
     ] = None,
     tls_dir: Annotated[
         Path | None,
-        typer.Option(envvar="PDSERVE_TLS_DIR", help="tls.crt, tls.key, ca.crt: TLS on both sides between processes."),
+        typer.Option(envvar="PDSERVE_TLS_DIR", help=TLS_HELP),
     ] = None,
     decision_log: Annotated[Path | None, typer.Option(help="Append each decision's record to this file.")] = None,
     vllm_names: Annotated[bool, typer.Option(help="Export metrics under the names of vLLM too.")] = True,

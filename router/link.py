@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import grpc
 
-from kvstore.control_plane import ControlPlane
+from kvstore.control_plane import KEEPALIVE, ControlPlane
 from kvstore.errors import Unavailable
 from pdserve.protocol import PROTOCOL_VERSION
 from pdserve.protocol.worker_pb2 import (
@@ -42,9 +42,7 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.enable_retries", 0),
     ("grpc.use_local_subchannel_pool", 1),  # each session dials anew, without the backoff of the one before
-    ("grpc.keepalive_time_ms", 2000),
-    ("grpc.keepalive_timeout_ms", 2000),
-    ("grpc.http2.max_pings_without_data", 0),
+    *KEEPALIVE,
 )
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from kvstore.control_plane import IN_THE_CLEAR, ControlPlane
+from kvstore.control_plane import IN_THE_CLEAR, KEEPALIVE, ControlPlane
 from kvstore.errors import Unavailable
 from kvstore.store import store_pb2 as pb
 from kvstore.store.store_pb2_grpc import StorePeerStub
@@ -28,9 +28,7 @@ log = logging.getLogger(__name__)
 
 _OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.keepalive_time_ms", 2000),
-    ("grpc.keepalive_timeout_ms", 2000),
-    ("grpc.http2.max_pings_without_data", 0),
+    *KEEPALIVE,
 )
 
 

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 import uvloop
 
-from kvstore.control_plane import control_plane
+from kvstore.control_plane import TLS_HELP, control_plane
 from kvstore.errors import KvError
 from kvstore.sizes import parse_bytes
 from kvstore.store.config import SavePolicy, StoreConfig
@@ -41,7 +41,7 @@ def main(
     tenant_bytes: Annotated[str, typer.Option(help="What one tenant may hold in a tier; 0: no cap.")] = "0",
     tls_dir: Annotated[
         Path | None,
-        typer.Option(envvar="PDSERVE_TLS_DIR", help="tls.crt, tls.key, ca.crt: TLS on both sides between processes."),
+        typer.Option(envvar="PDSERVE_TLS_DIR", help=TLS_HELP),
     ] = None,
     fingerprint: Annotated[str, typer.Option(help="Hex; with --block-bytes: open before a worker attaches.")] = "",
     block_bytes: Annotated[int, typer.Option(help="Bytes of one block; the first worker tells.")] = 0,

@@ -16,7 +16,7 @@ from functools import partial
 import grpc
 import grpc.aio
 
-from kvstore.control_plane import IN_THE_CLEAR, ControlPlane
+from kvstore.control_plane import IN_THE_CLEAR, KEEPALIVE, ControlPlane
 from kvstore.errors import TransferError
 from kvstore.store import store_pb2 as pb
 from kvstore.store.geometry import Geometry
@@ -29,9 +29,7 @@ log = logging.getLogger(__name__)
 
 MAX_LINKS = 256
 CHANNEL_OPTIONS = (
-    ("grpc.keepalive_time_ms", 2000),
-    ("grpc.keepalive_timeout_ms", 2000),
-    ("grpc.http2.max_pings_without_data", 0),
+    *KEEPALIVE,
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )

@@ -10,17 +10,15 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
-from kvstore.control_plane import ControlPlane
+from kvstore.control_plane import KEEPALIVE, ControlPlane
 from pdserve.client.errors import NotStarted
 
 DIAL_TIMEOUT_S = 2.0
-# A peer that is silent for 4 s during a call is gone; a channel dials anew without the backoff of the one before.
+# A channel dials anew without the backoff of the one before.
 _OPTIONS = (
     ("grpc.enable_retries", 0),
     ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.keepalive_time_ms", 2000),
-    ("grpc.keepalive_timeout_ms", 2000),
-    ("grpc.http2.max_pings_without_data", 0),
+    *KEEPALIVE,
 )
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 import uvloop
 
-from kvstore.control_plane import control_plane
+from kvstore.control_plane import TLS_HELP, control_plane
 from kvstore.errors import KvError
 from kvstore.layout import KvDtype
 from pdserve.errors import ConfigError
@@ -65,7 +65,7 @@ def main(
     store: Annotated[Path | None, typer.Option(help="Socket of this machine's store node (pdserve store).")] = None,
     tls_dir: Annotated[
         Path | None,
-        typer.Option(envvar="PDSERVE_TLS_DIR", help="tls.crt, tls.key, ca.crt: TLS on both sides between processes."),
+        typer.Option(envvar="PDSERVE_TLS_DIR", help=TLS_HELP),
     ] = None,
     vllm_names: Annotated[bool, typer.Option(help="Export metrics under the names of vLLM too.")] = True,
     ready_fd: Annotated[int | None, typer.Option(hidden=True)] = None,

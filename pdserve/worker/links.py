@@ -22,7 +22,7 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from kvstore.control_plane import IN_THE_CLEAR, ControlPlane
+from kvstore.control_plane import IN_THE_CLEAR, KEEPALIVE, ControlPlane
 from kvstore.errors import TransferError
 from kvstore.transfer.loop_link import LoopLink
 from kvstore.transfer.tags import message_tag
@@ -36,10 +36,8 @@ log = logging.getLogger(__name__)
 PROBE_TICKET = 0  # real tickets count from 1
 _PROBES = 3  # the first one warms the connection up
 CHANNEL_OPTIONS = (
-    ("grpc.keepalive_time_ms", 2000),
-    ("grpc.keepalive_timeout_ms", 2000),
+    *KEEPALIVE,
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
 )
 # A peer that was gone for long comes back under its address: gRPC's own pauses, of up to 2 minutes, would hide that.
 _CLIENT_OPTIONS = (
