@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pdserve.kernels.base import Batch, Kernels
+from pdserve.kernels.base import Kernels
 from pdserve.kernels.quantised import Bits, QuantisedWeight, packed_shapes
 from pdserve.kernels.reference import ReferenceKernels
+from pdserve.kernels.scattered import scattered_batch
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 _HEADS, _KV_HEADS, _DIM, _BLOCK_SIZE, _HIDDEN = 6, 2, 64, 16, 96
-_CHUNKS = ((69, 1), (0, 37), (20, 5))  # tokens already cached, tokens of this step
+_CHUNKS = ((69, 1), (0, 37), (20, 5))  # a decode and two prefills: tokens already cached, tokens of this step
 
 
 def check(kernels: Kernels) -> str | None:
@@ -52,7 +53,7 @@ def _outputs(kernels: Kernels, dtype: torch.dtype) -> Iterator[tuple[str, Tensor
         quantised = QuantisedWeight(weight_bytes, torch.rand(scales, generator=rng).half() / 2**bits)
         yield f"linear in {bits} bits", kernels.linear(x, quantised, random(64))
 
-    batch, num_blocks = _batch()
+    batch, num_blocks = scattered_batch(_CHUNKS, _BLOCK_SIZE)
     qkv = random(len(batch.positions), (_HEADS + 2 * _KV_HEADS) * _DIM)
     pool = random(num_blocks, _KV_HEADS, 2, 2, _BLOCK_SIZE, _DIM)
     angles = torch.rand(128, _DIM // 2, generator=rng)
@@ -61,20 +62,3 @@ def _outputs(kernels: Kernels, dtype: torch.dtype) -> Iterator[tuple[str, Tensor
     yield "the pool", pool
     yield "attention", kernels.attention(qkv, batch, pool, 1, _HEADS, _DIM**-0.5)
     yield "attention in a window", kernels.attention(qkv, batch, pool, 1, _HEADS, _DIM**-0.5, 17, 2.0)
-
-
-def _batch() -> tuple[Batch, int]:
-    """A decode and two prefills over blocks in no order, and the number of blocks."""
-    counts = [-(-(cached + tokens) // _BLOCK_SIZE) for cached, tokens in _CHUNKS]
-    free = list(range(sum(counts)))[::-1]
-    tables = torch.zeros(len(_CHUNKS), max(counts), dtype=torch.int32)
-    for row, count in zip(tables, counts, strict=True):
-        row[:count] = torch.tensor([free.pop() for _ in range(count)])
-    batch = Batch(
-        positions=torch.cat([torch.arange(cached, cached + tokens) for cached, tokens in _CHUNKS]).int(),
-        query_start=torch.tensor([0, *(tokens for _, tokens in _CHUNKS)]).cumsum(0).int(),
-        context_len=torch.tensor([cached + tokens for cached, tokens in _CHUNKS]).int(),
-        block_tables=tables,
-        max_query_len=max(tokens for _, tokens in _CHUNKS),
-    )
-    return batch, sum(counts)

@@ -18,9 +18,10 @@ from pdserve.engine.sampler import SamplingRow
 from pdserve.engine.scheduler import Chunk
 from pdserve.engine.sequence import Sequence, Status
 from pdserve.kernels import choose
-from pdserve.kernels.base import Batch, Kernels
+from pdserve.kernels.base import Kernels
 from pdserve.kernels.flashinfer import FlashInferKernels
 from pdserve.kernels.reference import ReferenceKernels
+from pdserve.kernels.scattered import scattered_batch
 from pdserve.kernels.sdpa import SdpaKernels
 from pdserve.models.decoder import Decoder
 from pdserve.request import SamplingParams
@@ -138,7 +139,7 @@ def _attention_case(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated qkv, the pool and the attention, on the host; inputs are the same numbers, of `rounded`."""
     query, kv, dim = heads
-    batch, num_blocks = scattered(chunks)
+    batch, num_blocks = scattered_batch(chunks, _BLOCK)
     generator = torch.Generator().manual_seed(num_blocks)
     qkv = torch.randn(len(batch.positions), (query + 2 * kv) * dim, generator=generator)
     pool = torch.randn(num_blocks, kv, _LAYERS, 2, _BLOCK, dim, generator=generator)
@@ -150,23 +151,6 @@ def _attention_case(
     tested.rope_append(qkv, cos_sin, placed, pool, 1, query)
     attended = tested.attention(qkv, placed, pool, 1, query, dim**-0.5, *limits)
     return qkv.cpu(), pool.cpu(), attended.cpu()
-
-
-def scattered(chunks: tuple[tuple[int, int], ...]) -> tuple[Batch, int]:
-    """Blocks in no order."""
-    counts = [-(-(cached + tokens) // _BLOCK) for cached, tokens in chunks]
-    order = iter(torch.randperm(sum(counts), generator=torch.Generator().manual_seed(1)).tolist())
-    tables = torch.zeros(len(chunks), max(counts), dtype=torch.int32)
-    for row, count in zip(tables, counts, strict=True):
-        row[:count] = torch.tensor(list(itertools.islice(order, count)))
-    batch = Batch(
-        positions=torch.cat([torch.arange(cached, cached + tokens) for cached, tokens in chunks]).int(),
-        query_start=torch.tensor([0, *(tokens for _, tokens in chunks)]).cumsum(0).int(),
-        context_len=torch.tensor([cached + tokens for cached, tokens in chunks]).int(),
-        block_tables=tables,
-        max_query_len=max(tokens for _, tokens in chunks),
-    )
-    return batch, sum(counts)
 
 
 def _row_operations(tested: Kernels, dtype: torch.dtype, device: torch.device | None) -> list[tuple[str, Tensor]]:

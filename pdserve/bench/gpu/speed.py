@@ -15,12 +15,12 @@ import torch
 
 from kvstore.transfer.transport import Completion
 from kvstore.transfer.ucx import UcxTransport
-from pdserve.bench.gpu.correctness import scattered
 from pdserve.bench.gpu.drive import Setup, add, elapsed_s, finish_all, random_prompt, step, wait_for
 from pdserve.engine.engine import Engine
 from pdserve.kernels import choose
 from pdserve.kernels.base import Batch
 from pdserve.kernels.flashinfer import FlashInferKernels
+from pdserve.kernels.scattered import scattered_batch
 from pdserve.models.config import ModelConfig
 from pdserve.models.decoder import Decoder
 from pdserve.models.weights import weight_bytes
@@ -106,7 +106,7 @@ def layout(setup: Setup) -> dict[str, object]:
         return {"skipped": f"the {kernels.name} kernels do not read through strides"}
     found: dict[str, object] = {}
     for count, context in ((32, 1024), (8, 8192)):
-        batch, num_blocks = scattered(((context - 1, 1),) * count)
+        batch, num_blocks = scattered_batch(((context - 1, 1),) * count, 16)
         qkv = torch.randn(count, 48 * 128, device=setup.device).to(torch.bfloat16)
         times_s = []
         for layers in (32, 1):

@@ -18,6 +18,7 @@ from pdserve.kernels.base import Batch, Kernels
 from pdserve.kernels.flashinfer import FlashInferKernels
 from pdserve.kernels.paging import pages_of
 from pdserve.kernels.reference import ReferenceKernels
+from pdserve.kernels.scattered import scattered_batch
 from pdserve.kernels.sdpa import SdpaKernels
 from tests.support.fake_flashinfer import Call, FakeFlashInfer
 
@@ -29,19 +30,8 @@ DECODE = ((0, 1), (7, 1), (16, 1), (3, 1))
 
 def make_batch(chunks: tuple[tuple[int, int], ...]) -> tuple[Batch, Tensor]:
     """Scattered blocks, and a pool of noise over them."""
-    counts = [-(-(cached + tokens) // BLOCK) for cached, tokens in chunks]
-    free = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)).tolist()
-    tables = torch.zeros(len(chunks), max(counts), dtype=torch.int32)
-    for row, count in zip(tables, counts, strict=True):
-        row[:count] = torch.tensor([free.pop() for _ in range(count)])
-    batch = Batch(
-        positions=torch.cat([torch.arange(cached, cached + tokens) for cached, tokens in chunks]).int(),
-        query_start=torch.tensor([0, *(tokens for _, tokens in chunks)]).cumsum(0).int(),
-        context_len=torch.tensor([cached + tokens for cached, tokens in chunks]).int(),
-        block_tables=tables,
-        max_query_len=max(tokens for _, tokens in chunks),
-    )
-    return batch, torch.randn(sum(counts), KV_HEADS, LAYERS, 2, BLOCK, DIM)
+    batch, num_blocks = scattered_batch(chunks, BLOCK)
+    return batch, torch.randn(num_blocks, KV_HEADS, LAYERS, 2, BLOCK, DIM)
 
 
 def run(kernels: Kernels, chunks: tuple[tuple[int, int], ...], **limits: Any) -> tuple[Tensor, Tensor, Tensor]:
