@@ -47,18 +47,20 @@ class Account:
         """Whether it was good; None for one that was aborted while it could still have been, which has no objective."""
         record, timeline = self._open.pop(generation.request.request_id), generation.timeline
         record.verdict = generation.verdict
-        record.finish(end, timeline, sum(generation.cached_by_tier.values()), generation.workers)
-        self._learn(record, generation)
+        cached_tokens, now_s = sum(generation.cached_by_tier.values()), time.monotonic()
+        uncached_tokens = record.prompt_tokens - cached_tokens
+        record.finish(end, timeline, cached_tokens, generation.workers)
+        self._learn(record, generation, uncached_tokens)
         if timeline.output_tokens:
             output, slo = timeline.output_tokens, record.slo
-            uncached = record.prompt_tokens - sum(generation.cached_by_tier.values())
-            context = record.prompt_tokens + output // 2
-            self.demand.ended(time.monotonic(), uncached, output, context, slo.ttft_s, slo.tpot_s)
+            self.demand.ended(
+                now_s, uncached_tokens, output, record.prompt_tokens + output // 2, slo.ttft_s, slo.tpot_s
+            )
         if timeline.first_token_s is not None:
             self.prompt_tokens += record.prompt_tokens
             self.cached_tokens.update(generation.cached_by_tier)
         most_tokens = generation.request.sampling.max_tokens
-        judged = end != FinishReason.ABORT.value or is_lost(record.slo, timeline, most_tokens, time.monotonic())
+        judged = end != FinishReason.ABORT.value or is_lost(record.slo, timeline, most_tokens, now_s)
         if judged:
             record.missed = _missed_by(record.slo, generation, end)
             workers = generation.workers or ["-"]
@@ -68,7 +70,7 @@ class Account:
             self.on_close(record, generation)
         return record.missed is None if judged else None
 
-    def _learn(self, record: Record, generation: RoutedGeneration) -> None:
+    def _learn(self, record: Record, generation: RoutedGeneration, uncached_tokens: int) -> None:
         """Only from requests that one prefill worker began: of others nobody knows whose time it was."""
         timeline, first = generation.timeline, record.first
         if first is None or first.chosen is None or timeline.dispatched_s is None or timeline.first_token_s is None:
@@ -81,7 +83,6 @@ class Account:
             blocks = first.chosen.matched_blocks
             self.drift.note(blocks, device_tokens, record.prompt_tokens, member.hello.block_size)
             self._learn_fetch(member, first.chosen.fetched_blocks, generation)
-            uncached_tokens = record.prompt_tokens - sum(generation.cached_by_tier.values())
             member.learner.note_prefill(uncached_tokens, timeline.reported.get("compute", 0.0))
         if record.predicted_ttft_s is not None:
             dispatched = self.predictor.errors["ttft_dispatched"]

@@ -27,7 +27,8 @@ class AccountCollector(Collector):
         yield outcomes
         tenants = CounterMetricFamily(
             "pdserve_slo_tenant_requests",
-            "Requests by tenant (a digest of its API key; other: beyond the first 64) and whether they were good.",
+            "Requests by tenant (without a tenants' file a digest of the credentials; other: beyond the first 64) and "
+            "whether they were good.",
             labels=("tenant", "good"),
         )
         for tenant, stages in sorted(self._goodput.by_tenant.items()):
