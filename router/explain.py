@@ -9,11 +9,9 @@ from router.auto_balance import AutoBalance
 from router.dispatch import RouterDispatcher
 from router.drift import DriftMeter
 from router.fleet import Fleet
-from router.http.service import RoleName
-from router.member import Member, check_role
+from router.member import Member
 from router.policy import Role
 from router.records import describe_decision
-from router.roles import RoleChanger
 from router.slo import CLASSES
 from router.wishes import Wishes
 
@@ -37,16 +35,6 @@ class Explainer:
 
     def dry_run(self, request: Request, wishes: Wishes) -> dict[str, Any]:
         return describe_decision(self._dispatcher.dry_run(request, wishes))
-
-    async def change_role(self, worker_id: str, role: RoleName, *, drain_s: float, force: bool) -> dict[str, Any]:
-        report = await RoleChanger(self._fleet).change(worker_id, Role(role), drain_s=drain_s, force=force)
-        now, following = check_role(report.role), report.next_role
-        return {
-            "worker_id": worker_id,
-            "role": now.value,
-            "next_role": check_role(following).value if following else None,
-            "state": "draining" if following else "ready",
-        }
 
     def slo(self) -> dict[str, Any]:
         account = self._dispatcher.account

@@ -1,4 +1,4 @@
-"""What operators look at and do: the pools of the workers by block state, and taking a worker out of use.
+"""What operators look at and do: the pools of the workers by block state, taking a worker out of use, and its role.
 
 A drained worker gets nothing new from this router; what it has goes on. It stays so, over new sessions too, until that
 is undone or its address is forgotten. Other routers are asked one by one.
@@ -15,7 +15,10 @@ import time
 from typing import Any
 
 from router.fleet import Fleet
-from router.member import Member
+from router.http.service import RoleName
+from router.member import Member, check_role
+from router.policy import Role
+from router.roles import RoleChanger
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +51,16 @@ class Operations:
             log.warning("worker=%s address=%s drained=%s", worker_id, member.link.address, drained)
         self._fleet.note_roster()
         return bool(found)
+
+    async def change_role(self, worker_id: str, role: RoleName, *, drain_s: float, force: bool) -> dict[str, Any]:
+        report = await RoleChanger(self._fleet).change(worker_id, Role(role), drain_s=drain_s, force=force)
+        now, following = check_role(report.role), report.next_role
+        return {
+            "worker_id": worker_id,
+            "role": now.value,
+            "next_role": check_role(following).value if following else None,
+            "state": "draining" if following else "ready",
+        }
 
 
 async def _pool(member: Member) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def make_app(service: Service) -> ASGIApp:
         Route("/openapi.json", _openapi(service.model)),
         *_operator_routes(service),
         *(routing_routes(service, service.routing) if service.routing is not None else ()),
-        *(operations_routes(service.operations) if service.operations is not None else ()),
+        *(operations_routes(service.operations, service.limits) if service.operations is not None else ()),
         *console_routes(),
     ]
     app = Starlette(

@@ -1,9 +1,12 @@
-"""Endpoints for operators: how full each pool is with what, and, with the admin key, taking a worker out of use."""
+"""Endpoints for operators: how full each pool is with what, and, with the admin key, taking a worker out of use and
+changing its role."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -11,12 +14,39 @@ from starlette.routing import BaseRoute, Route
 from pdserve.errors import InvalidRequest
 from router.caller import Caller
 from router.http.access import CALLER_KEY
+from router.http.body import decode_body
 from router.http.errors import error_payload
-from router.http.service import Operations
+from router.http.exchange import Exchange
+from router.http.json_endpoint import JsonEndpoint
+from router.http.service import HttpLimits, Operations, RoleName
+from router.roles import DRAIN_S
 
 
-def operations_routes(operations: Operations) -> Sequence[BaseRoute]:
-    """GET /v1/pools; GET /admin (what the caller may do); POST and DELETE /admin/workers/{id}/drain."""
+class RoleBody(msgspec.Struct, forbid_unknown_fields=True):
+    role: RoleName
+    drain_s: float = DRAIN_S
+    force: bool = False
+
+
+class RoleEndpoint(JsonEndpoint):
+    """For operators: another role for a worker. Answers at once; `GET /v1/topology` shows when it has drained."""
+
+    def __init__(self, operations: Operations, limits: HttpLimits) -> None:
+        super().__init__(limits)
+        self._operations = operations
+
+    async def answer(self, body: bytes, exchange: Exchange) -> dict[str, Any]:
+        try:
+            wanted = msgspec.convert(decode_body(body), RoleBody)
+        except msgspec.ValidationError as error:
+            raise InvalidRequest(f"{error}.") from error
+        worker_id = exchange.path_params["worker_id"]
+        return await self._operations.change_role(worker_id, wanted.role, drain_s=wanted.drain_s, force=wanted.force)
+
+
+def operations_routes(operations: Operations, limits: HttpLimits) -> Sequence[BaseRoute]:
+    """GET /v1/pools; GET /admin (what the caller may do); POST and DELETE /admin/workers/{id}/drain; POST
+    /admin/workers/{id}/role."""
 
     async def pools(request: Request) -> Response:
         return JSONResponse(await operations.pools())
@@ -37,4 +67,5 @@ def operations_routes(operations: Operations) -> Sequence[BaseRoute]:
         Route("/v1/pools", pools),
         Route("/admin", admin),
         Route("/admin/workers/{worker_id}/drain", drain, methods=["POST", "DELETE"]),
+        Route("/admin/workers/{worker_id}/role", RoleEndpoint(operations, limits), methods=["POST"]),
     ]

@@ -6,7 +6,6 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -19,8 +18,7 @@ from router.http.body import decode_body
 from router.http.call import chat_call, completion_call
 from router.http.exchange import Exchange
 from router.http.json_endpoint import JsonEndpoint
-from router.http.service import RoleName, Routing, Service
-from router.roles import DRAIN_S
+from router.http.service import Routing, Service
 from router.wishes import Wishes
 
 MAX_RECENT = 1024
@@ -54,28 +52,6 @@ def _reader(request: HttpRequest) -> str | None:
     return None if caller.operator or not caller.tenant.name else caller.turns
 
 
-class RoleBody(msgspec.Struct, forbid_unknown_fields=True):
-    role: RoleName
-    drain_s: float = DRAIN_S
-    force: bool = False
-
-
-class RoleEndpoint(JsonEndpoint):
-    """For operators: another role for a worker. Answers at once; `GET /v1/topology` shows when it has drained."""
-
-    def __init__(self, service: Service, routing: Routing) -> None:
-        super().__init__(service.limits)
-        self._routing = routing
-
-    async def answer(self, body: bytes, exchange: Exchange) -> dict[str, Any]:
-        try:
-            wanted = msgspec.convert(decode_body(body), RoleBody)
-        except msgspec.ValidationError as error:
-            raise InvalidRequest(f"{error}.") from error
-        worker_id = exchange.path_params["worker_id"]
-        return await self._routing.change_role(worker_id, wanted.role, drain_s=wanted.drain_s, force=wanted.force)
-
-
 def routing_routes(service: Service, routing: Routing) -> Sequence[BaseRoute]:
     async def explain(request: HttpRequest) -> Response:
         found = routing.explain(request.path_params["request_id"], _reader(request))
@@ -103,5 +79,4 @@ def routing_routes(service: Service, routing: Routing) -> Sequence[BaseRoute]:
         Route("/v1/route:dryrun", DryRunEndpoint(service, routing), methods=["POST"]),
         Route("/v1/slo", slo),
         Route("/v1/topology", topology),
-        Route("/admin/workers/{worker_id}/role", RoleEndpoint(service, routing), methods=["POST"]),
     ]

@@ -64,10 +64,6 @@ class Routing(Protocol):
         """Raises Overloaded or InvalidRequest."""
         ...
 
-    async def change_role(self, worker_id: str, role: RoleName, *, drain_s: float, force: bool) -> dict[str, Any]:
-        """Raises UnknownWorker, Conflict, Overloaded or InvalidRequest."""
-        ...
-
     def slo(self) -> dict[str, Any]: ...
 
     def pairs(self) -> dict[str, Any]: ...
@@ -80,6 +76,10 @@ class Operations(Protocol):
 
     def drain(self, worker_id: str, drained: bool) -> bool:
         """False if no worker has this id."""
+        ...
+
+    async def change_role(self, worker_id: str, role: RoleName, *, drain_s: float, force: bool) -> dict[str, Any]:
+        """Raises UnknownWorker, Conflict, Overloaded or InvalidRequest."""
         ...
 
 

@@ -20,13 +20,25 @@ from pdserve.request import Request
 from pdserve.tenants import TenantsFile, add_key
 from router.http.access import Access
 from router.http.app import Entrance, make_app
-from router.http.service import RoleName, Service
+from router.http.service import Service
 from router.http.trust import Trust
 from router.wishes import Wishes
 from tests.router.http.conftest import FakeFleet
+from tests.router.http.test_operations import FakeOperations
 
 ADMIN = b"admin-secret"
-OPEN = {"/livez", "/readyz", "/ping", "/health", "/version", "/openapi.json", "/docs", "/", "/console/{name:path}"}
+OPEN = {
+    "/livez",
+    "/readyz",
+    "/ping",
+    "/health",
+    "/version",
+    "/openapi.json",
+    "/docs",
+    "/",
+    "/console/{name:path}",
+    "/admin",
+}
 BODY = {"model": "tiny", "prompt": "hey", "max_tokens": 8}
 
 Connect = Callable[..., Any]
@@ -47,9 +59,6 @@ class Routing:
     def dry_run(self, request: Request, wishes: Wishes) -> dict[str, Any]:
         return {"tenant": wishes.tenant, "slo": wishes.slo.name, "root": request.root_key.hex()}
 
-    async def change_role(self, worker_id: str, role: RoleName, *, drain_s: float, force: bool) -> dict[str, Any]:
-        return {}
-
     def slo(self) -> dict[str, Any]:
         return {}
 
@@ -69,7 +78,8 @@ def key(path: Path) -> str:
 
 @pytest.fixture
 def app(service: Service, path: Path, key: str) -> Entrance:
-    made = make_app(replace(service, routing=Routing(), access=Access(Trust(ADMIN), TenantsFile(path), lambda: 0.0)))
+    access = Access(Trust(ADMIN), TenantsFile(path), lambda: 0.0)
+    made = make_app(replace(service, routing=Routing(), operations=FakeOperations(), access=access))
     assert isinstance(made, Entrance)
     return made
 

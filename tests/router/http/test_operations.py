@@ -9,10 +9,11 @@ from typing import Any
 import httpx
 import pytest
 
+from pdserve.errors import Conflict
 from router.bench.stub_worker import Fabric, StubSpec, StubWorker
 from router.http.access import Access
 from router.http.app import make_app
-from router.http.service import Service
+from router.http.service import RoleName, Service
 from router.http.trust import Trust
 from router.operations import Operations
 from tests.support.stub_cluster import DECODE, GREEDY, MIXED, PREFILL, StubCluster, assert_exact, until
@@ -71,6 +72,7 @@ async def test_a_worker_whose_admin_port_is_silent_is_told_as_such() -> None:
 class FakeOperations:
     def __init__(self) -> None:
         self.drained: dict[str, bool] = {}
+        self.error: Exception | None = None
 
     async def pools(self) -> dict[str, Any]:
         return {"workers": []}
@@ -78,6 +80,11 @@ class FakeOperations:
     def drain(self, worker_id: str, drained: bool) -> bool:
         self.drained[worker_id] = drained
         return worker_id == "w"
+
+    async def change_role(self, worker_id: str, role: RoleName, *, drain_s: float, force: bool) -> dict[str, Any]:
+        if self.error is not None:
+            raise self.error
+        return {"worker_id": worker_id, "asked": [role, drain_s, force]}
 
 
 @pytest.fixture
@@ -115,3 +122,19 @@ async def test_without_a_key_only_this_machine_may(
     async with client_of(service, operations, host, None) as client:
         assert (await client.post(PATH)).status_code == status
         assert (await client.get("/v1/pools")).json() == {"workers": []}
+
+
+async def test_a_role_is_changed_by_operators_only(service: Service, operations: FakeOperations) -> None:
+    async with client_of(service, operations, "127.0.0.1", b"secret") as client:
+        assert (await client.post("/admin/workers/w0/role", json={"role": "decode"})).status_code == 403
+        client.headers["x-pdserve-admin-key"] = "secret"
+        answer = await client.post("/admin/workers/w0/role", json={"role": "decode"})
+        assert answer.json() == {"worker_id": "w0", "asked": ["decode", 30.0, False]}
+        answer = await client.post("/admin/workers/w0/role", json={"role": "mixed", "drain_s": 1, "force": True})
+        assert answer.json()["asked"] == ["mixed", 1.0, True]
+        for wrong in ({}, {"role": "both"}, {"role": "decode", "drain": 1}, {"role": "decode", "drain_s": "x"}, [1]):
+            assert (await client.post("/admin/workers/w0/role", json=wrong)).status_code == 400
+        operations.error = Conflict("w0 is the last one.", code="last_of_role")
+        refused = await client.post("/admin/workers/w0/role", json={"role": "decode"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "last_of_role")
+        assert (await client.get("/admin/workers/w0/role")).status_code == 405

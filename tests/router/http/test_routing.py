@@ -8,13 +8,11 @@ from typing import Any
 import httpx
 import pytest
 
-from pdserve.errors import Conflict, Overloaded
+from pdserve.errors import Overloaded
 from pdserve.request import FinishReason, Request
 from router.generation import Tokens
-from router.http.access import Access
 from router.http.app import make_app
-from router.http.service import RoleName, Service
-from router.http.trust import Trust
+from router.http.service import Service
 from router.wishes import Wishes
 
 SCRIPT = [Tokens((39,)), Tokens((), FinishReason.LENGTH)]
@@ -37,11 +35,6 @@ class FakeRouting:
             raise self.error
         self.asked.append((request, wishes))
         return {"chosen": "w"}
-
-    async def change_role(self, worker_id: str, role: RoleName, *, drain_s: float, force: bool) -> dict[str, Any]:
-        if self.error is not None:
-            raise self.error
-        return {"worker_id": worker_id, "asked": [role, drain_s, force]}
 
     def slo(self) -> dict[str, Any]:
         return {"classes": {}}
@@ -105,20 +98,3 @@ async def test_a_wish_that_does_not_exist_is_refused(asking: httpx.AsyncClient, 
     response = await asking.post("/v1/completions", json=BODY, headers={header: "fastest"})
     assert response.status_code == 400
     assert not dispatcher.started
-
-
-async def test_a_role_is_changed_by_operators_only(service: Service, routing: FakeRouting) -> None:
-    app = make_app(replace(service, routing=routing, access=Access(Trust(b"secret"))))
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-        assert (await client.post("/admin/workers/w0/role", json={"role": "decode"})).status_code == 403
-        client.headers["x-pdserve-admin-key"] = "secret"
-        answer = await client.post("/admin/workers/w0/role", json={"role": "decode"})
-        assert answer.json() == {"worker_id": "w0", "asked": ["decode", 30.0, False]}
-        answer = await client.post("/admin/workers/w0/role", json={"role": "mixed", "drain_s": 1, "force": True})
-        assert answer.json()["asked"] == ["mixed", 1.0, True]
-        for wrong in ({}, {"role": "both"}, {"role": "decode", "drain": 1}, {"role": "decode", "drain_s": "x"}, [1]):
-            assert (await client.post("/admin/workers/w0/role", json=wrong)).status_code == 400
-        routing.error = Conflict("w0 is the last one.", code="last_of_role")
-        refused = await client.post("/admin/workers/w0/role", json={"role": "decode"})
-        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "last_of_role")
-        assert (await client.get("/admin/workers/w0/role")).status_code == 405
