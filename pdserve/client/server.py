@@ -37,7 +37,8 @@ _ANY_HOST = ("", "0.0.0.0", "[::]")
 class _Service(ComponentServicer):
     def __init__(self, handlers: Mapping[str, Handler]) -> None:
         self._handlers = dict(handlers)
-        self._running: set[asyncio.Timeout] = set()
+        self._calls = 0  # not answered to their end
+        self._running: set[asyncio.Timeout] = set()  # of handlers
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -45,11 +46,15 @@ class _Service(ComponentServicer):
     async def Call(self, request: ComponentCall, context: _Context) -> None:
         handler = await self._admit(request, context)
         limit = asyncio.timeout(None)
+        self._calls += 1
+        self._idle.clear()
         try:
             async with limit:
                 self._running.add(limit)
-                self._idle.clear()
-                await _answer(handler(request.payload), context)
+                try:
+                    await _answer(handler(request.payload), context)
+                finally:
+                    self._running.discard(limit)  # one that is over cannot be moved any more
         except HandlerFailed as error:
             await _fail(context, error.code, error.message)
         except Exception:
@@ -59,15 +64,16 @@ class _Service(ComponentServicer):
                 log.exception("the handler of %s failed", request.endpoint)
                 await _fail(context, "internal", "the handler failed; the log of its instance says why")
         finally:
-            self._running.discard(limit)
-            if not self._running:
+            self._calls -= 1
+            if not self._calls:
                 self._idle.set()
 
     async def drain(self, within_s: float) -> None:
         self._draining = True
         end_s = asyncio.get_running_loop().time() + within_s
         for limit in self._running:
-            limit.reschedule(end_s)
+            if not limit.expired():
+                limit.reschedule(end_s)
         # A handler that ignores its cancellation ends with the server.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(end_s + _ENDING_S):

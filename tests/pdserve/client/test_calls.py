@@ -16,8 +16,10 @@ import trustme
 
 from kvstore.control_plane import MutualTls
 from pdserve.client import CallLost, CallTimeout, Client, Handler, HandlerFailed, NoInstances, NotStarted, Server, serve
+from pdserve.client.server import _Service
 from pdserve.discovery import StaticDiscovery
-from pdserve.protocol.component_pb2 import ComponentCall
+from pdserve.protocol import COMPONENT_PROTOCOL_VERSION
+from pdserve.protocol.component_pb2 import ComponentCall, ComponentReply
 from pdserve.protocol.component_pb2_grpc import ComponentStub
 from tests.pdserve.client.support import Fails, Held, tells, too_long, who
 from tests.support.certificates import write_certificates
@@ -198,3 +200,29 @@ async def test_the_documented_example(redis_url: str) -> None:
     main = names["main"]
     assert callable(main)
     assert await main(redis_url) == ["prefill", "then", "decode"]
+
+
+async def test_a_server_drains_while_a_failure_is_being_told() -> None:
+    """The handler is over then, and with it the limit on its time."""
+
+    class Slow:
+        def __init__(self) -> None:
+            self.writes, self.may_go_on = asyncio.Event(), asyncio.Event()
+
+        async def write(self, reply: ComponentReply) -> None:
+            self.writes.set()
+            await self.may_go_on.wait()
+
+    async def fails(request: bytes) -> AsyncIterator[bytes]:
+        raise HandlerFailed("full", "no room")
+        yield b""
+
+    service, context = _Service({"tell": fails}), Slow()
+    request = ComponentCall(protocol_version=COMPONENT_PROTOCOL_VERSION, endpoint="tell")
+    call = asyncio.create_task(service.Call(request, context))  # type: ignore[arg-type]
+    await context.writes.wait()
+    drain = asyncio.create_task(service.drain(60.0))
+    await asyncio.sleep(0)
+    assert not drain.done(), "the failure is not told yet"
+    context.may_go_on.set()
+    await asyncio.gather(call, drain)

@@ -134,6 +134,11 @@ def decode(decoder: Decoder, tokens: list[int], chunk: int) -> Tensor:
     return torch.cat(out)
 
 
+def distance(one: Tensor, other: Tensor) -> float:
+    """Relative to the first."""
+    return float((one - other).norm() / one.norm())
+
+
 @needs_compiler
 @pytest.mark.parametrize("weight_format", ["int8", "int4"])
 @pytest.mark.parametrize("tied", [True, False])
@@ -144,23 +149,31 @@ def test_prefill_and_decode_are_one_model(
     tmp_path: Path,
     native_kernels: Kernels,
 ) -> None:
-    """A vocabulary of 131 is no multiple of 16: its table stays dense."""
+    """A vocabulary of 131 is no multiple of 16: its table stays dense.
+
+    Not to the last bit: attention of a prompt and of a token sum in another order, and so do kernels. Where a value
+    lies on the edge between two levels its rounding tips, and all that follows is off by up to 1 %. That is so for one
+    checkpoint in ten: of several the nearest agrees, which no systematic difference would leave.
+    """
+    tokens = [(7 * i) % 131 for i in range(40)]
     for vocab_size in (131, 144):
-        folder = make_checkpoint(tie_word_embeddings=tied, vocab_size=vocab_size)
-        config = load_config(folder)
-        weights = open_weights(folder, config, "float32", tmp_path, weight_format)
-        assert isinstance(weights.layers[1].down, QuantisedWeight)
-        assert isinstance(weights.head, QuantisedWeight) == (vocab_size == 144)
-        assert (weights.head is weights.embedding) == tied
-        decoder = Decoder(config, weights, native_kernels, 64)
-        tokens = [(7 * i) % 131 for i in range(40)]
-        whole, single = decode(decoder, tokens, 40), decode(decoder, tokens, 1)
-        # Not to the last bit: attention of a prompt and of a token sum in another order, and a rounding may tip.
-        assert (whole - single).norm() < 2e-3 * whole.norm()
-        reference = decode(Decoder(config, weights, ReferenceKernels(), 64), tokens, 40)
-        assert (whole - reference).norm() < 2e-3 * whole.norm()
-        dense = Decoder(config, open_weights(folder, config, "float32", tmp_path), native_kernels, 64)
-        assert (decode(dense, tokens, 40) - whole).norm() > 3e-3 * whole.norm()
+        off: list[tuple[float, float]] = []
+        for context in range(256, 261):
+            folder = make_checkpoint(tie_word_embeddings=tied, vocab_size=vocab_size, max_position_embeddings=context)
+            config = load_config(folder)
+            weights = open_weights(folder, config, "float32", tmp_path, weight_format)
+            assert isinstance(weights.layers[1].down, QuantisedWeight)
+            assert isinstance(weights.head, QuantisedWeight) == (vocab_size == 144)
+            assert (weights.head is weights.embedding) == tied
+            decoder = Decoder(config, weights, native_kernels, 64)
+            whole, single = decode(decoder, tokens, 40), decode(decoder, tokens, 1)
+            reference = decode(Decoder(config, weights, ReferenceKernels(), 64), tokens, 40)
+            off.append((distance(whole, single), distance(whole, reference)))
+            dense = Decoder(config, open_weights(folder, config, "float32", tmp_path), native_kernels, 64)
+            assert distance(whole, decode(dense, tokens, 40)) > 3e-3
+        for each in zip(*off, strict=True):
+            assert min(each) < 1e-5
+            assert max(each) < 1e-2
 
 
 def test_packed_weights_are_kept_apart_from_the_dense_ones(
