@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.keys import BlockKey
@@ -49,7 +49,6 @@ DECODERS: Sequence[Callable[[bytes], Any]] = (
 )  # fmt: skip
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(st.lists(frames, max_size=6), st.lists(st.integers(0, 2000), max_size=12))
 def test_any_split_of_the_bytes_gives_the_same_frames(sent: list[Frame], cuts: list[int]) -> None:
     stream = b"".join(encode_frame(Kind(frame.kind), frame.call, frame.payload) for frame in sent)
