@@ -133,12 +133,9 @@ class Feeder:
         if why := self._queue.refuses(item.tenant):
             self.ledger.turned_away(item.slo, why)
             raise no_place(why)
-        decision = item.look()
-        self._estimate(item, decision)
-        self._queue.add(item)
         placed: Placed | None = None
         try:
-            in_turn = self._judge(item, decision, now_s)
+            in_turn = self._admit(item, now_s)
             self._serve(now_s, {item: in_turn} if in_turn is not None else {})
             placed = await self._turn(item)
             return placed
@@ -148,6 +145,30 @@ class Feeder:
                 item.answer.result().claim.release()  # cancelled in the moment of its turn
 
     # --- what is foreseen ---
+
+    def _admit(self, item: Waiting, now_s: float) -> Decision | None:
+        """Into the queue. Returns the decision behind those that have their turn before it, if one was made.
+
+        Raises Overloaded, with the item in the queue.
+        """
+        with _Plans(self._fleet) as plans:
+            plans.add(self._queue)
+            decision = item.look()  # behind all that wait, as what is of the same class is
+            self._estimate(item, decision)
+            others = len(self._queue)
+            self._queue.add(item)
+            if item.judged or self.mode is Mode.OFF:
+                return None if others else decision
+            ahead = ahead_of(item, self._queue.order(now_s)) if others else []
+            if len(ahead) == others:
+                self._judge(item, decision, others, now_s)
+                return decision
+        with _Plans(self._fleet) as plans:
+            plans.add(ahead)
+            decision = item.look()
+            self._note_look(item, decision, now_s)
+            self._judge(item, decision, len(ahead), now_s)
+        return decision
 
     def _estimate(self, item: Waiting, decision: Decision) -> None:
         chosen = decision.chosen
@@ -167,20 +188,11 @@ class Feeder:
     def _compute_s(self, chosen: Considered) -> float:
         return self._predictor.prompt.factor * (chosen.fetch_s + chosen.uncached_s)
 
-    def _judge(self, item: Waiting, decision: Decision, now_s: float) -> Decision | None:
-        """Returns the decision behind those that have their turn before it, if one was made. Raises Overloaded."""
-        if item.judged or self.mode is Mode.OFF:
-            return decision if len(self._queue) == 1 else None
-        ahead = ahead_of(item, self._queue.order(now_s))
-        with _Plans(self._fleet) as plans:
-            plans.add(ahead)
-            if ahead:
-                decision = item.look()
-                self._note_look(item, decision, now_s)
-            if decision.chosen is None:
-                return decision
-            forecast = self._forecast(item, decision.chosen, len(ahead), now_s)
-        verdict = judge(item.slo, forecast, self.mode)
+    def _judge(self, item: Waiting, decision: Decision, ahead: int, now_s: float) -> None:
+        """`ahead`: how many have their turn before it, planned for while this runs. Raises Overloaded."""
+        if decision.chosen is None:
+            return
+        verdict = judge(item.slo, self._forecast(item, decision.chosen, ahead, now_s), self.mode)
         item.judged = True
         item.told(verdict)
         self.ledger.decided(item.slo, verdict.reason)
@@ -188,7 +200,6 @@ class Feeder:
             self.ledger.turned_away(item.slo, verdict.reason, item.due_s)
             self._start_pump()
             raise refusal(verdict, item.slo)
-        return decision
 
     def _forecast(self, item: Waiting, chosen: Considered, ahead: int, now_s: float) -> Forecast:
         member = self._fleet.member(chosen.worker_id)

@@ -14,7 +14,7 @@ from router.backlog import Backlog
 from router.columns import Columns, Seats
 from router.events import EventCursor
 from router.link import WorkerLink
-from router.policy import Candidate, LinkFacts, Links, LoadView, Role
+from router.policy import Candidate, LinkFacts, Links, Role
 from router.policy.candidates import FETCH_TIERS
 from router.speed import SpeedLearner
 from router.step_model import StepLearner
@@ -233,13 +233,13 @@ class Member:
     def _refresh(self) -> None:
         """The larger of what it reported and what this router knows to be on its way."""
         load = self.load
-        view = LoadView(
+        self.columns.set_figures(
+            self.slot,
             waiting_tokens=max(load.waiting_tokens, self.outstanding_tokens) + self.planned_tokens,
             sequences=self.busy_sequences,
             context_tokens=load.context_tokens,
             free_blocks=load.free_blocks,
         )
-        self.columns.set_load(self.slot, view)
 
     def candidate(self) -> Candidate:
         """What seldom changes about it."""

@@ -36,6 +36,7 @@ class Delivery:
         self._routing = routing
         self._writers = [_Writer(call, branch, shape, tokenizer) for branch in choices.branches]
         self._open = len(choices.branches)
+        self._named = False
         # One write at a time.
         self._turn: asyncio.Lock | None = asyncio.Lock() if self._open > 1 else None
 
@@ -69,8 +70,7 @@ class Delivery:
 
     async def stream(self) -> None:
         """Nothing is sent before the first tokens are there, so an earlier failure still gets its own status."""
-        async with self._exchange.streaming():
-            await self._choices.run(self._stream_one)
+        await self._choices.run(self._stream_one)
 
     async def _stream_one(self, index: int, branch: Branch) -> None:
         writer = self._writers[index]
@@ -84,7 +84,8 @@ class Delivery:
             if last:
                 data += self._closing()
             if data:
-                self._name_decision()
+                if not self._named:
+                    self._name_decision()
                 if self._turn is None:
                     await self._exchange.write(data, last=last)
                 else:
@@ -140,7 +141,8 @@ class Delivery:
 
     def _name_decision(self) -> None:
         """On the response's headers, once tokens are there: then it is made."""
-        if self._routing is None or self._exchange.extra_headers:
+        self._named = True
+        if self._routing is None:
             return
         header = self._routing.decision_header(self._choices.branches[0].generation.request.request_id)
         if header is not None:

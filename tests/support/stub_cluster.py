@@ -133,6 +133,8 @@ async def collect(generation: RoutedGeneration) -> tuple[list[int], FinishReason
             assert finish is None, "an item came after the end"
             token_ids += item.token_ids
             finish = item.finish_reason
+        for _ in range(3):  # it is accounted for a moment after its end
+            await asyncio.sleep(0)
     return token_ids, finish
 
 
