@@ -15,6 +15,8 @@ from prometheus_client.core import Exemplar, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import INF, floatToGoString
 
+Bucket = tuple[str, float] | tuple[str, float, Exemplar]
+
 
 class Histogram(Collector):
     def __init__(
@@ -75,12 +77,16 @@ class Series:
         if exemplar is not None:
             self._exemplars[at] = exemplar, amount, time.time()
 
-    def buckets(self) -> list[tuple[str, float, Exemplar | None]]:
-        """Upper bound, observations up to it, an exemplar."""
-        found, count = [], 0
+    def buckets(self) -> list[Bucket]:
+        """Upper bound, observations up to it, and an exemplar if there is one."""
+        found: list[Bucket] = []
+        count = 0
         for at, bound in enumerate(self._bounds):
             count += self._counts[at]
+            name = floatToGoString(bound)  # type: ignore[no-untyped-call]
             seen = self._exemplars.get(at)
-            exemplar = None if seen is None else Exemplar(dict(seen[0]), seen[1], seen[2])
-            found.append((floatToGoString(bound), float(count), exemplar))
+            if seen is None:
+                found.append((name, float(count)))
+            else:
+                found.append((name, float(count), Exemplar(dict(seen[0]), seen[1], seen[2])))
         return found

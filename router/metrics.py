@@ -38,6 +38,9 @@ class RouterMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
+        # The children that were asked for before, as looking one up costs more than counting.
+        self._by_outcome: dict[tuple[str, str], Counter] = {}
+        self._by_tier: dict[str, Counter] = {}
         Info("pdserve_build", "Version of this process.", registry=registry).info(
             {"version": __version__, "role": "router"}
         )
@@ -92,7 +95,10 @@ class RouterMetrics:
         self._handoff_stage = {stage: handoff_stage.of(stage) for stage in HANDOFF_STAGES}
 
     def count_request(self, endpoint: str, outcome: str) -> None:
-        self._requests.labels(endpoint, outcome).inc()
+        child = self._by_outcome.get((endpoint, outcome))
+        if child is None:
+            child = self._by_outcome[endpoint, outcome] = self._requests.labels(endpoint, outcome)
+        child.inc()
 
     def observe_generation(
         self,
@@ -112,7 +118,10 @@ class RouterMetrics:
         exemplar = {"request_id": request_id} if 0 < len(request_id) <= _EXEMPLAR_CHARACTERS else None
         self._prompt_tokens.inc(prompt_tokens)
         for tier, tokens in cached_by_tier.items():
-            self._cached_tokens.labels(tier).inc(tokens)
+            child = self._by_tier.get(tier)
+            if child is None:
+                child = self._by_tier[tier] = self._cached_tokens.labels(tier)
+            child.inc(tokens)
         self._output_tokens.inc(timeline.output_tokens)
         if timeline.ttft_s is not None:
             self._ttft.observe(timeline.ttft_s, exemplar)

@@ -411,8 +411,10 @@ class RoutedGeneration:
         timeline = self.timeline
         stages = (*timeline.ttft_stages().items(), *timeline.handoff_stages().items())
         log.info(
-            "request=%s end=%s state=%s workers=%s attempts=%d prompt_tokens=%d cached_tokens=%d output_tokens=%d %s",
+            "request=%s client_id=%s end=%s state=%s workers=%s attempts=%d prompt_tokens=%d cached_tokens=%d "
+            "output_tokens=%d %s",
             self.request.request_id,
+            self.wishes.label,
             end,
             self._ended_while,
             ",".join(self.workers) or "-",

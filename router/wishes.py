@@ -23,9 +23,7 @@ class Wishes:
     priority: int = 0  # seconds by which its turn counts as due later; below 0 earlier. From the request's body
 
     @classmethod
-    def from_headers(
-        cls, headers: Mapping[bytes, bytes], caller: Caller, label: str = "", priority: int = 0
-    ) -> Wishes:
+    def from_headers(cls, headers: Mapping[bytes, bytes], caller: Caller, label: str = "", priority: int = 0) -> Wishes:
         """
         Raises:
             Forbidden: for a policy, which only operators choose.

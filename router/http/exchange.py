@@ -59,8 +59,8 @@ class Exchange:
         "_limits",
         "_on_gone",
         "_passed",
-        "_received",
         "_receive",
+        "_received",
         "_send",
         "_start_s",
         "_streaming",
@@ -75,9 +75,7 @@ class Exchange:
         "request_id",
     )
 
-    def __init__(
-        self, scope: Scope, receive: Receive, send: Send, limits: HttpLimits, grace_s: float = 0.0
-    ) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: HttpLimits, grace_s: float = 0.0) -> None:
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.caller: Caller = scope[CALLER_KEY]
         self.request_id: str = scope[REQUEST_ID_KEY]

@@ -86,8 +86,11 @@ class GenerateEndpoint:
                     outcome = await self._serve(exchange)
         except Exception as error:
             outcome = await self._fail(exchange, error)
+            # Of a generation the dispatcher has a line too, the only one when all went well.
+            logger.info(
+                "request failed client_id=%s endpoint=%s outcome=%s", exchange.request_id, self._api.name, outcome
+            )
         self._service.metrics.count_request(self._api.name, outcome)
-        logger.info("request ended request_id=%s endpoint=%s outcome=%s", exchange.request_id, self._api.name, outcome)
 
     async def _fail(self, exchange: Exchange, error: Exception) -> str:
         """Answers with `error` if anyone is there; returns the outcome."""
@@ -129,4 +132,3 @@ class GenerateEndpoint:
         if len(body) <= INLINE_BODY_BYTES:
             return self._api.call(body, self._service.model, drawn_seed)
         return await asyncio.to_thread(self._api.call, body, self._service.model, drawn_seed)
-
