@@ -10,6 +10,7 @@ from router.columns import Columns
 from router.hot_prefixes import HotPrefixes
 from router.index import PrefixIndex
 from router.policy import LoadView, Speed
+from router.policy.candidates import RECENT_TOKENS
 from router.replay.worker import Touched
 
 
@@ -34,11 +35,13 @@ class RouterView:
         """What was reported until now."""
         late = self._late
         while late and late[0][0] <= now_s:
-            _, slot, what = late.popleft()
-            if isinstance(what, _Load):
-                self.columns.change_load(slot, what.row, what.amount)
-            else:
+            at_s, slot, what = late.popleft()
+            if not isinstance(what, _Load):
                 self.note_blocks(slot, what)
+            elif what.row == RECENT_TOKENS:
+                self.columns.add_recent(slot, what.amount, at_s)
+            else:
+                self.columns.change_load(slot, what.row, what.amount)
 
     def note_blocks(self, slot: int, touched: Touched) -> None:
         self.index.stored(slot, touched.stored)
