@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from statistics import median
 
@@ -11,6 +12,7 @@ from router.speed import ErrorMeter
 
 _WINDOW = 64
 _LEAST = 8  # before so many were seen nothing is corrected
+_LEAST_UNIT_S = 0.05  # what is shorter errs by transit and steps, whatever its length
 _FARTHEST = 4.0  # a correction by more says that the model is wrong, and would hide it
 
 
@@ -30,12 +32,40 @@ class Correction:
             self.factor = min(_FARTHEST, max(1.0 / _FARTHEST, median(self._ratios)))
 
 
+class Misses:
+    """How far forecasts of TTFT were off, in a unit in which short and long ones are alike: what is computed before a
+    request adds its own error each, so that the sum errs by the square root of their number.
+    """
+
+    def __init__(self) -> None:
+        self._misses: deque[float] = deque(maxlen=_WINDOW)
+        self._ascending: list[float] = []
+
+    @staticmethod
+    def _unit_s(forecast: Forecast) -> float:
+        own_s = max(forecast.compute_s, _LEAST_UNIT_S)
+        return math.sqrt(own_s * (own_s + max(forecast.prompts_s, forecast.decode_s)))
+
+    def note(self, forecast: Forecast, actual_s: float) -> None:
+        """`actual_s` is what `forecast.ttft_s` foresaw."""
+        self._misses.append((actual_s - forecast.ttft_s) / self._unit_s(forecast))
+        self._ascending = sorted(self._misses)
+
+    def margin_s(self, forecast: Forecast, confidence: float) -> float:
+        """What TTFT is longer than foreseen by at most, in such a share of requests. 0 before some were seen."""
+        if len(self._ascending) < _LEAST:
+            return 0.0
+        at = min(len(self._ascending) - 1, int(confidence * len(self._ascending)))
+        return max(0.0, self._ascending[at] * self._unit_s(forecast))
+
+
 class Predictor:
     """
     Attributes:
         errors: of forecasts made when a request came (`ttft`, `tpot`), and of TTFT counted from its dispatch on.
         stay_s: how long a request decodes, the median; 0 while unknown.
-        overrun_s: how much longer than foreseen requests take from their dispatch to their first token, in one of ten.
+        misses: of TTFT, for the margin that a request is judged with.
+        overrun_s: how much longer than foreseen requests take from their dispatch to their first token, the median.
         handoff_s: what a hand-over adds to the first gap between tokens, the median; None while unknown.
         transit_s: from a worker's part of TTFT to the router's, there and back, the median.
     """
@@ -50,6 +80,7 @@ class Predictor:
         self._handoffs_s: deque[float] = deque(maxlen=_WINDOW)
         self.handoff_s: float | None = None
         self.transit_s = 0.05
+        self.misses = Misses()
         self._overruns_s: deque[float] = deque(maxlen=_WINDOW)
         self.overrun_s = 0.0
 
@@ -67,7 +98,8 @@ class Predictor:
             return
         if timeline.dispatched_s is not None:
             self._overruns_s.append(timeline.first_token_s - timeline.dispatched_s - forecast.compute_s)
-            self.overrun_s = max(0.0, sorted(self._overruns_s)[int(0.9 * len(self._overruns_s))])
+            self.overrun_s = max(0.0, median(self._overruns_s))
+        self.misses.note(forecast, timeline.ttft_s)
         self.errors["ttft"].note(forecast.ttft_s, timeline.ttft_s)
         self.prompt.note(forecast.ttft_s - forecast.waited_s, timeline.ttft_s - forecast.waited_s)
         if timeline.tpot_s is not None:
