@@ -56,6 +56,7 @@ class Columns:
         self._speeds = [Speed()] * _FIRST_SLOTS
         self._rates = np.tile(np.array(Speed().prefill_rates()), (_FIRST_SLOTS, 1))
         self._byte_s = np.tile(_PRIOR_BYTE_S, (1, _FIRST_SLOTS))  # out of each tier of the store
+        self._block_s_of: tuple[Seats, NDArray[np.float64]] | None = None  # seconds a block; while it is true
         self._stale_rates: set[int] = set()  # slots whose speed changed
         self._speeds_of: tuple[Seats, tuple[Speed, ...]] | None = None  # the last answer, while it is true
         self._decayed_s = -math.inf  # the time that the recent tokens are true at
@@ -66,6 +67,7 @@ class Columns:
             self._grow()
         self._loads[:, slot] = 0.0
         self._byte_s[:, slot] = _PRIOR_BYTE_S[:, 0]
+        self._block_s_of = None
         self.set_speed(slot, Speed())
 
     def set_load(self, slot: int, load: LoadView) -> None:
@@ -98,6 +100,7 @@ class Columns:
     def set_byte_s(self, slot: int, byte_s: Sequence[float]) -> None:
         """Seconds a byte out of the store, by `FETCH_TIERS`."""
         self._byte_s[:, slot] = byte_s
+        self._block_s_of = None
 
     def candidates(
         self, seats: Seats, match: Match, now_s: float, links: Links | None = None, stored: Stored | None = None
@@ -116,10 +119,10 @@ class Columns:
 
     def _reach(self, seats: Seats, stored: Stored) -> Reach:
         roster = seats.roster
-        here = stored.any.take(roster.store_node)
-        anywhere = np.maximum(here, stored.any.max() * roster.store_shares)
-        blocks = np.stack([stored.host.take(roster.store_node), here, anywhere])
-        return Reach(blocks, self._byte_s.take(seats.slots, axis=1))
+        blocks = np.empty((len(FETCH_TIERS), len(roster)))
+        blocks[:2] = stored.blocks.take(roster.store_node, axis=1)
+        np.maximum(blocks[1], stored.blocks[1].max() * roster.store_shares, out=blocks[2])
+        return Reach(blocks, self._block_s_at(seats))
 
     def _speeds_at(self, seats: Seats) -> tuple[Speed, ...]:
         """With the table of rates made true first."""
@@ -131,6 +134,11 @@ class Columns:
         if self._speeds_of is None or self._speeds_of[0] is not seats:
             self._speeds_of = seats, tuple(self._speeds[slot] for slot in seats.slots)
         return self._speeds_of[1]
+
+    def _block_s_at(self, seats: Seats) -> NDArray[np.float64]:
+        if self._block_s_of is None or self._block_s_of[0] is not seats:
+            self._block_s_of = seats, self._byte_s.take(seats.slots, axis=1) * seats.roster.block_bytes
+        return self._block_s_of[1]
 
     def _decay(self, now_s: float) -> None:
         if now_s > self._decayed_s:

@@ -16,12 +16,12 @@ import asyncio
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 from prometheus_client import Histogram
 
 from pdserve.errors import DeadlineExceeded, Overloaded
-from router.admission import Forecast, Mode, Verdict, judge, no_place, refusal
+from router.admission import Confidence, Forecast, Mode, Verdict, judge, no_place, refusal
 from router.decode_room import DecodeRoom, decode_room
 from router.fleet import Fleet
 from router.handoff import TICK_S
@@ -80,6 +80,7 @@ class Feeder:
         self._fleet = fleet
         self._predictor = predictor
         self._limits = limits
+        self._confidence = Confidence()
         self._queue: RequestQueue[Waiting] = RequestQueue(limits.queue_places)
         self._running: dict[str, float] = {}  # by request that was placed and has not ended: the TPOT it asks of others
         self._tpots_s: Counter[float] = Counter()  # how many of them ask each
@@ -178,7 +179,7 @@ class Feeder:
         self._note_look(item, decision, item.queued_s)
 
     def _overrun_s(self, slo: SloClass) -> float:
-        """What is to be left for what goes wrong after its dispatch."""
+        """What is to be left for what comes beside its own computing after its dispatch."""
         return min(self._predictor.overrun_s, slo.ttft_s / 2)
 
     def _horizon_s(self, member: Member) -> float:
@@ -195,6 +196,7 @@ class Feeder:
         verdict = judge(item.slo, self._forecast(item, decision.chosen, ahead, now_s), self.mode)
         item.judged = True
         item.told(verdict)
+        self._confidence.decided(verdict.reason is not None)
         self.ledger.decided(item.slo, verdict.reason)
         if verdict.refused and verdict.reason is not None:
             self.ledger.turned_away(item.slo, verdict.reason, item.due_s)
@@ -208,15 +210,15 @@ class Feeder:
         tpot_s, stay_s = self._strictest_s(item.slo, ()), self._predictor.stay_s
         prompts_s = self._predictor.prompt.factor * member.backlog_s(now_s)
         sequences = room.sequences_after(prompts_s, ahead, stay_s)
-        return Forecast(
+        forecast = Forecast(
             waited_s=now_s - item.received_s,
             prompts_s=prompts_s,
             decode_s=prompts_s + wait_s if (wait_s := room.wait_s(tpot_s, sequences, stay_s)) else 0.0,
             compute_s=self._compute_s(chosen),
             tpot_s=room.tpot_s(tpot_s, sequences),
-            # The wait on a worker is in both: in what is before it, and in what took longer after a dispatch.
-            margin_s=max(0.0, self._overrun_s(item.slo) - self._horizon_s(member)),
         )
+        margin_s = self._predictor.misses.margin_s(forecast, self._confidence.share)
+        return replace(forecast, margin_s=min(margin_s, item.slo.ttft_s / 2))
 
     def _strictest_s(self, slo: SloClass, others: Iterable[SloClass]) -> float:
         """TPOT of those that would share a batch with it. One client's own numbers slow down nobody else further than

@@ -153,7 +153,7 @@ class Fleet:
             return
         match message.WhichOneof("body"):
             case "load":
-                member.note_load(message.load)
+                member.note_load(message.load, time.monotonic())
                 if member.role is Role.DECODE:  # elsewhere a step holds prompts too
                     member.learner.note_step(message.load.running_sequences, message.load.step_s)
                 self._wake()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pdserve.timeline import Timeline
 from router.admission import Forecast
 from router.speed import ErrorMeter
@@ -9,6 +11,7 @@ from router.window import Window
 
 _WINDOW = 64
 _LEAST = 8  # before so many were seen nothing is corrected
+_LEAST_UNIT_S = 0.05  # what is shorter errs by transit and steps, whatever its length
 _FARTHEST = 4.0  # a correction by more says that the model is wrong, and would hide it
 
 
@@ -28,12 +31,37 @@ class Correction:
             self.factor = min(_FARTHEST, max(1.0 / _FARTHEST, self._ratios.median))
 
 
+class Misses:
+    """How far forecasts of TTFT were off, in a unit in which short and long ones are alike: what is computed before a
+    request adds its own error each, so that the sum errs by the square root of their number.
+    """
+
+    def __init__(self) -> None:
+        self._misses = Window(_WINDOW)
+
+    @staticmethod
+    def _unit_s(forecast: Forecast) -> float:
+        own_s = max(forecast.compute_s, _LEAST_UNIT_S)
+        return math.sqrt(own_s * (own_s + max(forecast.prompts_s, forecast.decode_s)))
+
+    def note(self, forecast: Forecast, actual_s: float) -> None:
+        """`actual_s` is what `forecast.ttft_s` foresaw."""
+        self._misses.add((actual_s - forecast.ttft_s) / self._unit_s(forecast))
+
+    def margin_s(self, forecast: Forecast, confidence: float) -> float:
+        """What TTFT is longer than foreseen by at most, in such a share of requests. 0 before some were seen."""
+        if len(self._misses) < _LEAST:
+            return 0.0
+        return max(0.0, self._misses.quantile(confidence) * self._unit_s(forecast))
+
+
 class Predictor:
     """
     Attributes:
         errors: of forecasts made when a request came (`ttft`, `tpot`), and of TTFT counted from its dispatch on.
         stay_s: how long a request decodes, the median; 0 while unknown.
-        overrun_s: how much longer than foreseen requests take from their dispatch to their first token, in one of ten.
+        misses: of TTFT, for the margin that a request is judged with.
+        overrun_s: how much longer than foreseen requests take from their dispatch to their first token, the median.
         handoff_s: what a hand-over adds to the first gap between tokens, the median; None while unknown.
         transit_s: from a worker's part of TTFT to the router's, there and back, the median.
     """
@@ -48,6 +76,7 @@ class Predictor:
         self._handoffs_s = Window(_WINDOW)
         self.handoff_s: float | None = None
         self.transit_s = 0.05
+        self.misses = Misses()
         self._overruns_s = Window(_WINDOW)
         self.overrun_s = 0.0
 
@@ -65,7 +94,8 @@ class Predictor:
             return
         if timeline.dispatched_s is not None:
             self._overruns_s.add(timeline.first_token_s - timeline.dispatched_s - forecast.compute_s)
-            self.overrun_s = max(0.0, self._overruns_s.quantile(0.9))
+            self.overrun_s = max(0.0, self._overruns_s.median)
+        self.misses.note(forecast, timeline.ttft_s)
         self.errors["ttft"].note(forecast.ttft_s, timeline.ttft_s)
         self.prompt.note(forecast.ttft_s - forecast.waited_s, timeline.ttft_s - forecast.waited_s)
         if timeline.tpot_s is not None:

@@ -346,6 +346,7 @@ class RoutedGeneration:
             root_key=self.request.root_key,
             tenant=self.request.tenant,
             disaggregated=attempt.disaggregated,
+            uncached_tokens=attempt.prompt.uncached_tokens,
             remaining_s=max(0.0, self.request.deadline_s - time.monotonic()),
         )
 

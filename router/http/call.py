@@ -11,7 +11,7 @@ from router.http.body import decode_body
 from router.http.conversation import Tooling, prompt_text, tooling_of
 from router.http.schema import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from router.http.service import ServedModel
-from router.http.structured import requested_grammar
+from router.http.structured import RequestedGrammar, requested_grammar
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 GREEDY_TEMPERATURE = 0.0
@@ -38,6 +38,7 @@ class Call:
         priority: as of `router.wishes.Wishes`.
         cache_salt: cached blocks are shared with requests of the same tenant and salt only.
         writes_special: special tokens stand in the text as they are written.
+        grammar_param: the parameter that the grammar, if there is one, comes from.
     """
 
     prompts: tuple[Prompt, ...]
@@ -57,6 +58,7 @@ class Call:
     tooling: Tooling | None = None
     priority: int = 0
     cache_salt: str | None = None
+    grammar_param: str = ""
 
     @property
     def prompt_tokens(self) -> int:
@@ -133,9 +135,9 @@ def chat_call(body: bytes, model: ServedModel, drawn_seed: int) -> Call:
         prompt_logprobs=request.prompt_logprobs,
     )
     if tooling is not None and tooling.grammar is not None:
-        if call.sampling.grammar is not None:
+        if call.sampling.grammar is not None and tooling.forced:
             raise InvalidRequest("A forced tool call has a format of its own.", param="tool_choice")
-        return replace(call, sampling=replace(call.sampling, grammar=tooling.grammar))
+        return replace(call, sampling=replace(call.sampling, grammar=tooling.grammar), grammar_param="tools")
     return call
 
 
@@ -198,18 +200,16 @@ def _call(
     """What both endpoints share. `logprobs` and `prompt_logprobs` are computed, whether or not they are told."""
     if (request.min_tokens or 0) > max_tokens:
         raise InvalidRequest(f"'min_tokens' must be at most 'max_tokens' ({max_tokens}).", param="min_tokens")
-    stop_token_ids, logit_bias = request.stop_token_ids or [], request.logit_bias or ()
-    check_token_ids(stop_token_ids, model, "stop_token_ids")
+    more_stops, logit_bias = request.stop_token_ids or [], request.logit_bias or ()
+    check_token_ids(more_stops, model, "stop_token_ids")
     check_token_ids([token_id for token_id, _ in logit_bias], model, "logit_bias")
     if request.prompt_logprobs is not None and request.stream:
         raise InvalidRequest("'prompt_logprobs' cannot be streamed.", param="prompt_logprobs")
-    options = request.stream_options
-    sampling = _sampling(
-        request, max_tokens, (*_eos(request, model), *stop_token_ids), drawn_seed, logprobs, prompt_logprobs
-    )
+    options, asked = request.stream_options, requested_grammar(request)
+    stop_token_ids = (*_eos(request, model), *more_stops)
     return Call(
         prompts=prompts,
-        sampling=sampling,
+        sampling=_sampling(request, max_tokens, stop_token_ids, drawn_seed, asked, logprobs, prompt_logprobs),
         stop_strings=request.stop or (),
         stream=bool(request.stream),
         include_usage=bool(options is not None and options.include_usage),
@@ -225,6 +225,7 @@ def _call(
         tooling=tooling,
         priority=request.priority or 0,
         cache_salt=request.cache_salt,
+        grammar_param="" if asked is None else asked.param,
     )
 
 
@@ -237,6 +238,7 @@ def _sampling(
     max_tokens: int,
     stop_token_ids: tuple[int, ...],
     drawn_seed: int,
+    asked: RequestedGrammar | None,
     logprobs: int | None,
     prompt_logprobs: int | None,
 ) -> SamplingParams:
@@ -256,7 +258,7 @@ def _sampling(
         logit_bias=request.logit_bias or (),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
-        grammar=requested_grammar(request),
+        grammar=None if asked is None else asked.grammar,
     )
 
 
