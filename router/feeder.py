@@ -249,7 +249,7 @@ class Feeder:
     def _serve(self, now_s: float, known: Mapping[Waiting, Decision]) -> None:
         """Turns, in order, while a worker is free. `known` are decisions that were made just now."""
         workers = self._prompt_workers()
-        if workers and not any(self._free(worker, now_s) for worker in workers):
+        if workers and not self._any_free(workers, now_s):
             return
         order = self._queue.order(now_s)
         if not workers:
@@ -260,7 +260,7 @@ class Feeder:
         waits: set[SloClass] = set()  # of those that wait before
         with _Plans(self._fleet) as plans:
             for item in order[:_LOOKS]:
-                if not any(self._free(worker, now_s) for worker in workers):
+                if not self._any_free(workers, now_s):
                     return
                 decision = fresh.pop(item, None) or item.look()
                 self._note_look(item, decision, now_s)
@@ -302,6 +302,12 @@ class Feeder:
         """Those for prompts; while there are none, any is."""
         workers = self._fleet.in_use()
         return [each for each in workers if each.role is not Role.DECODE] or workers
+
+    def _any_free(self, workers: list[Member], now_s: float) -> bool:
+        for worker in workers:  # noqa: SIM110 - a generator costs more than what it goes through
+            if self._free(worker, now_s):
+                return True
+        return False
 
     def _free(self, member: Member, now_s: float) -> bool:
         if member.busy_sequences >= member.hello.max_sequences:

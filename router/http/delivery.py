@@ -50,7 +50,7 @@ class Delivery:
                 pieces.append(piece)
                 choice.tool_calls += [tool_call(call, len(choice.tool_calls)) for call in piece.tool_calls]
             choice.text = writer.prefix + "".join(texts)
-            choice.extra = writer.extra(_joined(pieces))
+            choice.extra = writer.extra(pieces[0] if len(pieces) == 1 else _joined(pieces))
             choice.finish_reason = branch.finish_reason
 
         await self._choices.run(gather)
@@ -134,9 +134,9 @@ class Delivery:
     def _usage(self) -> Usage:
         leaders = self._choices.leaders
         return Usage(
-            prompt_tokens=sum(len(branch.prompt.token_ids) for branch in leaders),
-            completion_tokens=sum(branch.answer.output_tokens for branch in self._choices.branches),
-            cached_tokens=sum(sum(branch.generation.cached_by_tier.values()) for branch in leaders),
+            prompt_tokens=sum([len(branch.prompt.token_ids) for branch in leaders]),
+            completion_tokens=self._choices.output_tokens,
+            cached_tokens=sum([sum(branch.generation.cached_by_tier.values()) for branch in leaders]),
         )
 
     def _name_decision(self) -> None:

@@ -40,17 +40,15 @@ class InFlight:
     def __init__(self, limit: int, metrics: RouterMetrics) -> None:
         self._limit = limit
         self._count = 0
-        self._gauge = metrics.requests_in_flight
+        metrics.requests_in_flight.set_function(lambda: self._count)
 
     def __enter__(self) -> None:
         if self._count >= self._limit:
             raise Overloaded("The server is handling as many requests as it can. Please retry.")
         self._count += 1
-        self._gauge.set(self._count)
 
     def __exit__(self, *exc_info: object) -> None:
         self._count -= 1
-        self._gauge.set(self._count)
 
 
 @dataclass(frozen=True, slots=True)
