@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from prometheus_client import Histogram
 
 from pdserve.errors import DeadlineExceeded, Overloaded
-from router.admission import Confidence, Forecast, Mode, Verdict, judge, no_place, refusal
+from router.admission import Confidence, Forecast, Mode, judge, no_place, refusal
 from router.decode_room import DecodeRoom, decode_room
 from router.fleet import Fleet
 from router.handoff import TICK_S
@@ -31,31 +31,13 @@ from router.metrics import STAGE_BUCKETS_S
 from router.placement import Placed
 from router.policy import Considered, Decision, Role
 from router.predictor import Predictor
-from router.queue import Queued, RequestQueue, ahead_of
+from router.queue import RequestQueue, ahead_of
 from router.refusals import RefusalLedger
 from router.slo import CLASSES, SloClass
+from router.waiting import Plans, Waiting
 
 _STRICTEST_S = min(each.tpot_s for each in CLASSES.values())
 _LOOKS = 64  # decisions at a time, so that a long queue does not hold up the event loop
-
-
-@dataclass(slots=True, eq=False)
-class Waiting(Queued):
-    """What the queue holds of a request; times on the monotonic clock."""
-
-    _: KW_ONLY
-    request_id: str
-    slo: SloClass
-    received_s: float
-    deadline_s: float
-    look: Callable[[], Decision]  # where it would go now; changes nothing
-    settle: Callable[[Decision], Placed]  # it goes there
-    told: Callable[[Verdict], None]
-    judged: bool  # before, so that it is taken whatever is forecast now
-    answer: asyncio.Future[Placed] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    plan: tuple[str, int] | None = None  # the worker that it waits for, and the uncached tokens it will bring
-    wants_decode: bool = False  # at the last look its worker was free, and no decode batch had room for it
-    stranded_s: float | None = None  # since when no worker can take it at all
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +134,7 @@ class Feeder:
 
         Raises Overloaded, with the item in the queue.
         """
-        with _Plans(self._fleet) as plans:
+        with Plans(self._fleet) as plans:
             plans.add(self._queue)
             decision = item.look()  # behind all that wait, as what is of the same class is
             self._estimate(item, decision)
@@ -164,7 +146,7 @@ class Feeder:
             if len(ahead) == others:
                 self._judge(item, decision, others, now_s)
                 return decision
-        with _Plans(self._fleet) as plans:
+        with Plans(self._fleet) as plans:
             plans.add(ahead)
             decision = item.look()
             self._note_look(item, decision, now_s)
@@ -258,7 +240,7 @@ class Feeder:
             return
         fresh = dict(known)
         waits: set[SloClass] = set()  # of those that wait before
-        with _Plans(self._fleet) as plans:
+        with Plans(self._fleet) as plans:
             for item in order[:_LOOKS]:
                 if not self._any_free(workers, now_s):
                     return
@@ -341,30 +323,3 @@ class Feeder:
 def _asked_s(slo: SloClass) -> float:
     """The TPOT that a request asks of those that would share its batch."""
     return max(slo.tpot_s, _STRICTEST_S)
-
-
-class _Plans:
-    """Within its block, those that wait count as load of the workers that they wait for."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-        self._planned: Counter[str] = Counter()
-
-    def __enter__(self) -> _Plans:
-        return self
-
-    def add(self, waiting: Iterable[Waiting]) -> None:
-        more: defaultdict[str, int] = defaultdict(int)
-        for item in waiting:
-            if item.plan is not None:
-                worker_id, tokens = item.plan
-                more[worker_id] += tokens
-        for worker_id, tokens in more.items():
-            if (member := self._fleet.member(worker_id)) is not None:
-                member.plan(tokens)
-                self._planned[worker_id] += tokens
-
-    def __exit__(self, *_: object) -> None:
-        for worker_id, tokens in self._planned.items():
-            if (member := self._fleet.member(worker_id)) is not None:
-                member.plan(-tokens)

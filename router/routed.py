@@ -22,7 +22,7 @@ from pdserve.request import FinishReason, Request
 from pdserve.timeline import Timeline
 from router.admission import Verdict
 from router.attempt import Attempt, AttemptFailed, Failed, HandoffWanted, Reserved, State
-from router.feeder import Feeder, Waiting
+from router.feeder import Feeder
 from router.fleet import Fleet
 from router.generation import Tokens
 from router.handoff import TICK_S, HandOver
@@ -30,6 +30,7 @@ from router.limits import RouterLimits
 from router.output import OutputBuffer, TokenOrder
 from router.placement import Placed, Placer
 from router.policy import Decision, Need, Phase
+from router.waiting import Waiting
 from router.wishes import Wishes
 
 log = logging.getLogger(__name__)
