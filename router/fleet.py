@@ -25,6 +25,7 @@ from router.limits import FleetLimits
 from router.link import WorkerLink
 from router.member import Member, ModelFacts, check_hello
 from router.policy import Candidates, LinkFacts, Links, Role
+from router.readiness import Readiness
 from router.store_index import Stored
 from router.store_watch import StoreWatch
 
@@ -51,11 +52,13 @@ class Fleet:
         limits: FleetLimits,
         vocab_size: int | None = None,
         control: ControlPlane = IN_THE_CLEAR,
+        expected_roles: frozenset[Role] = frozenset(),
     ) -> None:
         """`vocab_size` is that of the router's own model; a worker with another one is refused."""
         self.index = PrefixIndex()
         self.columns = Columns()
         self.stores = StoreWatch(limits.link, control)
+        self._readiness = Readiness(expected_roles, limits)
         self._discovery = discovery
         self._router_id = router_id
         self._limits = limits
@@ -353,13 +356,12 @@ class Fleet:
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be served now; prefill and decode that just joined get time for their link."""
-        usable = self.in_use()
-        roles = {member.role for member in usable}
-        if not {Role.PREFILL, Role.DECODE} <= roles or Role.MIXED in roles:
-            return bool(usable)
-        warming_s = time.monotonic() - max(member.joined_s for member in usable)
-        return any(member.partners or member.links for member in usable) or warming_s > self._limits.warmup_s
+        return not self.why_not_ready
+
+    @property
+    def why_not_ready(self) -> str:
+        """In clear text; empty when a request would be served as it should be."""
+        return self._readiness.why_not(self.in_use(), time.monotonic())
 
     def counts(self) -> Counter[tuple[str, str]]:
         """Workers by (role, state); the role of one that never said hello is "unknown"."""
@@ -379,8 +381,10 @@ class Fleet:
     def topology(self) -> dict[str, Any]:
         """JSON-ready: every known address with its state, and the links between workers."""
         members = sorted(self._members.values(), key=lambda member: (member.worker_id, member.link.address))
+        why_not = self.why_not_ready
         return {
-            "ready": self.ready,
+            "ready": not why_not,
+            "reason": why_not,
             "model": self._facts.model if self._facts is not None else None,
             "workers": [member.describe() for member in members],
         }
