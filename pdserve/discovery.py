@@ -102,6 +102,10 @@ class StaticDiscovery:
     """A fixed list of `host:port`; needs no Redis."""
 
     def __init__(self, addresses: Sequence[str], *, namespace: str = "default", component: str = "worker") -> None:
+        """Raises ConfigError for what is no address: nobody would ever answer there."""
+        for address in addresses:
+            if not _ADDRESS.fullmatch(address):
+                raise ConfigError(f"'{address[:100]}' is no address of a {component}: write HOST:PORT.")
         self._endpoints = tuple(
             Endpoint(namespace=namespace, component=component, endpoint_id=address, address=address)
             for address in addresses

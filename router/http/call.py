@@ -11,7 +11,7 @@ from router.http.body import decode_body
 from router.http.conversation import Tooling, prompt_text, tooling_of
 from router.http.schema import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from router.http.service import ServedModel
-from router.http.structured import requested_grammar
+from router.http.structured import RequestedGrammar, requested_grammar
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 GREEDY_TEMPERATURE = 0.0
@@ -38,6 +38,7 @@ class Call:
         priority: as of `router.wishes.Wishes`.
         cache_salt: cached blocks are shared with requests of the same tenant and salt only.
         writes_special: special tokens stand in the text as they are written.
+        grammar_param: the parameter that the grammar, if there is one, comes from.
     """
 
     prompts: tuple[Prompt, ...]
@@ -57,6 +58,7 @@ class Call:
     tooling: Tooling | None = None
     priority: int = 0
     cache_salt: str | None = None
+    grammar_param: str = ""
 
     @property
     def prompt_tokens(self) -> int:
@@ -119,9 +121,9 @@ def chat_call(body: bytes, model: ServedModel, drawn_seed: int) -> Call:
     left = _output_room(prompts, max_tokens, model, "messages")
     call = _call(request, prompts, max_tokens or left, model, drawn_seed)
     if tooling is not None and tooling.grammar is not None:
-        if call.sampling.grammar is not None:
+        if call.sampling.grammar is not None and tooling.forced:
             raise InvalidRequest("A forced tool call has a format of its own.", param="tool_choice")
-        call = replace(call, sampling=replace(call.sampling, grammar=tooling.grammar))
+        call = replace(call, sampling=replace(call.sampling, grammar=tooling.grammar), grammar_param="tools")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     return replace(
         call,
@@ -188,10 +190,10 @@ def _call(
     check_token_ids([token_id for token_id, _ in logit_bias], model, "logit_bias")
     if request.prompt_logprobs is not None and request.stream:
         raise InvalidRequest("'prompt_logprobs' cannot be streamed.", param="prompt_logprobs")
-    options, n = request.stream_options, request.n or 1
+    options, n, asked = request.stream_options, request.n or 1, requested_grammar(request)
     return Call(
         prompts=prompts,
-        sampling=_sampling(request, max_tokens, (*_eos(request, model), *stop_token_ids), drawn_seed),
+        sampling=_sampling(request, max_tokens, (*_eos(request, model), *stop_token_ids), drawn_seed, asked),
         stop_strings=request.stop or (),
         stream=bool(request.stream),
         include_usage=bool(options is not None and options.include_usage),
@@ -204,6 +206,7 @@ def _call(
         writes_special=request.skip_special_tokens is False,
         priority=request.priority or 0,
         cache_salt=request.cache_salt,
+        grammar_param="" if asked is None else asked.param,
     )
 
 
@@ -212,7 +215,11 @@ def _eos(request: CompletionRequest | ChatRequest, model: ServedModel) -> tuple[
 
 
 def _sampling(
-    request: CompletionRequest | ChatRequest, max_tokens: int, stop_token_ids: tuple[int, ...], drawn_seed: int
+    request: CompletionRequest | ChatRequest,
+    max_tokens: int,
+    stop_token_ids: tuple[int, ...],
+    drawn_seed: int,
+    asked: RequestedGrammar | None,
 ) -> SamplingParams:
     greedy = request.temperature == 0 or request.top_p == 0  # a nucleus of no mass is the likeliest token
     return SamplingParams(
@@ -229,7 +236,7 @@ def _sampling(
         repetition_penalty=_given(request.repetition_penalty, 1.0),
         logit_bias=request.logit_bias or (),
         prompt_logprobs=request.prompt_logprobs,
-        grammar=requested_grammar(request),
+        grammar=None if asked is None else asked.grammar,
     )
 
 

@@ -101,7 +101,7 @@ class GenerateEndpoint:
         timeline = Timeline(received_s=service.clock())
         call = await self._prepare(await exchange.body())
         if call.sampling.grammar is not None:
-            await service.check_grammar(call.sampling.grammar)
+            await service.check_grammar(call.sampling.grammar, call.grammar_param)
         timeline.tokenised_s = service.clock()
         response_id = self._api.id_prefix + secrets.token_hex(16)
         tenant = exchange.caller.tenant

@@ -150,6 +150,12 @@ async def test_static_addresses_are_always_listed() -> None:
     assert [endpoint.address for endpoint in listed] == ["a:1", "b:2"]
 
 
+@pytest.mark.parametrize("address", ["nonsense", "http://a:1", "a:", "a:1/x", ""])
+def test_what_is_no_address_is_refused_at_once(address: str) -> None:
+    with pytest.raises(ConfigError, match="is no address of a worker: write HOST:PORT"):
+        StaticDiscovery(["a:1", address])
+
+
 def test_a_bad_url_is_one_clear_sentence() -> None:
     with pytest.raises(ConfigError, match="not a Redis URL"):
         RedisDiscovery("http://nowhere")

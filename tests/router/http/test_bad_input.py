@@ -110,7 +110,7 @@ COMPLETIONS: list[tuple[dict[str, Any], str | None, str | None, str]] = [
     ({"logit_bias": {str(i): 0 for i in range(1025)}}, "logit_bias", None, "at most 1024"),
     ({"guided_regex": ""}, "guided_regex", None, "not empty"),
     ({"guided_regex": "a" * (2**16 + 1)}, "guided_regex", None, "at most 65536 bytes"),
-    ({"guided_regex": "fault"}, "response_format", None, "cannot be used"),
+    ({"guided_regex": "fault"}, "guided_regex", None, "cannot be used"),
     ({"guided_choice": []}, "guided_choice", None, "1 to 256"),
     ({"guided_choice": ["a"] * 257}, "guided_choice", None, "1 to 256"),
     ({"guided_choice": [""]}, "guided_choice", None, "not empty"),
