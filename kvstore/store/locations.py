@@ -60,7 +60,10 @@ class NodeRecord:
         """Raises ValueError for anything that is not the record of that life."""
         if len(text) > _MAX_RECORD_BYTES:
             raise ValueError("a node record is too long")
-        value = json.loads(text)
+        try:
+            value = json.loads(text)
+        except RecursionError:
+            raise ValueError("a node record is nested") from None
         if not isinstance(value, dict) or value.get("incarnation") != incarnation:
             raise ValueError("a node record is of another life")
         node_id, address, host_id = (value.get(name) for name in ("node_id", "address", "host_id"))
