@@ -236,7 +236,8 @@ class _Calls:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 result = await call
         except self._errors as error:
-            self._note(False, f"{type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}" if str(error) else f"no answer within {CALL_TIMEOUT_S:g} s"
+            self._note(False, reason)
             raise _Down from error
         self._note(True, "")
         return result

@@ -221,7 +221,7 @@ class Locations:
                 result = await call
         except self._errors as error:
             if self._breaker.state is BreakerState.CLOSED:
-                log.warning("the index does not answer: %s: %s", type(error).__name__, error)
+                log.warning("the index does not answer: %s", str(error) or f"nothing within {timeout_s:g} s")
             self._breaker.failed(time.monotonic())
             raise _Down from error
         if self._breaker.state is not BreakerState.CLOSED:

@@ -107,12 +107,15 @@ async def test_a_lease_comes_back_after_a_flush_and_after_an_empty_restart(serve
     await discovery.close()
 
 
-async def test_a_frozen_redis_means_unknown_within_a_bounded_time(server: Server) -> None:
+async def test_a_frozen_redis_means_unknown_within_a_bounded_time(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
     discovery = RedisDiscovery(server.url, namespace="test")
     await until(discovery, lambda listed: listed == [])
     server.signal(signal.SIGSTOP)
     async with asyncio.timeout(2):
         assert await discovery.poll() is None
+    assert caplog.messages[-1] == "redis is down: no answer within 0.2 s"
     server.signal(signal.SIGCONT)
     await until(discovery, lambda listed: listed == [])
     await discovery.close()
