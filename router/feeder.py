@@ -231,7 +231,8 @@ class Feeder:
     def _serve(self, now_s: float, known: Mapping[Waiting, Decision]) -> None:
         """Turns, in order, while a worker is free. `known` are decisions that were made just now."""
         workers = self._prompt_workers()
-        if workers and not self._any_free(workers, now_s):
+        free = {worker for worker in workers if self._free(worker, now_s)}
+        if workers and not free:
             return
         order = self._queue.order(now_s)
         if not workers:
@@ -240,27 +241,38 @@ class Feeder:
             return
         fresh = dict(known)
         waits: set[SloClass] = set()  # of those that wait before
+        rooms: dict[Member | None, DecodeRoom] = {}
+        for_prompts = frozenset(workers)
         with Plans(self._fleet) as plans:
             for item in order[:_LOOKS]:
-                if not self._any_free(workers, now_s):
+                if not free:
                     return
                 decision = fresh.pop(item, None) or item.look()
                 self._note_look(item, decision, now_s)
-                if decision.chosen is not None and self._begins(item, decision.chosen, waits, now_s):
+                member = self._fleet.member(decision.chosen.worker_id) if decision.chosen is not None else None
+                # One that is not for prompts may run this one whole.
+                idle = member in free or (
+                    member is not None and member not in for_prompts and self._free(member, now_s)
+                )
+                if member is not None and idle and self._begins(item, member, waits, rooms, now_s):
                     self._begin(item, decision, now_s)
                     fresh.clear()
+                    rooms.clear()
                 else:
                     waits.add(item.slo)
                     plans.add([item])
+                if member in free and not self._free(member, now_s):  # nobody else's load has changed
+                    free.discard(member)
 
-    def _begins(self, item: Waiting, chosen: Considered, waits: set[SloClass], now_s: float) -> bool:
-        """Whether its worker is free and, while that can still make it good, a decode batch has room for it."""
-        member = self._fleet.member(chosen.worker_id)
-        if member is None or not self._free(member, now_s):
-            return False
+    def _begins(
+        self, item: Waiting, member: Member, waits: set[SloClass], rooms: dict[Member | None, DecodeRoom], now_s: float
+    ) -> bool:
+        """Whether, while that can still make it good, a decode batch has room for it. `rooms`: seen in this turn."""
         if self.mode is Mode.OFF or (self.mode is Mode.SHADOW and now_s > item.due_s):
             return True
-        room = decode_room(self._fleet.in_use(), member, self._predictor.step.factor)
+        batch = None if member.role is Role.PREFILL else member  # all prefill workers hand over to the same ones
+        if (room := rooms.get(batch)) is None:
+            room = rooms[batch] = decode_room(self._fleet.in_use(), member, self._predictor.step.factor)
         item.wants_decode = not room.has_place(self._strictest_s(item.slo, waits))
         return not item.wants_decode
 
@@ -284,12 +296,6 @@ class Feeder:
         """Those for prompts; while there are none, any is."""
         workers = self._fleet.in_use()
         return [each for each in workers if each.role is not Role.DECODE] or workers
-
-    def _any_free(self, workers: list[Member], now_s: float) -> bool:
-        for worker in workers:  # noqa: SIM110 - a generator costs more than what it goes through
-            if self._free(worker, now_s):
-                return True
-        return False
 
     def _free(self, member: Member, now_s: float) -> bool:
         if member.busy_sequences >= member.hello.max_sequences:

@@ -91,6 +91,7 @@ class Member:
     load: pb.LoadReport = field(default_factory=pb.LoadReport)
     events: EventCursor = field(default_factory=EventCursor)
     links: dict[str, tuple[int, LinkFacts]] = field(default_factory=dict)  # by peer id: incarnation, facts
+    link_errors: dict[str, str] = field(default_factory=dict)  # the last one, by peer id
     distrusted: set[int] = field(default_factory=set)  # incarnations of peers to which a hand-over failed lately
     told_peers: bytes = b""  # the last Peers message
     partners: int = 0
@@ -158,6 +159,7 @@ class Member:
         self.store, self.store_shares = None, False
         self.events = EventCursor()
         self.links.clear()
+        self.link_errors.clear()
         self.seen_links = None
         self.told_peers = b""
         self.partners = 0

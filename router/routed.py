@@ -366,7 +366,7 @@ class RoutedGeneration:
         self._leave(attempt)
         self._avoid.add(failure.worker_id)
         if attempt.state is State.HANDING_OFF and attempt.decode_id is not None and not failure.refused:
-            self._fleet.distrust(attempt.prompt_id, attempt.decode_id)
+            self._fleet.pairing.distrust(attempt.prompt_id, attempt.decode_id)
         if failure.refused and attempt.state is State.PREFILLING:
             self._counts["refusals"] += 1  # nothing was begun; how long this may go on is the queue's limit
             return

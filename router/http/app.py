@@ -166,7 +166,8 @@ def _operator_routes(service: Service) -> list[Route]:
         topology = service.topology()
         if topology["ready"]:
             return JSONResponse({"status": "ready"})
-        why = topology if service.access.shows_fleet(request.scope[CALLER_KEY]) else {}
+        shown = service.access.shows_fleet(request.scope[CALLER_KEY])
+        why = topology if shown else {"reason": topology["reason"]}
         return JSONResponse({"status": "not ready", **why}, status_code=503, headers={"retry-after": "1"})
 
     async def version(request: Request) -> Response:
