@@ -58,6 +58,8 @@ class GrammarCheck:
 
     async def _compile(self, grammar: Grammar) -> str | None:
         try:
+            if self._process is not None and self._process.returncode is not None:
+                self._process = None  # it was ended between two grammars, for memory perhaps
             if self._process is None:
                 self._process = await asyncio.create_subprocess_exec(
                     *(sys.executable, "-m", "pdserve.grammars", *self._arguments),

@@ -44,13 +44,29 @@ async def test_process_that_takes_too_long_is_killed_and_replaced(
     assert check._process is not first
 
 
-async def test_process_that_dies_is_replaced(check: GrammarCheck) -> None:
+async def test_process_that_died_between_two_grammars_is_replaced(check: GrammarCheck) -> None:
     await check.check(Grammar("regex", "a"), "tools")
     assert check._process is not None
     check._process.kill()
     await check._process.wait()
+    await check.check(Grammar("regex", "b"), "tools")
+
+
+async def test_process_that_dies_over_a_grammar_is_replaced(
+    check: GrammarCheck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await check.check(Grammar("regex", "a"), "tools")
+    ask = check._ask
+
+    async def dies(grammar: Grammar, timeout_s: float) -> str | None:
+        assert check._process is not None
+        check._process.kill()
+        return await ask(grammar, timeout_s)
+
+    monkeypatch.setattr(check, "_ask", dies)
     with pytest.raises(Exception, match="could not be checked"):
         await check.check(Grammar("regex", "b"), "tools")
+    monkeypatch.undo()
     await check.check(Grammar("regex", "b"), "tools")
 
 

@@ -112,7 +112,7 @@ class FakeFleet:
     def topology(self) -> dict[str, Any]:
         if self.error is not None and not isinstance(self.error, Overloaded):
             raise self.error
-        return {"ready": self.error is None, "workers": []}
+        return {"ready": self.error is None, "reason": "no worker" if self.error else "", "workers": []}
 
 
 @dataclass
