@@ -43,14 +43,26 @@ SCHEMA = '{"type":"array","items":{"type":"object","properties":{"name":{"type":
 "required":["name","size"],"additionalProperties":false},"minItems":1000}'
 
 
-def step_ms(engine: Engine, name: str, sampling: SamplingParams, grammars: Grammars | None, rounds: int) -> float:
+SCHEMA_GRAMMAR = Grammar("json_schema", SCHEMA)
+# Text in which a call may begin, as answers with strict tools have it.
+FREE_GRAMMAR = Grammar(
+    "lark",
+    r"""start: (begun %json {"type": "object"} "</tool_call>")* TEXT?
+begun[lazy]: /(.|\n)*/ "<tool_call>"
+TEXT: /(.|\n)+/""",
+)
+
+
+def step_ms(
+    engine: Engine, name: str, sampling: SamplingParams, grammars: Grammars, grammar: Grammar | None, rounds: int
+) -> float:
     """Median of `rounds` decode steps."""
     sequences = []
     for i in range(BATCH):
         sequence = add(engine, f"{name}/{i}", CONTEXT, 1000)
         sequence.sampling = sampling
-        if grammars is not None:
-            sequence.grammar = TokenGrammar(grammars.submit(Grammar("json_schema", SCHEMA)))
+        if grammar is not None:
+            sequence.grammar = TokenGrammar(grammars.submit(grammar))
         sequences.append(sequence)
     while not all(sequence.decoding for sequence in sequences):
         step(engine)
@@ -76,17 +88,18 @@ def main() -> None:
     engine = build_engine(config, lambda text: None).engine
     model = load_config(folder)
     grammars = Grammars(folder / "tokenizer.json", model.vocab_size, model.eos_token_ids)
-    cases: dict[str, tuple[SamplingParams, Grammars | None]] = {
+    cases: dict[str, tuple[SamplingParams, Grammar | None]] = {
         "greedy": (GREEDY, None),
         "temperature": (SAMPLED, None),
         "all parameters": (ALL_ON, None),
         "all parameters and logprobs": (TOLD, None),
-        "grammar": (GREEDY, grammars),
+        "grammar": (GREEDY, SCHEMA_GRAMMAR),
+        "text that may call tools": (GREEDY, FREE_GRAMMAR),
     }
     found: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(args.repeat):
-        for name, (sampling, compiler) in cases.items():
-            found[name].append(step_ms(engine, f"{name} {turn}", sampling, compiler, args.rounds))
+        for name, (sampling, grammar) in cases.items():
+            found[name].append(step_ms(engine, f"{name} {turn}", sampling, grammars, grammar, args.rounds))
     medians = {name: statistics.median(values) for name, values in found.items()}
     result = {
         "batch": BATCH,
