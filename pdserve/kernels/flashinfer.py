@@ -265,7 +265,7 @@ def load(device: torch.device, head_dim: int, dtype: torch.dtype) -> FlashInferK
         library = importlib.import_module("flashinfer")
     except ImportError as error:
         raise FlashInferUnavailable(f"the package flashinfer-python is not installed ({error})") from error
-    if (missing := _missing_to_build(Path(library.__file__).parent)) is not None:
+    if (missing := _missing_to_build(Path(str(library.__file__)).parent)) is not None:
         raise FlashInferUnavailable(f"its kernels are compiled at the first call, and {missing} is missing")
     return FlashInferKernels(library, device)
 
