@@ -70,13 +70,13 @@ class RequestQueue(Generic[Item]):
 
     def add(self, item: Item) -> None:
         floor_s = self._floor_s()
-        if self._by_tenant[item.tenant] == 0:
-            # A tenant that was away has no credit from then.
-            self._served_s[item.tenant] = max(self._served_s.get(item.tenant, floor_s), floor_s)
-            self._forget(floor_s)
         self._items.append(item)
         self._by_tenant[item.tenant] += 1
         self._by_class[item.slo_class] += 1
+        if self._by_tenant[item.tenant] == 1:
+            # A tenant that was away has no credit from then.
+            self._served_s[item.tenant] = max(self._served_s.get(item.tenant, floor_s), floor_s)
+            self._forget(floor_s)
 
     def take(self, item: Item, now_s: float) -> None:
         """Its turn has come."""

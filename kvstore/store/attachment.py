@@ -128,6 +128,7 @@ class Attaching:
                 self._first.set_exception(Unavailable(refusal))
                 return
             if not self._first.done():
+                log.warning("there is no store at %s yet: every look-up misses until there is", self._path)
                 self._first.set_result(None)
             attempt = 0 if refusal is None else attempt + 1
             await asyncio.sleep(_BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)])

@@ -121,6 +121,11 @@ class DiskIndex:
         self._parent_rows[rows] = [get(parent, -1) for parent in parents]
         self._drop(self._live & self._parents.any(axis=1) & (self._parent_rows < 0))
 
+    def is_empty(self, seat: int) -> bool:
+        """No block is found there."""
+        first = seat * self.records_per_segment
+        return not self._live[first : first + self.records_per_segment].any()
+
     def coldest(self, seats: Iterable[int]) -> int | None:
         """The seat used least recently."""
         return min(seats, key=lambda seat: int(self._used[seat]), default=None)

@@ -196,7 +196,7 @@ class DiskTier:
             except OSError as error:
                 log.warning("writing to the disk tier failed, it rests for a while: %s", error)
                 self._write_breaker.failed(time.monotonic())
-                self._current = None  # what was half written is in nobody's index
+                self._give_up_current()
                 break
             self._write_breaker.succeeded()
             for record, write in enumerate(batch, first):
@@ -283,14 +283,24 @@ class DiskTier:
         while not free or (self._segments and self.file_bytes + self._segment_bytes > self.capacity_bytes):
             seat = self._index.coldest(self._segments)
             assert seat is not None
-            gone = self._index.clear_seat(seat)
-            self.evictions += len(gone)
-            self._removed += gone
-            segment = self._segments.pop(seat)
-            segment.removed = True
-            remove_segment(segment.path)
+            self._remove(seat)
             free.add(seat)
         return min(free)
+
+    def _remove(self, seat: int) -> None:
+        gone = self._index.clear_seat(seat)
+        self.evictions += len(gone)
+        self._removed += gone
+        segment = self._segments.pop(seat)
+        segment.removed = True
+        remove_segment(segment.path)
+
+    def _give_up_current(self) -> None:
+        """What was half written is in nobody's index. A segment that has nothing else goes: the next try needs its
+        seat, or each try on a full disk would cost a segment with blocks in it."""
+        current, self._current = self._current, None
+        if current is not None and self._index.is_empty(current.seat):
+            self._remove(current.seat)
 
     def _scan(self) -> None:
         """Take in what earlier lives have left. Raises OSError."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.keys import BlockKey
-from kvstore.store.disk_folder import NO_FOLLOW, index_path, segment_path
+from kvstore.store.disk_folder import NO_FOLLOW, index_path, remove_segment, segment_path
 from kvstore.store.segment import (
     HEADER_BYTES,
     PAGE_BYTES,
@@ -76,12 +76,16 @@ class SegmentFile:
 
     @classmethod
     def create(cls, folder: Path, info: SegmentInfo, seat: int) -> SegmentFile:
-        """Raises OSError."""
+        """Raises OSError, and leaves no file then."""
         path = segment_path(folder, info.segment_id)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o600)
         segment = cls(info, path, seat, fd, 0)
-        if os.pwrite(fd, info.encode(), 0) != PAGE_BYTES:
-            raise OSError("a new segment could not be begun")
+        try:
+            if os.pwrite(fd, info.encode(), 0) != PAGE_BYTES:
+                raise OSError("a new segment could not be begun")
+        except OSError:
+            remove_segment(path)
+            raise
         return segment
 
     @classmethod

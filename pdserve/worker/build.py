@@ -128,9 +128,13 @@ def make_pool(num_blocks: int, geometry: BlockGeometry) -> torch.Tensor:
 
     Zeroed, because a kernel may read (and then mask) what lies behind a context's end; the system does it page by page
     as blocks are first used. Huge pages make decode attention a fifth faster (docs/results.md). Prompts can be read
-    from KV, so it stays out of core dumps.
+    from KV, so it stays out of core dumps. Raises ConfigError for more than the system gives.
     """
-    memory = mmap.mmap(-1, num_blocks * geometry.block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    num_bytes = num_blocks * geometry.block_bytes
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"A KV pool of {num_bytes} bytes could not be had ({error}): lower --kv-bytes.") from error
     memory.madvise(mmap.MADV_HUGEPAGE)
     memory.madvise(mmap.MADV_DONTDUMP)
     return torch.frombuffer(memory, dtype=TORCH_DTYPES[geometry.dtype]).view(num_blocks, *geometry.shape)

@@ -99,6 +99,21 @@ def test_a_tenant_gets_no_credit_for_the_time_it_was_away() -> None:
     assert [item.tenant for item in turns(queue, 0.0, 10)].count("busy") >= 4
 
 
+@pytest.mark.parametrize("held_up", [False, True])
+def test_tenants_without_end_are_forgotten_but_for_those_that_wait(held_up: bool) -> None:
+    """Credentials that nobody checks name a tenant: any client may bring a new one each time."""
+    queue: RequestQueue[Queued] = RequestQueue(PLACES)
+    if held_up:
+        queue.add(queued("batch", tenant="waits", work_s=0.0))
+    for n in range(10 * PLACES):
+        item = queued("interactive", tenant=f"t{n}", work_s=0.0)
+        queue.add(item)
+        assert queue.order(0.1)[0] is item
+        queue.take(item, 0.1)
+        assert len(queue._served_s) <= 2 * PLACES + 1
+    assert len(queue) == held_up
+
+
 def test_one_tenant_leaves_room_for_others() -> None:
     queue: RequestQueue[Queued] = RequestQueue(PLACES)
     while queue.refuses("many") is None:

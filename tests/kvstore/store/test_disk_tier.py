@@ -8,6 +8,7 @@ import stat
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 
 from kvstore.errors import Unavailable
 from kvstore.keys import BlockKey
+from kvstore.store import disk_tier
 from kvstore.store.breaker import Breaker, BreakerState
 from kvstore.store.disk_tier import DiskTier
 from kvstore.store.segment import HEADER_BYTES, PAGE_BYTES
@@ -166,15 +168,16 @@ async def test_the_least_recently_used_segment_goes_with_what_follows_its_blocks
     assert sum(path.stat().st_size for path in disk.folder.glob("*.kv")) <= 3 * SEGMENT_BYTES
 
 
+class Full(OsCalls):
+    full = False
+
+    def pwritev(self, fd: int, buffers: Sequence[Any], offset: int) -> int:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().pwritev(fd, buffers, offset)
+
+
 async def test_a_full_disk_opens_the_breaker_and_reading_goes_on(disk: Disk) -> None:
-    class Full(OsCalls):
-        full = False
-
-        def pwritev(self, fd: int, buffers: Sequence[Any], offset: int) -> int:
-            if self.full:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return super().pwritev(fd, buffers, offset)
-
     calls = Full()
     tier = disk.open(calls=calls)
     assert await tier.write(writes(chain(1, 2))) == 2
@@ -185,6 +188,36 @@ async def test_a_full_disk_opens_the_breaker_and_reading_goes_on(disk: Disk) -> 
     calls.full = False
     assert await tier.write(writes(chain(3, 2))) == 0, "the disk is left alone for a while"
     assert await readable(tier, chain(1, 2)) == [True, True]
+
+
+@pytest.mark.parametrize("begins", [True, False])
+async def test_a_disk_that_stays_full_takes_room_for_one_segment_from_what_is_there(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, begins: bool
+) -> None:
+    """However often it is tried; `begins`: a new file's first page can still be written."""
+    calls = Full()
+    tier = disk.open(calls=calls)
+    for seed in range(4):
+        assert await tier.write(writes(chain(seed, RECORDS))) == RECORDS
+    pwrite = os.pwrite
+
+    def full_pwrite(fd: int, data: bytes, offset: int) -> int:
+        if calls.full and not begins:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full_pwrite)
+    calls.full = True
+    for hour in range(10):
+        monkeypatch.setattr(disk_tier, "time", SimpleNamespace(monotonic=lambda now_s=1e6 + 3600 * hour: now_s))
+        assert await tier.write(writes(chain(10 + hour, 2))) == 0
+        assert tier.breaker is BreakerState.OPEN
+    assert len(list(disk.folder.glob("*.kv"))) == 3
+    assert [key in tier for seed in range(1, 4) for key in chain(seed, RECORDS)] == [True] * 3 * RECORDS
+    calls.full = False
+    monkeypatch.setattr(disk_tier, "time", SimpleNamespace(monotonic=lambda: 2e6))
+    assert await tier.write(writes(chain(30, 2))) == 2
+    assert await readable(tier, [*chain(30, 2), *chain(3, RECORDS)]) == [True] * (2 + RECORDS)
 
 
 async def test_failing_reads_are_misses_and_then_not_even_tried(disk: Disk) -> None:
