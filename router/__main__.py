@@ -65,6 +65,13 @@ def main(
     ] = None,
     decision_log: Annotated[Path | None, typer.Option(help="Append each decision's record to this file.")] = None,
     vllm_names: Annotated[bool, typer.Option(help="Export metrics under the names of vLLM too.")] = True,
+    expect: Annotated[
+        str,
+        typer.Option(
+            envvar="PDSERVE_EXPECT",
+            help="Roles of the deployment, as prefill,decode: ready when each has a worker, or has had none for 60 s.",
+        ),
+    ] = "",
     reuse_port: Annotated[
         bool, typer.Option(help="Several routers of this machine listen on the port, and share its connections.")
     ] = False,
@@ -95,6 +102,7 @@ def main(
             tls_dir=tls_dir,
             decision_log=decision_log,
             vllm_names=vllm_names,
+            expect=tuple(role.strip() for role in expect.split(",") if role.strip()),
             reuse_port=reuse_port,
             own_port=own_port,
         )

@@ -8,6 +8,7 @@ that can still be good (`router.queue`).
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 
@@ -15,6 +16,9 @@ from pdserve.errors import Overloaded, TenantOverQuota
 from router.slo import SloClass
 
 LONGEST_RETRY_S = 60
+_WINDOW = 64  # verdicts
+_LEAST_SURE, _MOST_SURE = 0.5, 0.9
+_PLENTY = 0.5  # of the verdicts that refuse: there is always another
 
 
 class Mode(Enum):
@@ -35,7 +39,7 @@ class Forecast:
         decode_s: until a decode batch has room for it, within the TPOT that the class allows; 0 when it will have.
         compute_s: its own prompt, fetching included.
         tpot_s: a decode step of the batch that it would be in.
-        margin_s: what TTFT is longer than that in one of ten; a request is judged with it.
+        margin_s: what is added to TTFT to judge the request: see `Confidence`.
     """
 
     waited_s: float
@@ -61,6 +65,26 @@ class Verdict:
     def refused(self) -> bool:
         """It was sent away, other than a request that is only said to miss its class."""
         return self.reason is not None and self.enforced
+
+
+class Confidence:
+    """How sure of a forecast one has to be: in what share of the requests that are taken it is to hold.
+
+    While nobody is refused, half: a place that would be idle costs nothing, so all that are more likely good than not
+    are taken. The more are refused, the more certainly another one would have had the place: then nearly all taken
+    ones are to be good.
+    """
+
+    def __init__(self) -> None:
+        self._refused: deque[bool] = deque(maxlen=_WINDOW)
+
+    def decided(self, refused: bool) -> None:
+        self._refused.append(refused)
+
+    @property
+    def share(self) -> float:
+        refused = sum(self._refused) / _WINDOW
+        return _LEAST_SURE + (_MOST_SURE - _LEAST_SURE) * min(1.0, refused / _PLENTY)
 
 
 def judge(slo: SloClass, forecast: Forecast, mode: Mode) -> Verdict:

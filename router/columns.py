@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 from kvstore.store.rates import PRIORS
 from router.index import Match
 from router.policy import Candidate, Candidates, Links, LoadView, Roster, Snapshot, Speed
-from router.policy.candidates import FETCH_TIERS, LOAD_ROWS, RATE_COLUMNS, RECENT_TOKENS, Reach, load_column
+from router.policy.candidates import (
+    CONTEXT_TOKENS,
+    FETCH_TIERS,
+    FREE_BLOCKS,
+    LOAD_ROWS,
+    RATE_COLUMNS,
+    RECENT_TOKENS,
+    SEQUENCES,
+    WAITING_TOKENS,
+    Reach,
+)
 from router.policy.scorers import RECENT_HALF_LIFE_S
 from router.store_index import Stored
 
@@ -46,6 +56,7 @@ class Columns:
         self._speeds = [Speed()] * _FIRST_SLOTS
         self._rates = np.tile(np.array(Speed().prefill_rates()), (_FIRST_SLOTS, 1))
         self._byte_s = np.tile(_PRIOR_BYTE_S, (1, _FIRST_SLOTS))  # out of each tier of the store
+        self._block_s_of: tuple[Seats, NDArray[np.float64]] | None = None  # seconds a block; while it is true
         self._stale_rates: set[int] = set()  # slots whose speed changed
         self._speeds_of: tuple[Seats, tuple[Speed, ...]] | None = None  # the last answer, while it is true
         self._decayed_s = -math.inf  # the time that the recent tokens are true at
@@ -56,13 +67,22 @@ class Columns:
             self._grow()
         self._loads[:, slot] = 0.0
         self._byte_s[:, slot] = _PRIOR_BYTE_S[:, 0]
+        self._block_s_of = None
         self.set_speed(slot, Speed())
 
     def set_load(self, slot: int, load: LoadView) -> None:
         """All but the recent tokens, which only `add_recent` changes."""
-        recent_tokens = self._loads[RECENT_TOKENS, slot]
-        self._loads[:, slot] = load_column(load)
-        self._loads[RECENT_TOKENS, slot] = recent_tokens
+        self.set_figures(slot, load.waiting_tokens, load.sequences, load.context_tokens, load.free_blocks)
+
+    def set_figures(
+        self, slot: int, waiting_tokens: float, sequences: float, context_tokens: float, free_blocks: float
+    ) -> None:
+        """As `set_load`, without a record."""
+        loads = self._loads
+        loads[WAITING_TOKENS, slot] = waiting_tokens
+        loads[SEQUENCES, slot] = sequences
+        loads[CONTEXT_TOKENS, slot] = context_tokens
+        loads[FREE_BLOCKS, slot] = free_blocks
 
     def change_load(self, slot: int, row: int, amount: float) -> None:
         """One figure of a load, by `amount`; `row` is one of `router.policy.candidates`."""
@@ -80,6 +100,7 @@ class Columns:
     def set_byte_s(self, slot: int, byte_s: Sequence[float]) -> None:
         """Seconds a byte out of the store, by `FETCH_TIERS`."""
         self._byte_s[:, slot] = byte_s
+        self._block_s_of = None
 
     def candidates(
         self, seats: Seats, match: Match, now_s: float, links: Links | None = None, stored: Stored | None = None
@@ -98,10 +119,10 @@ class Columns:
 
     def _reach(self, seats: Seats, stored: Stored) -> Reach:
         roster = seats.roster
-        here = stored.any.take(roster.store_node)
-        anywhere = np.maximum(here, stored.any.max() * roster.store_shares)
-        blocks = np.stack([stored.host.take(roster.store_node), here, anywhere])
-        return Reach(blocks, self._byte_s.take(seats.slots, axis=1))
+        blocks = np.empty((len(FETCH_TIERS), len(roster)))
+        blocks[:2] = stored.blocks.take(roster.store_node, axis=1)
+        np.maximum(blocks[1], stored.blocks[1].max() * roster.store_shares, out=blocks[2])
+        return Reach(blocks, self._block_s_at(seats))
 
     def _speeds_at(self, seats: Seats) -> tuple[Speed, ...]:
         """With the table of rates made true first."""
@@ -113,6 +134,11 @@ class Columns:
         if self._speeds_of is None or self._speeds_of[0] is not seats:
             self._speeds_of = seats, tuple(self._speeds[slot] for slot in seats.slots)
         return self._speeds_of[1]
+
+    def _block_s_at(self, seats: Seats) -> NDArray[np.float64]:
+        if self._block_s_of is None or self._block_s_of[0] is not seats:
+            self._block_s_of = seats, self._byte_s.take(seats.slots, axis=1) * seats.roster.block_bytes
+        return self._block_s_of[1]
 
     def _decay(self, now_s: float) -> None:
         if now_s > self._decayed_s:

@@ -90,6 +90,7 @@ class Explainer:
             "up": link is not None and link.up,
             "transport": link.transport if link is not None else None,
             "bytes_per_second": link.bytes_per_s if link is not None and link.bytes_per_s else None,
+            "last_error": prefill.link_errors.get(decode.worker_id),
             "error": reason or (link.error if link is not None else "no link was reported yet"),
         }
 

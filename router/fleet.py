@@ -12,6 +12,7 @@ import logging
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 from kvstore.control_plane import IN_THE_CLEAR, ControlPlane
@@ -24,11 +25,15 @@ from router.index import Match, PrefixIndex, split_keys
 from router.limits import FleetLimits
 from router.link import WorkerLink
 from router.member import Member, ModelFacts, check_hello
-from router.policy import Candidates, LinkFacts, Links, Role
+from router.pairing import Pairing
+from router.policy import Candidates, Links, Role
+from router.readiness import Readiness
 from router.store_index import Stored
 from router.store_watch import StoreWatch
 
 log = logging.getLogger(__name__)
+
+_root_key = lru_cache(maxsize=1024)(root_key)  # one for each tenant and narrower salt, asked by every request
 
 
 class RequestListener(Protocol):
@@ -51,11 +56,13 @@ class Fleet:
         limits: FleetLimits,
         vocab_size: int | None = None,
         control: ControlPlane = IN_THE_CLEAR,
+        expected_roles: frozenset[Role] = frozenset(),
     ) -> None:
         """`vocab_size` is that of the router's own model; a worker with another one is refused."""
         self.index = PrefixIndex()
         self.columns = Columns()
         self.stores = StoreWatch(limits.link, control)
+        self._readiness = Readiness(expected_roles, limits)
         self._discovery = discovery
         self._router_id = router_id
         self._limits = limits
@@ -64,6 +71,7 @@ class Fleet:
         self._members: dict[str, Member] = {}  # by address
         self._by_id: dict[str, Member] = {}  # those in use
         self._by_link: dict[WorkerLink, Member] = {}
+        self.pairing = Pairing(self._by_id, limits, self.note_roster)
         self._seats: Seats | None = None  # all workers that ever said hello; None: something about them changed
         self._facts: ModelFacts | None = None
         self._facts_now: ModelFacts | None = None  # with the longest context of those in use; None: one came or went
@@ -150,14 +158,14 @@ class Fleet:
             return
         match message.WhichOneof("body"):
             case "load":
-                member.note_load(message.load)
+                member.note_load(message.load, time.monotonic())
                 if member.role is Role.DECODE:  # elsewhere a step holds prompts too
                     member.learner.note_step(message.load.running_sequences, message.load.step_s)
                 self._wake()
             case "kv_events":
                 self._apply(member, message.kv_events)
             case "link":
-                self._note_link(member, message.link)
+                self.pairing.note(member, message.link)
             case "store":
                 member.note_store(message.store)
                 self._follow_stores()
@@ -181,19 +189,6 @@ class Fleet:
         if self.index.count(member.slot) > member.hello.num_blocks:
             raise ValueError(f"the worker says that it holds more than its {member.hello.num_blocks} blocks")
 
-    def _note_link(self, member: Member, report: pb.LinkReport) -> None:
-        """A report may come before its peer does, so unknown peers are kept; one on another life counts for nothing."""
-        if report.peer_id not in member.links and len(member.links) >= self._limits.workers:
-            raise ValueError("the worker reports more links than a fleet has workers")
-        facts = LinkFacts(report.up, report.transport, report.bytes_per_second, report.error)
-        before = member.links.get(report.peer_id)
-        member.links[report.peer_id] = (report.peer_incarnation, facts)
-        member.seen_links = None
-        if before is None or before[1].up != facts.up:
-            log.info("link from=%s to=%s %s", member.worker_id, report.peer_id, facts)
-        self._count_partners()
-        self._wake()
-
     def _note_role(self, member: Member, report: pb.RoleReport) -> None:
         """It begins to drain, or has the new role. Its peers hear of it: links run from prefill to decode."""
         before = member.role
@@ -201,9 +196,7 @@ class Fleet:
         log.info("worker=%s role=%s next_role=%s", member.worker_id, member.role.value, member.next_role)
         if member.role is not before:
             self.role_changes[before.value, member.role.value] += 1
-            for other in self._by_id.values():  # what they last said of it was of a link that is closed now
-                other.links.pop(member.worker_id, None)
-                other.seen_links = None
+            self.pairing.role_changed(member.worker_id)
         self._membership_changed()
 
     def _follow_stores(self) -> None:
@@ -239,44 +232,11 @@ class Fleet:
             self._listener.on_worker_lost(member.worker_id, reason)
 
     def _membership_changed(self) -> None:
-        """Tell each prefill worker which decode workers there are; a peer that vanished is left out."""
-        decoders = [each for _, each in sorted(self._by_id.items()) if each.role is Role.DECODE]
-        peers = pb.Peers(peers=[each.as_peer() for each in decoders])
-        for member in self._by_id.values():
-            wanted = peers if member.role is Role.PREFILL else pb.Peers()
-            encoded = wanted.SerializeToString(deterministic=True)
-            if member.told_peers != encoded:
-                member.told_peers = encoded
-                member.link.send(pb.RouterMessage(peers=wanted))
+        self.pairing.tell_peers()
         self._facts_now = None
-        self._count_partners()
-        self._wake()
-
-    def _count_partners(self) -> None:
-        decoders = [each for each in self._by_id.values() if each.role is Role.DECODE and not each.leaving]
-        self._seats = None
-        for member in self._by_id.values():
-            links = (member.link_to(decoder) for decoder in decoders)
-            member.partners = sum(1 for facts in links if facts is not None and facts.up)
+        self.note_roster()
 
     # --- for the dispatcher ---
-
-    def distrust(self, prompt_id: str, decode_id: str) -> None:
-        """A hand-over between the two failed, whatever their link says: give them none for a while."""
-        prompt, decode = self._by_id.get(prompt_id), self._by_id.get(decode_id)
-        if prompt is None or decode is None:
-            return  # one of them is gone, which explains it
-        life = decode.hello.incarnation
-        prompt.distrusted.add(life)
-        prompt.seen_links = None
-        self._count_partners()
-        asyncio.get_running_loop().call_later(self._limits.distrust_s, self._trust, prompt, life)
-
-    def _trust(self, prompt: Member, life: int) -> None:
-        prompt.distrusted.discard(life)
-        prompt.seen_links = None
-        self._count_partners()
-        self._wake()
 
     def candidates(
         self, match: Match, now_s: float, *, linked_from: str | None = None, stored: Stored | None = None
@@ -316,8 +276,9 @@ class Fleet:
         return [member for member in self._by_id.values() if member.takes_requests]
 
     def note_roster(self) -> None:
-        """A worker was drained, or is in use again."""
-        self._count_partners()
+        """A worker came, went, was drained or is in use again, or a link changed."""
+        self._seats = None
+        self.pairing.count_partners()
         self._wake()
 
     def note_room(self) -> None:
@@ -349,17 +310,16 @@ class Fleet:
 
     def root_key(self, salt: bytes) -> BlockKey:
         """What the first blocks of all requests chain from. Raises Overloaded before any worker connected."""
-        return root_key(self.facts().fingerprint, salt)
+        return _root_key(self.facts().fingerprint, salt)
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be served now; prefill and decode that just joined get time for their link."""
-        usable = self.in_use()
-        roles = {member.role for member in usable}
-        if not {Role.PREFILL, Role.DECODE} <= roles or Role.MIXED in roles:
-            return bool(usable)
-        warming_s = time.monotonic() - max(member.joined_s for member in usable)
-        return any(member.partners or member.links for member in usable) or warming_s > self._limits.warmup_s
+        return not self.why_not_ready
+
+    @property
+    def why_not_ready(self) -> str:
+        """In clear text; empty when a request would be served as it should be."""
+        return self._readiness.why_not(self.in_use(), time.monotonic())
 
     def counts(self) -> Counter[tuple[str, str]]:
         """Workers by (role, state); the role of one that never said hello is "unknown"."""
@@ -379,8 +339,10 @@ class Fleet:
     def topology(self) -> dict[str, Any]:
         """JSON-ready: every known address with its state, and the links between workers."""
         members = sorted(self._members.values(), key=lambda member: (member.worker_id, member.link.address))
+        why_not = self.why_not_ready
         return {
-            "ready": self.ready,
+            "ready": not why_not,
+            "reason": why_not,
             "model": self._facts.model if self._facts is not None else None,
             "workers": [member.describe() for member in members],
         }

@@ -31,8 +31,8 @@ class GrammarCheck:
         self._waiting = 0
         self._known: OrderedDict[Grammar, str | None] = OrderedDict()  # what is wrong with it
 
-    async def check(self, grammar: Grammar) -> None:
-        """Raises InvalidRequest for one that is wrong or takes too long, Overloaded when too many wait."""
+    async def check(self, grammar: Grammar, param: str) -> None:
+        """Raises InvalidRequest naming `param` if it is wrong or takes too long, Overloaded when too many wait."""
         if grammar not in self._known:
             if self._waiting >= MAX_WAITING:
                 raise Overloaded("Too many grammars are waiting to be compiled.")
@@ -47,7 +47,7 @@ class GrammarCheck:
                 self._known.popitem(last=False)
         wrong = self._known.get(grammar)
         if wrong is not None:
-            raise InvalidRequest(wrong, param="response_format")
+            raise InvalidRequest(wrong, param=param)
 
     async def close(self) -> None:
         process, self._process = self._process, None

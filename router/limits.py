@@ -22,7 +22,8 @@ class LinkLimits:
 class FleetLimits:
     poll_s: float = 1.0
     forget_s: float = 30.0  # dial an address this long after it was listed last
-    warmup_s: float = 10.0  # wait this long for the first prefill-decode link before being ready without one
+    warmup_s: float = 10.0  # wait this long for the other role, and for the first link, before being ready without
+    expect_s: float = 60.0  # the same for roles that the deployment is said to have
     workers: int = 1024
     distrust_s: float = 30.0  # a pair whose hand-over failed gets no other so long
     link: LinkLimits = field(default_factory=LinkLimits)

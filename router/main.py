@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import secrets
@@ -50,7 +51,7 @@ from router.http.trust import Trust
 from router.limits import RouterLimits
 from router.metrics import RouterMetrics
 from router.operations import Operations
-from router.policy import POLICIES
+from router.policy import POLICIES, Role
 from router.records import Records
 from router.slo import check_slo
 from router.text.chat_template import ChatTemplate
@@ -86,6 +87,7 @@ class RouterConfig:
     tls_dir: Path | None = None  # as `kvstore.control_plane` has it
     decision_log: Path | None = None  # one JSON line a request is appended
     vllm_names: bool = True  # metrics under the names of vLLM too
+    expect: tuple[str, ...] = ()  # roles that the deployment has: it is ready when each is there, or has not come
     reuse_port: bool = False  # other router processes listen on the same port, and the kernel spreads the connections
     own_port: int | None = None  # where this process alone listens too
 
@@ -96,6 +98,8 @@ class RouterConfig:
             raise ConfigError(f"No policy is named {self.policy}; there are {', '.join(POLICIES)}.")
         if self.admission not in {mode.value for mode in Mode}:
             raise ConfigError(f"--admission is one of {', '.join(mode.value for mode in Mode)}.")
+        if not set(self.expect) <= {role.value for role in Role}:
+            raise ConfigError(f"--expect is some of {', '.join(role.value for role in Role)}, with commas between.")
         if self.drain_s < 0:
             raise ConfigError("--drain-s cannot be negative.")
 
@@ -174,7 +178,14 @@ class Router:
         limits = RouterLimits()
         router_id = secrets.token_hex(4)
         registry = CollectorRegistry()
-        self.fleet = Fleet(config.discovery(), router_id, limits.fleet, model.vocab_size, _control(config.tls_dir))
+        self.fleet = Fleet(
+            config.discovery(),
+            router_id,
+            limits.fleet,
+            model.vocab_size,
+            _control(config.tls_dir),
+            frozenset(map(Role, config.expect)),
+        )
         self._records = _records(config.decision_log)
         self._grammars = GrammarCheck(config.model / "tokenizer.json", model.vocab_size, model.eos_token_ids)
         self.dispatcher = RouterDispatcher(
@@ -240,7 +251,9 @@ class Router:
 
     def _topology(self) -> dict[str, Any]:
         topology = self.fleet.topology()
-        return {**topology, "ready": topology["ready"] and not self._draining, "draining": self._draining}
+        if self._draining:
+            topology |= {"ready": False, "reason": "the router is ending"}
+        return {**topology, "draining": self._draining}
 
 
 class _Server(uvicorn.Server):
@@ -281,6 +294,8 @@ async def run(config: RouterConfig) -> None:
         stop, hurry = asyncio.Event(), asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stop, hurry)
+        gc.collect()
+        gc.freeze()  # what is there by now stays: full collections, which everybody waits for, need not look at it
         router.start()
         serving = asyncio.create_task(server.serve(sockets=sockets), name="http")
         stopping = asyncio.create_task(stop.wait())

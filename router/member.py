@@ -14,7 +14,7 @@ from router.backlog import Backlog
 from router.columns import Columns, Seats
 from router.events import EventCursor
 from router.link import WorkerLink
-from router.policy import Candidate, LinkFacts, Links, LoadView, Role
+from router.policy import Candidate, LinkFacts, Links, Role
 from router.policy.candidates import FETCH_TIERS
 from router.speed import SpeedLearner
 from router.step_model import StepLearner
@@ -91,6 +91,7 @@ class Member:
     load: pb.LoadReport = field(default_factory=pb.LoadReport)
     events: EventCursor = field(default_factory=EventCursor)
     links: dict[str, tuple[int, LinkFacts]] = field(default_factory=dict)  # by peer id: incarnation, facts
+    link_errors: dict[str, str] = field(default_factory=dict)  # the last one, by peer id
     distrusted: set[int] = field(default_factory=set)  # incarnations of peers to which a hand-over failed lately
     told_peers: bytes = b""  # the last Peers message
     partners: int = 0
@@ -150,7 +151,7 @@ class Member:
         self.next_role = _ROLES.get(hello.next_role)
         self.incompatible = ""
         # Until its first report it is empty, as a worker without sequences is.
-        self.note_load(pb.LoadReport(free_blocks=hello.num_blocks, total_blocks=hello.num_blocks))
+        self.note_load(pb.LoadReport(free_blocks=hello.num_blocks, total_blocks=hello.num_blocks), now_s)
 
     def leave(self) -> None:
         """The session ended: what it said holds no longer. What was sent to it stays remembered."""
@@ -158,6 +159,7 @@ class Member:
         self.store, self.store_shares = None, False
         self.events = EventCursor()
         self.links.clear()
+        self.link_errors.clear()
         self.seen_links = None
         self.told_peers = b""
         self.partners = 0
@@ -188,11 +190,15 @@ class Member:
         if tiers and self.tier_rates.fetched(tiers, self.hello.block_bytes, elapsed_s):
             self.columns.set_byte_s(self.slot, [self.tier_rates.byte_s(tier) for tier in FETCH_TIERS])
 
-    def note_load(self, load: pb.LoadReport) -> None:
-        """A step without prompts in it says how long one with so many sequences takes."""
+    def note_load(self, load: pb.LoadReport, now_s: float) -> None:
+        """A step without prompts in it says how long one with so many sequences takes. What other routers sent since
+        the last report is remembered as what this one sends is."""
         prompts = load.waiting_tokens or self.load.waiting_tokens or self.backlog.tokens
         if self.role is Role.DECODE or not prompts:
             self.steps.note(load.running_sequences, load.context_tokens, load.step_s)
+        sent_tokens = load.others_sent_tokens - self.load.others_sent_tokens
+        if sent_tokens > 0:
+            self.columns.add_recent(self.slot, sent_tokens, now_s)
         self.load = load
         self._refresh()
 
@@ -217,13 +223,14 @@ class Member:
 
     @property
     def busy_sequences(self) -> int:
-        """The larger of what it reported and what this router sent."""
+        """The larger of what it reported and what routers sent: this one, and the others as of the last report."""
         load = self.load
-        return max(load.running_sequences + load.waiting_sequences + load.pending_reservations, self.sequences)
+        reported = load.running_sequences + load.waiting_sequences + load.pending_reservations
+        return max(reported, self.sequences + load.others_sequences)
 
     def backlog_s(self, now_s: float) -> float:
         """Until its prompts are computed: those of this router, planned ones included, and what it reported beyond."""
-        foreign = max(0, self.load.waiting_tokens - self.backlog.tokens)
+        foreign = max(self.load.others_waiting_tokens, self.load.waiting_tokens - self.backlog.tokens)
         more = foreign + self.planned_tokens
         tokens = self.backlog.tokens + more
         if not tokens:
@@ -231,15 +238,16 @@ class Member:
         return self.backlog.seconds(now_s, tokens / self.learner.speed.prefill_s(tokens), more)
 
     def _refresh(self) -> None:
-        """The larger of what it reported and what this router knows to be on its way."""
+        """The larger of what it reported and what routers have on its way: this one, and the others as it reported."""
         load = self.load
-        view = LoadView(
-            waiting_tokens=max(load.waiting_tokens, self.outstanding_tokens) + self.planned_tokens,
+        sent_tokens = self.outstanding_tokens + load.others_waiting_tokens
+        self.columns.set_figures(
+            self.slot,
+            waiting_tokens=max(load.waiting_tokens, sent_tokens) + self.planned_tokens,
             sequences=self.busy_sequences,
             context_tokens=load.context_tokens,
             free_blocks=load.free_blocks,
         )
-        self.columns.set_load(self.slot, view)
 
     def candidate(self) -> Candidate:
         """What seldom changes about it."""

@@ -24,6 +24,7 @@ class Claim:
 
     def __init__(self, member: Member, uncached_tokens: int) -> None:
         self.worker_id = member.worker_id
+        self.uncached_tokens = uncached_tokens
         self._member = member
         self._tokens = uncached_tokens
         self._held = True

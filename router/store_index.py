@@ -34,10 +34,15 @@ class _Node:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stored:
-    """Leading blocks of a request that nodes hold; an element a node, and a last one, 0, for no node."""
+    """Leading blocks of a request that nodes hold: in the host tier, and in whichever; [2, nodes], the last of them no
+    node: 0.
+    """
 
-    host: Numbers
-    any: Numbers  # in whichever tier
+    blocks: Numbers
+
+    @property
+    def any(self) -> Numbers:
+        return self.blocks[_ANY]  # type: ignore[no-any-return]
 
 
 class StoreIndex:
@@ -103,10 +108,9 @@ class StoreIndex:
         found = self._index.match(keys).by_slot() if self._nodes else None
         if not found:
             return None
-        rows = np.zeros((2, MAX_NODES + 1))
-        for slot, blocks in found.items():
-            rows[slot % 2, slot // 2] = blocks
-        return Stored(rows[_HOST], rows[_ANY])
+        rows = np.zeros(2 * (MAX_NODES + 1))
+        rows[list(found)] = list(found.values())
+        return Stored(rows.reshape(-1, 2).transpose())
 
     @staticmethod
     def _accepts(known: _Node, sequence: int) -> bool:

@@ -87,12 +87,16 @@ def store_command(options: UpOptions, socket: Path, redis_url: str) -> Command:
 
 def worker_commands(options: UpOptions, model: Path, redis_url: str, store: Path | None) -> list[Command]:
     """One command a worker, named `role-number`, which is also its worker id. `store` is its node's socket."""
-    counts = zip(ROLES, (options.prefill, options.decode, options.mixed), strict=True)
     return [
         _worker_command(options, model, redis_url, store, role, f"{role}-{number}")
-        for role, count in counts
+        for role, count in _counts(options)
         for number in range(count)
     ]
+
+
+def _counts(options: UpOptions) -> list[tuple[str, int]]:
+    """Workers of each role."""
+    return list(zip(ROLES, (options.prefill, options.decode, options.mixed), strict=True))
 
 
 def _worker_command(
@@ -129,6 +133,7 @@ def router_command(options: UpOptions, model: Path, redis_url: str) -> Command:
         "--namespace": options.namespace,
         # The workers end with it, so there is nothing that its streams could wait for.
         "--drain-s": "0",
+        "--expect": ",".join(role for role, count in _counts(options) if count),
     }
     if options.policy is not None:
         values["--policy"] = options.policy

@@ -188,7 +188,7 @@ class TokenLogprobs(_message.Message):
     def __init__(self, logprob: _Optional[float] = ..., rank: _Optional[int] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt_token_ids", "output_token_ids", "sampling", "root_key", "disaggregated", "remaining_s", "tenant")
+    __slots__ = ("request_id", "attempt", "prompt_token_ids", "output_token_ids", "sampling", "root_key", "disaggregated", "remaining_s", "tenant", "uncached_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -198,6 +198,7 @@ class Submit(_message.Message):
     DISAGGREGATED_FIELD_NUMBER: _ClassVar[int]
     REMAINING_S_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    UNCACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -207,7 +208,8 @@ class Submit(_message.Message):
     disaggregated: bool
     remaining_s: float
     tenant: str
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., root_key: _Optional[bytes] = ..., disaggregated: _Optional[bool] = ..., remaining_s: _Optional[float] = ..., tenant: _Optional[str] = ...) -> None: ...
+    uncached_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., root_key: _Optional[bytes] = ..., disaggregated: _Optional[bool] = ..., remaining_s: _Optional[float] = ..., tenant: _Optional[str] = ..., uncached_tokens: _Optional[int] = ...) -> None: ...
 
 class HandoffWanted(_message.Message):
     __slots__ = ("request_id", "attempt")
@@ -417,7 +419,7 @@ class Prefetch(_message.Message):
     def __init__(self, keys: _Optional[bytes] = ...) -> None: ...
 
 class LoadReport(_message.Message):
-    __slots__ = ("waiting_sequences", "running_sequences", "waiting_tokens", "free_blocks", "total_blocks", "step_s", "pending_reservations", "context_tokens")
+    __slots__ = ("waiting_sequences", "running_sequences", "waiting_tokens", "free_blocks", "total_blocks", "step_s", "pending_reservations", "context_tokens", "others_sent_tokens", "others_waiting_tokens", "others_sequences")
     WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -426,6 +428,9 @@ class LoadReport(_message.Message):
     STEP_S_FIELD_NUMBER: _ClassVar[int]
     PENDING_RESERVATIONS_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_SENT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     waiting_sequences: int
     running_sequences: int
     waiting_tokens: int
@@ -434,7 +439,10 @@ class LoadReport(_message.Message):
     step_s: float
     pending_reservations: int
     context_tokens: int
-    def __init__(self, waiting_sequences: _Optional[int] = ..., running_sequences: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., step_s: _Optional[float] = ..., pending_reservations: _Optional[int] = ..., context_tokens: _Optional[int] = ...) -> None: ...
+    others_sent_tokens: int
+    others_waiting_tokens: int
+    others_sequences: int
+    def __init__(self, waiting_sequences: _Optional[int] = ..., running_sequences: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., step_s: _Optional[float] = ..., pending_reservations: _Optional[int] = ..., context_tokens: _Optional[int] = ..., others_sent_tokens: _Optional[int] = ..., others_waiting_tokens: _Optional[int] = ..., others_sequences: _Optional[int] = ...) -> None: ...
 
 class KvEvents(_message.Message):
     __slots__ = ("sequence", "snapshot", "stored", "removed")

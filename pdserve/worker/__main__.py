@@ -62,6 +62,9 @@ def main(
     load_format: Annotated[
         Literal["auto", "dummy"], typer.Option(help="dummy: random weights of the shape that config.json gives.")
     ] = "auto",
+    transport: Annotated[
+        Literal["ucx", "nixl"], typer.Option(help="What moves blocks to other workers; nixl: straight between GPUs.")
+    ] = "ucx",
     store: Annotated[Path | None, typer.Option(help="Socket of this machine's store node (pdserve store).")] = None,
     tls_dir: Annotated[
         Path | None,
@@ -101,6 +104,7 @@ def main(
             weights=weights,
             load_format=load_format,
             vllm_names=vllm_names,
+            transport=transport,
             store=store,
             control=control_plane(tls_dir),
         )

@@ -26,6 +26,14 @@ class BlockMemory(Protocol):
         """`[block_bytes]`, writable: what a transport sends and receives into."""
         ...
 
+    def whole(self) -> Memory:
+        """All blocks, one behind the other."""
+        ...
+
+    def scratch(self, num_bytes: int) -> Memory:
+        """New memory of the same kind, zeros."""
+        ...
+
     def checksum(self, block_id: int) -> int: ...
 
     def read(self, block_id: int, into: Buffer) -> int:
@@ -52,6 +60,12 @@ class HostBlocks:
         view: Buffer = self._blocks[block_id]
         return view
 
+    def whole(self) -> Buffer:
+        return self._blocks.reshape(-1)
+
+    def scratch(self, num_bytes: int) -> Buffer:
+        return np.zeros(num_bytes, np.uint8)
+
     def checksum(self, block_id: int) -> int:
         return block_checksum(self._blocks[block_id])
 
@@ -74,7 +88,13 @@ class DeviceBlocks:
         self._of_thread = threading.local()
 
     def block(self, block_id: int) -> DeviceBuffer:
-        return DeviceBuffer(self._blocks[block_id].data_ptr(), self.block_bytes, self._blocks)
+        return _buffer(self._blocks[block_id])
+
+    def whole(self) -> DeviceBuffer:
+        return _buffer(self._blocks)
+
+    def scratch(self, num_bytes: int) -> DeviceBuffer:
+        return _buffer(torch.zeros(num_bytes, dtype=torch.uint8, device=self._blocks.device))
 
     def checksum(self, block_id: int) -> int:
         own = self._of_thread
@@ -97,6 +117,11 @@ class DeviceBlocks:
         with torch.cuda.stream(own.stream):
             target.copy_(source, non_blocking=True)
         own.stream.synchronize()
+
+
+def _buffer(tensor: Tensor) -> DeviceBuffer:
+    """Keeps the tensor's memory."""
+    return DeviceBuffer(tensor.data_ptr(), tensor.nbytes, tensor, tensor.device.index or 0)
 
 
 class PinnedArena:

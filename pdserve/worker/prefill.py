@@ -31,15 +31,17 @@ class PrefillSide:
         self._closed: OrderedDict[TicketId, tuple[int, ...]] = OrderedDict()
         self._pushes: dict[TicketId, Push] = {}
 
-    def submit(self, session: RouterSession, submit: pb.Submit) -> None:
-        """Queue a prompt, or a whole request if it is not `disaggregated`."""
+    def submit(self, session: RouterSession, submit: pb.Submit) -> bool:
+        """Queue a prompt, or a whole request if it is not `disaggregated`. False: it cannot be run, or is here."""
         entry = self._parts.requests.open(session, submit, prefill_only=submit.disaggregated)
         if entry is None:
-            return
+            return False
+        entry.uncached_tokens = submit.uncached_tokens
         if self._parts.store is None or entry.sequence.tells_prompt_logprobs:
             self._queue(entry)
         else:
             self._parts.store.start(self._load_and_queue(entry, self._parts.store))
+        return True
 
     async def _load_and_queue(self, entry: Entry, store: StoreSide) -> None:
         """Blocks that the store has and the pool lacks come first, if that is faster than to compute them."""

@@ -43,6 +43,7 @@ class Entry:
     ticket_id: TicketId | None = None  # that the push is under
     arrival: Arrival | None = None
     tokens_sent: int = 0
+    uncached_tokens: int = 0  # of a prompt, that its router expects to be computed here
     fetch_s: float = 0.0  # spent with the store before it was queued
     fetched: tuple[Tier, ...] = ()  # where its blocks came from that were not in the pool
 

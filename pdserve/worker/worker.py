@@ -34,11 +34,13 @@ from pdserve.worker.prefill import PrefillSide
 from pdserve.worker.requests import Entry, RequestTable, entry_name
 from pdserve.worker.role_change import RoleKeeper
 from pdserve.worker.session import RouterSession
+from pdserve.worker.shares import Others, Shares
 from pdserve.worker.store_side import StoreSide
 
 log = logging.getLogger(__name__)
 
 _LOAD_EVERY_S = 0.1
+_SHARE_EVERY_S = 0.01  # what one router sends is told to the others so soon
 _LEDGER_TIMEOUT_S = 5.0
 
 
@@ -82,6 +84,8 @@ class Worker:
         self._load = Load(0, 0, 0, 0, hello.num_blocks, 0)
         self._step_s = 0.0
         self._load_sent_s = 0.0
+        self._shares = Shares(self._requests)
+        self._share: asyncio.TimerHandle | None = None  # the others are to be told
 
     @property
     def registry(self) -> CollectorRegistry:
@@ -91,10 +95,11 @@ class Worker:
 
     def open_session(self, session: RouterSession) -> None:
         self._sessions[session] = []
+        self._shares.opened(session)
         session.send(pb.WorkerMessage(hello=self._hello))
         for report in self.links.reports():
             session.send(pb.WorkerMessage(link=report))
-        session.send(self._load_message())
+        session.send(self._load_message(Others()))
         if self._store is not None:
             session.send(pb.WorkerMessage(store=self._store.report()))
         # Events since the last step are in the snapshot too; telling one twice does no harm.
@@ -103,6 +108,7 @@ class Worker:
     def close_session(self, session: RouterSession) -> None:
         """The router is gone: nobody wants its requests any more."""
         del self._sessions[session]
+        self._shares.closed(session)
         self._set_peers()
         for entry in self._requests:
             if entry.session is session:
@@ -112,7 +118,9 @@ class Worker:
         """One message of a router, in order. What is malformed is answered; what comes too late is ignored."""
         match message.WhichOneof("body"):
             case "submit" if self._takes(session, message.submit):
-                self.prefill.submit(session, message.submit)
+                if self.prefill.submit(session, message.submit):
+                    self._shares.sent(session, message.submit.uncached_tokens)
+                    self._share_soon()
             case "reserve" if self._takes(session, message.reserve.request):
                 self._decode.reserve(session, message.reserve)
             case "submit" | "reserve":
@@ -186,8 +194,7 @@ class Worker:
         self._metrics.on_step(report)
         now_s = time.monotonic()
         if now_s - self._load_sent_s >= _LOAD_EVERY_S or not report.load.running_sequences:
-            self._load_sent_s = now_s
-            self._tell_all(self._load_message())
+            self._tell_load(now_s)
         self._decode.retry()
 
     def _send_token(self, token: StepToken) -> None:
@@ -224,7 +231,21 @@ class Worker:
             compute_s=now_s - scheduled_s,
         )
 
-    def _load_message(self) -> pb.WorkerMessage:
+    def _share_soon(self) -> None:
+        """A router that chooses next is to know what another has just sent, whatever the step in progress takes."""
+        if self._share is None and self._shares.several:
+            loop = asyncio.get_running_loop()
+            self._share = loop.call_later(_SHARE_EVERY_S, lambda: self._tell_load(time.monotonic()))
+
+    def _tell_load(self, now_s: float) -> None:
+        self._load_sent_s = now_s
+        if self._share is not None:
+            self._share.cancel()
+            self._share = None
+        for session, others in self._shares.others().items():
+            session.send(self._load_message(others))
+
+    def _load_message(self, others: Others) -> pb.WorkerMessage:
         load = self._load
         return pb.WorkerMessage(
             load=pb.LoadReport(
@@ -236,6 +257,9 @@ class Worker:
                 step_s=self._step_s,
                 pending_reservations=self._decode.num_pending,
                 context_tokens=load.context_tokens,
+                others_sent_tokens=others.sent_tokens,
+                others_waiting_tokens=others.waiting_tokens,
+                others_sequences=others.sequences,
             )
         )
 

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pdserve.errors import InvalidRequest
+from pdserve.protocol.codec import MAX_GRAMMAR_BYTES
 from pdserve.request import Grammar
-from router.http.schema import ChatRequest, Message, Tool, ToolChoice
+from router.http.schema import ChatRequest, Function, Message, Tool, ToolChoice
 from router.http.service import ServedModel
+from router.http.structured import requested_grammar
 from router.text.chat_template import ChatTemplate
-from router.text.tool_calls import ToolFormat, find_format, forced_calls
+from router.text.tool_formats import LLAMA3, ToolFormat, find_format
+from router.text.tool_grammar import Callee, calls_or_json, forced_calls, free_calls
 
 
 @dataclass(frozen=True, slots=True)
 class Tooling:
-    """How the answer may call tools. `grammar` if it must."""
+    """How the answer may call tools.
+
+    Attributes:
+        tools: as the template takes them.
+        grammar: of the whole answer, if something holds its calls or they are forced.
+        forced: it must call one.
+    """
 
     format: ToolFormat
-    tools: tuple[Mapping[str, Any], ...]  # as the template takes them
+    tools: tuple[Mapping[str, Any], ...]
     grammar: Grammar | None
+    forced: bool
 
 
 def tool_format_of(template: ChatTemplate) -> ToolFormat | None:
@@ -47,22 +57,48 @@ def tooling_of(request: ChatRequest, model: ServedModel) -> Tooling | None:
             code="unsupported_parameter",
         )
     tools = tuple(map(_tool_payload, request.tools))
-    forced = _forced(choice, tools)
-    several = bool(request.parallel_tool_calls)
-    grammar = forced_calls(tool_format, forced, model.tokenizer, several=several) if forced else None
-    return Tooling(tool_format, tools, grammar)
-
-
-def _forced(choice: str | ToolChoice, tools: tuple[Mapping[str, Any], ...]) -> list[Mapping[str, Any]]:
-    """The functions of which one has to be called. Raises InvalidRequest."""
     if choice == "auto":
-        return []
-    functions = [tool["function"] for tool in tools]
+        return Tooling(tool_format, tools, _free(request, request.tools, tool_format, model), forced=False)
+    several = bool(request.parallel_tool_calls)
+    grammar = forced_calls(tool_format, _forced(choice, request.tools), model.tokenizer, several=several)
+    return Tooling(tool_format, tools, _bounded(grammar), forced=True)
+
+
+def _forced(choice: str | ToolChoice, tools: Sequence[Tool]) -> list[Callee]:
+    """The functions of which one has to be called. Raises InvalidRequest."""
+    functions = [tool.function for tool in tools]
     if isinstance(choice, ToolChoice):
-        functions = [function for function in functions if function["name"] == choice.function.name]
+        functions = [function for function in functions if function.name == choice.function.name]
         if not functions:
             raise InvalidRequest("'tool_choice' names none of the 'tools'.", param="tool_choice")
-    return functions
+    return [_callee(function) for function in functions]
+
+
+def _free(request: ChatRequest, tools: Sequence[Tool], tool_format: ToolFormat, model: ServedModel) -> Grammar | None:
+    """The grammar of an answer that may call what it will; None where nothing holds its calls."""
+    held = any(tool.function.strict for tool in tools)
+    several = request.parallel_tool_calls is not False
+    callees = [_callee(tool.function) if tool.function.strict else Callee(tool.function.name) for tool in tools]
+    asked = requested_grammar(request)
+    if asked is not None:
+        if asked.grammar.kind != "json_schema" or tool_format is LLAMA3:
+            return None  # the answer's own grammar, which calls do not fit
+        return _bounded(calls_or_json(tool_format, callees, model.tokenizer, asked.grammar.source, several=several))
+    if not held and several:
+        return None
+    return _bounded(free_calls(tool_format, callees, model.tokenizer, model.eos_token_ids, several=several))
+
+
+def _bounded(grammar: Grammar) -> Grammar:
+    """Raises InvalidRequest."""
+    if len(grammar.source.encode()) > MAX_GRAMMAR_BYTES:
+        raise InvalidRequest(f"The schemas of 'tools' have over {MAX_GRAMMAR_BYTES} bytes together.", param="tools")
+    return grammar
+
+
+def _callee(function: Function) -> Callee:
+    """Its arguments hold to its schema."""
+    return Callee(function.name, None if function.parameters is None else json.loads(function.parameters))
 
 
 def prompt_text(request: ChatRequest, template: ChatTemplate, tooling: Tooling | None) -> str:

@@ -165,7 +165,8 @@ def _response_format(text: Text | None) -> Payload | None:
 
 def _function(tool: FunctionTool) -> Payload:
     parameters = None if tool.parameters is None else json.loads(tool.parameters)
-    return {"name": tool.name, "description": tool.description, "parameters": parameters}
+    strict = tool.strict is not False  # this API's default, unlike that of chats
+    return {"name": tool.name, "description": tool.description, "parameters": parameters, "strict": strict}
 
 
 def _tool_choice(choice: str | NamedFunction | None) -> Any:

@@ -89,7 +89,7 @@ class Service:
     Attributes:
         root_key: of a prompt's block keys, for a salt; raises `Overloaded` while nothing is known of any worker.
         topology: the fleet, JSON-ready; its "ready" is what /readyz asks.
-        check_grammar: raises `InvalidRequest` for one that cannot be used.
+        check_grammar: raises `InvalidRequest` for one that cannot be used, naming the parameter that it came from.
         routing: answers about choices; None leaves their endpoints out.
         operations: likewise, of operators.
         access: who may ask for what.
@@ -102,7 +102,7 @@ class Service:
     root_key: Callable[[bytes], BlockKey]
     metrics: RouterMetrics
     topology: Callable[[], dict[str, Any]]
-    check_grammar: Callable[[Grammar], Awaitable[None]]
+    check_grammar: Callable[[Grammar, str], Awaitable[None]]
     routing: Routing | None = None
     operations: Operations | None = None
     access: Access = field(default_factory=lambda: Access(Trust()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 from pdserve.errors import InvalidRequest
 from pdserve.request import Grammar, GrammarKind
@@ -11,27 +12,33 @@ from router.http.schema import ChatRequest, CompletionRequest, ResponseFormat, S
 _ANY_OBJECT = '{"type":"object"}'
 
 
-def requested_grammar(request: CompletionRequest | ChatRequest) -> Grammar | None:
+@dataclass(frozen=True, slots=True)
+class RequestedGrammar:
+    param: str  # that asks for it
+    grammar: Grammar
+
+
+def requested_grammar(request: CompletionRequest | ChatRequest) -> RequestedGrammar | None:
     """Raises InvalidRequest when more than one is asked for."""
     outputs = request.structured_outputs or StructuredOutputs()
     texts: tuple[tuple[str, GrammarKind, str | None], ...] = (
-        ("json", "json_schema", outputs.json_schema),
+        ("structured_outputs.json", "json_schema", outputs.json_schema),
         ("guided_json", "json_schema", request.guided_json),
-        ("regex", "regex", outputs.regex),
+        ("structured_outputs.regex", "regex", outputs.regex),
         ("guided_regex", "regex", request.guided_regex),
-        ("choice", "lark", _one_of(outputs.choice)),
+        ("structured_outputs.choice", "lark", _one_of(outputs.choice)),
         ("guided_choice", "lark", _one_of(request.guided_choice)),
-        ("grammar", "lark", outputs.grammar),
+        ("structured_outputs.grammar", "lark", outputs.grammar),
         ("guided_grammar", "lark", request.guided_grammar),
     )
     asked = [
         ("response_format", _of_format(request.response_format)),
         *((name, Grammar(kind, text)) for name, kind, text in texts if text is not None),
     ]
-    given = [(name, grammar) for name, grammar in asked if grammar is not None]
+    given = [RequestedGrammar(name, grammar) for name, grammar in asked if grammar is not None]
     if len(given) > 1:
-        raise InvalidRequest("An output can follow one format or grammar, not several.", param=given[1][0])
-    return given[0][1] if given else None
+        raise InvalidRequest("An output can follow one format or grammar, not several.", param=given[1].param)
+    return given[0] if given else None
 
 
 def _of_format(response_format: ResponseFormat | None) -> Grammar | None:

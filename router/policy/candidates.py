@@ -56,6 +56,7 @@ class Roster:
     block_bytes: Numbers
     partners: Numbers
     none_s: Numbers  # zeros
+    rows: NDArray[np.intp]  # 0, 1, ...
     # What follows from the roster alone, kept by whoever works it out: the same key, the same value.
     memo: dict[Hashable, Flags] = field(default_factory=dict)
 
@@ -83,6 +84,7 @@ class Roster:
             block_bytes=_numbers(each.block_bytes for each in workers),
             partners=_numbers(each.partners for each in workers),
             none_s=np.zeros(len(workers)),
+            rows=np.arange(len(workers)),
         )
 
     def __len__(self) -> int:
@@ -111,12 +113,12 @@ class Reach:
     """What each worker's store holds of a request.
 
     Attributes:
-        blocks: leading blocks that are in the host tier or before it, on disk or before it, anywhere; [3, workers].
-        byte_s: seconds a byte out of these tiers, behind their latency; [3, workers].
+        blocks: leading blocks that are in the host tier, on disk or before it, anywhere; never falling; [3, workers].
+        block_s: seconds a block out of these tiers, behind their latency; [3, workers].
     """
 
     blocks: Numbers
-    byte_s: Numbers
+    block_s: Numbers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -232,6 +234,10 @@ class Candidates:
         bits = np.maximum(np.frexp(tokens)[1], 0)  # the bit length of the whole part
         return tokens / self._rates.take(self._first + bits)
 
+    def divide_by_rates(self, tokens: Numbers) -> None:
+        """As `prefill_s` of at least one token each, in place."""
+        tokens /= self._rates.take(self._first + np.frexp(tokens)[1])
+
     def constant_prefill_s(self, tokens: int) -> Numbers:
         """As `prefill_s` for the same number of tokens on each."""
         return tokens / self._rates.take(self._first + tokens.bit_length())
@@ -254,18 +260,24 @@ def plan_fetches(need: Need, candidates: Candidates) -> Fetched:
     seen = candidates.seen
     assert seen.reach is not None
     most = max(0, need.tokens - 1) // need.block_size
-    ends = np.empty((1 + len(FETCH_TIERS), len(seen)))
+    table = np.empty((3, 1 + len(FETCH_TIERS), len(seen)))  # of each cut: where it is, seconds to fetch, to compute
+    ends, fetch_s, compute_s = table
     ends[0] = seen.matched_blocks
     np.minimum(seen.reach.blocks, most, out=ends[1:])
-    np.maximum.accumulate(ends, axis=0, out=ends)
+    np.maximum(ends[1:], seen.matched_blocks, out=ends[1:])
     blocks = ends[1:] - ends[:-1]
-    seconds = np.zeros_like(ends)
-    seconds[1:] = blocks * seen.roster.block_bytes * seen.reach.byte_s + (blocks > 0.0) * _LATENCY_S
-    np.cumsum(seconds, axis=0, out=seconds)
-    compute_s = candidates.prefill_s(uncached_tokens(need, ends))
-    cut = (seconds + compute_s).argmin(axis=0)
-    at = cut * len(seen) + np.arange(len(seen))  # of the tables, flat
-    return Fetched(ends.take(at) - seen.matched_blocks, seconds.take(at), compute_s.take(at), cut)
+    fetch_s[0] = 0.0
+    np.multiply(blocks, seen.reach.block_s, out=fetch_s[1:])
+    fetch_s[1:] += (blocks > 0.0) * _LATENCY_S
+    for tier in range(1, len(FETCH_TIERS)):
+        fetch_s[tier + 1] += fetch_s[tier]
+    np.multiply(ends, -need.block_size, out=compute_s)
+    compute_s += need.tokens
+    np.maximum(compute_s, 1.0, out=compute_s)
+    candidates.divide_by_rates(compute_s)
+    cut = (fetch_s + compute_s).argmin(axis=0)
+    best = table.reshape(3, -1).take(cut * len(seen) + seen.roster.rows, axis=1)
+    return Fetched(best[0] - ends[0], best[1], best[2], cut)
 
 
 def _flags(values: Iterable[bool]) -> Flags:

@@ -204,10 +204,11 @@ class Replay:
         self._tokens += arrival.prompt_tokens
         self._hit_tokens += arrival.prompt_tokens - uncached_tokens
         self._work.note(slot, uncached_tokens, now_s)
-        router.columns.add_recent(slot, uncached_tokens, now_s)
+        router.note_sent(slot, uncached_tokens, now_s)
+        for other in self._routers:
+            if other is not router:
+                other.hears_sent(slot, uncached_tokens, now_s)
         running = _Running(arrival, slot, worker.life, uncached_tokens, router, touched)
-        self._change_load(running, WAITING_TOKENS, uncached_tokens, now_s)
-        self._change_load(running, SEQUENCES, 1, now_s)
         self._queue[id(running)] = running
         self._push(worker.enqueue(uncached_tokens, now_s), _Event.PREFILLED, running)
 

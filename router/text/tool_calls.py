@@ -1,87 +1,20 @@
-"""How models write tool calls, and how their text is read back. The chat template tells which way a model has.
-
-hermes    <tool_call>{"name": "f", "arguments": {...}}</tool_call>     Qwen, Hermes, SmolLM
-mistral   [TOOL_CALLS][{"name": "f", "arguments": {...}}]               Mistral
-          [TOOL_CALLS]f[ARGS]{...}                                      Mistral from Small 3.2 on
-llama3    {"name": "f", "parameters": {...}}, as the whole answer       Llama 3.1 to 3.3
-"""
+"""Tool calls are read from the text of an answer, in the format that the model has."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pdserve.request import Grammar
-from router.text.tokenizer import Tokenizer
+import msgspec
 
-
-@dataclass(frozen=True, slots=True)
-class ToolFormat:
-    """`begin` is written before a call; "" if a call is the whole answer, which may then start with `mark`.
-    `end` is written after it; "" if the answer ends there."""
-
-    name: str
-    begin: str
-    end: str
-    arguments: str  # the key that they have
-    opening: str = ""  # between `begin` and the JSON
-    closing: str = ""
-    mark: str = ""
-    named: str = ""  # between the name and the arguments, where a call is these two and not one JSON object
-
-
-HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>", "arguments", "\n", "\n")
-MISTRAL = ToolFormat("mistral", "[TOOL_CALLS]", "", "arguments", "[", "]")
-MISTRAL_NAMED = ToolFormat("mistral", "[TOOL_CALLS]", "", "", named="[ARGS]")
-LLAMA3 = ToolFormat("llama3", "", "", "parameters", mark="<|python_tag|>")
+from router.text.tool_formats import ToolFormat
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCallText:
     name: str
-    arguments: str  # JSON
-
-
-def find_format(template: str) -> ToolFormat | None:
-    """The format that the source of a chat template writes calls in; None for one that this does not know."""
-    signs = ((HERMES, HERMES.begin), (MISTRAL_NAMED, "[ARGS]"), (MISTRAL, MISTRAL.begin), (LLAMA3, "parameters"))
-    return next((tool_format for tool_format, sign in signs if sign in template), None)
-
-
-def forced_calls(
-    tool_format: ToolFormat, functions: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, several: bool
-) -> Grammar:
-    """The grammar of an answer that calls one of `functions`, or `several`, and says nothing else.
-
-    Args:
-        functions: each with a `name`, and its `parameters` as a JSON schema if it has any.
-    """
-    begin, end, named = (_terminal(x, tokenizer) for x in (tool_format.begin, tool_format.end, tool_format.named))
-    opening, closing = json.dumps(tool_format.opening), json.dumps(tool_format.closing)
-    one = " | ".join(f"function_{i}" for i in range(len(functions)))
-    more = f' (", " ({one}))*' if tool_format is MISTRAL and several else ""
-    lines = [
-        f"start: call{'+' if several and tool_format in (HERMES, MISTRAL_NAMED) else ''}",
-        f"call: {begin} {opening} ({one}){more} {closing} {end}",
-    ]
-    for i, function in enumerate(functions):
-        schema = {"x-guidance": {"whitespace_flexible": False}} | (function.get("parameters") or {"type": "object"})
-        name = json.dumps(function["name"])
-        if tool_format.named:
-            lines.append(f"function_{i}: {name} {named} arguments_{i}")
-        else:
-            head = json.dumps(f'{{"name": {name}, "{tool_format.arguments}": ')
-            lines.append(f'function_{i}: {head} arguments_{i} "}}"')
-        lines.append(f"arguments_{i}: %json {json.dumps(schema)}")
-    return Grammar("lark", "\n".join(lines))
-
-
-def _terminal(text: str, tokenizer: Tokenizer) -> str:
-    """A special token is no text to the grammar."""
-    special = next((token_id for token_id, content in tokenizer.special_tokens.items() if content == text), None)
-    return json.dumps(text) if special is None else f"<[{special}]>"
+    arguments: str  # JSON, as the model wrote it
 
 
 class ToolCallParser:
@@ -159,14 +92,10 @@ def parse_calls(text: str) -> list[ToolCallText] | None:
     rest = text.strip()
     while rest:
         try:
-            value, end = decoder.raw_decode(rest)
-        except (ValueError, RecursionError):
+            _, end = decoder.raw_decode(rest)
+            calls += _calls_of(rest[:end])
+        except (ValueError, msgspec.MsgspecError, RecursionError):
             return None
-        for item in value if isinstance(value, list) else [value]:
-            call = _call_of(item)
-            if call is None:
-                return None
-            calls.append(call)
         rest = rest[end:].lstrip(" \n\t;,")
     return calls or None
 
@@ -181,8 +110,8 @@ def parse_named(text: str, tool_format: ToolFormat) -> list[ToolCallText] | None
         head, brace, arguments = part.partition("{")
         name = head.removesuffix(tool_format.named).partition("[CALL_ID]")[0].strip()
         try:
-            json.loads(brace + arguments)
-        except (ValueError, RecursionError):
+            msgspec.json.decode(brace + arguments)
+        except (msgspec.MsgspecError, RecursionError):
             return parse_calls(text)
         if not name or "[" in name:
             return parse_calls(text)
@@ -190,10 +119,21 @@ def parse_named(text: str, tool_format: ToolFormat) -> list[ToolCallText] | None
     return calls or None
 
 
-def _call_of(item: Any) -> ToolCallText | None:
-    if not isinstance(item, dict) or not isinstance(item.get("name"), str):
-        return None
-    arguments = item.get("arguments", item.get("parameters", {}))
-    if isinstance(arguments, str):
-        return ToolCallText(item["name"], arguments)
-    return ToolCallText(item["name"], json.dumps(arguments, ensure_ascii=False))
+class _Written(msgspec.Struct):
+    name: str
+    arguments: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    parameters: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+def _calls_of(text: str) -> list[ToolCallText]:
+    """Of one JSON value. Raises msgspec.MsgspecError if it is no call, and no array of calls."""
+    kind: Any = list[_Written] if text.startswith("[") else _Written
+    written = msgspec.json.decode(text, type=kind)
+    return [_call_of(each) for each in (written if isinstance(written, list) else [written])]
+
+
+def _call_of(written: _Written) -> ToolCallText:
+    given = [raw for raw in (written.arguments, written.parameters) if isinstance(raw, msgspec.Raw)]
+    arguments = bytes(given[0]).decode() if given else "{}"
+    # Some models write them as a string that holds JSON.
+    return ToolCallText(written.name, msgspec.json.decode(arguments, type=str) if arguments[0] == '"' else arguments)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pdserve.protocol import worker_pb2 as pb
 from pdserve.timeline import Timeline
 from router.bench.stub_worker import Fabric, StubSpec, StubWorker
 from router.explain import Explainer
@@ -15,7 +16,7 @@ from router.records import Record, Records
 from router.routed import RoutedGeneration
 from router.slo import CLASSES
 from router.wishes import Wishes
-from tests.support.stub_cluster import DECODE, GREEDY, PREFILL, StubCluster, assert_exact
+from tests.support.stub_cluster import DECODE, GREEDY, PREFILL, StubCluster, accounted, assert_exact, until
 
 
 def four() -> list[StubWorker]:
@@ -97,10 +98,32 @@ async def test_the_pair_matrix_has_every_prefill_worker_with_every_decode_worker
         assert all(pair["compatible"] and pair["up"] for pair in pairs)
 
 
+async def test_a_pair_shows_its_measured_bandwidth_and_the_last_error_after_it_is_over_too() -> None:
+    async with StubCluster(*four()) as cluster:
+
+        def pair() -> dict[str, object]:
+            pairs = Explainer(cluster.fleet, cluster.dispatcher).pairs()["pairs"]
+            return next(each for each in pairs if (each["prefill"], each["decode"]) == ("p0", "d1"))
+
+        assert (pair()["last_error"], pair()["bytes_per_second"]) == (None, None)
+        [session] = cluster.workers["p0"].sessions
+        link = pb.LinkReport(peer_id="d1", peer_incarnation=1, transport="stub")
+        session.send(link=pb.LinkReport(peer_id="d1", peer_incarnation=1, error="no route"))
+        await until(lambda: not pair()["up"])
+        assert pair()["error"] == pair()["last_error"] == "no route"
+        link.up, link.bytes_per_second = True, 5e9
+        session.send(link=link)
+        await until(lambda: bool(pair()["up"]))
+        assert (pair()["error"], pair()["last_error"], pair()["bytes_per_second"]) == ("", "no route", 5e9)
+        cluster.fleet.pairing.distrust("p0", "d1")
+        assert (pair()["up"], pair()["last_error"]) == (False, "a hand-over failed")
+
+
 async def test_an_aborted_request_misses_no_objective() -> None:
     async with StubCluster(*four()) as cluster:
         generation = cluster.start(GREEDY)
         generation.abort()
+        await accounted()
         record = cluster.dispatcher.account.records.find(generation.request.request_id)
         assert record is not None
         assert record.end == "abort"
@@ -112,6 +135,7 @@ async def test_a_client_that_leaves_too_late_to_be_served_well_has_been_missed()
         generation = cluster.start(GREEDY)
         generation.timeline.received_s -= CLASSES["standard"].ttft_s
         generation.abort()
+        await accounted()
         [(_, _, _, stage)] = cluster.dispatcher.account.goodput.outcomes
         assert stage == "failed"
 
@@ -121,6 +145,7 @@ async def test_an_answer_that_a_stop_string_completes_is_good() -> None:
         generation = cluster.start(GREEDY)
         await anext(aiter(generation))
         generation.finish()
+        await accounted()
         record = cluster.dispatcher.account.records.find(generation.request.request_id)
         assert record is not None
         assert (record.end, record.missed) == ("stop", None)

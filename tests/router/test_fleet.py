@@ -149,7 +149,7 @@ async def test_a_fleet_that_was_replaced_entirely_takes_the_new_fingerprint(sett
 
 async def test_prefill_workers_are_told_their_decode_peers_and_count_open_links(setting: Setting) -> None:
     await setting.add(stub("p0", PREFILL))
-    assert setting.fleet.ready
+    assert setting.fleet.why_not_ready.startswith("waiting for a decode worker")
     await setting.add(stub("d0", DECODE))
     prefill = setting.fleet.member("p0")
     assert prefill is not None

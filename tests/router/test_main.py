@@ -80,7 +80,7 @@ async def test_not_ready_says_what_is_missing_and_a_drained_stream_ends_whole(
     router: RouterProcess, worker: StubWorker
 ) -> None:
     missing = (await router.answers(503)).json()
-    assert missing["status"] == "not ready"
+    assert (missing["status"], missing["reason"]) == ("not ready", "no worker has joined")
     assert [entry["address"] for entry in missing["workers"]] == [router.worker_address]
     assert (await router.client.post("/v1/completions", json=BODY)).status_code == 503
 

@@ -81,7 +81,7 @@ class Node:
 
     def known(self) -> tuple[float, float]:
         stored = self.index.match(KEYS)
-        return (stored.host[3], stored.any[3]) if stored is not None else (0.0, 0.0)
+        return tuple(stored.blocks[:, 3]) if stored is not None else (0.0, 0.0)
 
 
 @settings(deadline=None)

@@ -74,6 +74,7 @@ def test_options_reach_the_processes() -> None:
     router = list(router_command(options, MODEL, "redis://h").arguments)
     expected = {"--port": "9000", "--policy": "random", "--namespace": "ns", "--model": str(MODEL)}
     assert {name: option(router, name) for name in expected} == expected
+    assert option(router, "--expect") == "prefill,decode"
     prepare = list(prepare_command(options).arguments)
     assert (option(prepare, "--model"), option(prepare, "--weights")) == (str(MODEL), "int4")
 

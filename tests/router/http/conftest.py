@@ -112,7 +112,7 @@ class FakeFleet:
     def topology(self) -> dict[str, Any]:
         if self.error is not None and not isinstance(self.error, Overloaded):
             raise self.error
-        return {"ready": self.error is None, "workers": []}
+        return {"ready": self.error is None, "reason": "no worker" if self.error else "", "workers": []}
 
 
 @dataclass
@@ -180,10 +180,10 @@ def fleet() -> FakeFleet:
     return FakeFleet()
 
 
-async def check_grammar(grammar: Grammar) -> None:
+async def check_grammar(grammar: Grammar, param: str) -> None:
     """As if each compiled but one that has a fault on its face."""
     if "fault" in grammar.source:
-        raise InvalidRequest("The grammar cannot be used.", param="response_format")
+        raise InvalidRequest("The grammar cannot be used.", param=param)
 
 
 @pytest.fixture

@@ -140,6 +140,7 @@ async def test_only_operators_are_told_who_is_missing(fleet: FakeFleet, connect:
             response = await client.get("/readyz")
         assert response.status_code == 503
         assert ("workers" in response.json()) == told
+        assert response.json()["reason"] == "no worker"
 
 
 async def test_a_tenant_may_generate_but_not_see_what_is_about_all(key: str, connect: Connect) -> None:

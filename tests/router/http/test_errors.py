@@ -45,7 +45,7 @@ async def test_no_worker_yet(client: httpx.AsyncClient, dispatcher: Any, fleet: 
     fleet.error = Overloaded("No worker has joined yet.")
     ready = await client.get("/readyz")
     assert (ready.status_code, ready.headers["retry-after"]) == (503, "1")
-    assert ready.json() == {"status": "not ready", "ready": False, "workers": []}
+    assert ready.json() == {"status": "not ready", "ready": False, "reason": "no worker", "workers": []}
     assert (await client.post("/v1/completions", json=COMPLETION)).status_code == 503
     assert (await client.get("/livez")).status_code == 200
     assert dispatcher.started == []

@@ -12,6 +12,7 @@ import pytest
 
 from pdserve.request import FinishReason
 from router.generation import Tokens
+from router.http import conversation
 from router.http.app import make_app
 from router.http.service import ServedModel, Service
 from router.text.chat_template import ChatTemplate
@@ -105,6 +106,60 @@ async def test_forced_call_has_a_grammar(ask: Any, dispatcher: Any, choice: Any,
     grammar = dispatcher.started[-1].request.sampling.grammar
     assert grammar.kind == "lark"
     assert {name for name in ("add", "now") if f'\\"{name}\\"' in grammar.source} == names
+
+
+STRICT = {"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}
+
+
+async def test_strict_functions_hold_an_answer_that_may_call(ask: Any, dispatcher: Any) -> None:
+    """From where a call begins; of two functions each as it says."""
+    answer = (await ask("Well." + CALL, tools=[STRICT, TOOLS[1]])).json()["choices"][0]
+    assert answer["finish_reason"] == "tool_calls"
+    grammar = dispatcher.started[-1].request.sampling.grammar
+    assert "[lazy]" in grammar.source
+    assert '"integer"' in grammar.source
+    await ask("x", tools=[TOOLS[0], {**STRICT, "function": {**STRICT["function"], "name": "b"}}])
+    assert dispatcher.started[-1].request.sampling.grammar.source.count('"integer"') == 1
+
+
+async def test_at_most_one_call_where_they_may_not_be_parallel(ask: Any, dispatcher: Any) -> None:
+    await ask("x", tools=TOOLS, parallel_tool_calls=False)
+    assert "UNMARKED" in dispatcher.started[-1].request.sampling.grammar.source
+    for body in ({"parallel_tool_calls": True}, {"parallel_tool_calls": False, "tool_choice": "none"}):
+        await ask("x", tools=TOOLS, **body)
+        assert dispatcher.started[-1].request.sampling.grammar is None
+
+
+async def test_answer_in_a_format_may_call_too(ask: Any, dispatcher: Any) -> None:
+    await ask("{}", tools=TOOLS, response_format={"type": "json_object"})
+    assert dispatcher.started[-1].request.sampling.grammar.source.startswith("start: content | ")
+    await ask("a", tools=TOOLS, guided_regex="a")
+    assert dispatcher.started[-1].request.sampling.grammar.kind == "regex"
+
+
+async def test_responses_are_strict_unless_they_say_otherwise(ask: Any, dispatcher: Any) -> None:
+    function = {"type": "function", **TOOLS[0]["function"]}
+    for strict, held in (({}, True), ({"strict": True}, True), ({"strict": None}, True), ({"strict": False}, False)):
+        assert (await ask("x", path="/v1/responses", input="hey", tools=[function | strict])).status_code == 200
+        assert (dispatcher.started[-1].request.sampling.grammar is not None) is held
+
+
+async def test_schemas_of_all_tools_have_a_limit_together(
+    ask: Any, dispatcher: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await ask("x", tools=[STRICT, TOOLS[1]])
+    size = len(dispatcher.started[-1].request.sampling.grammar.source)
+    for limit, status in ((size, 200), (size - 1, 400)):
+        monkeypatch.setattr(conversation, "MAX_GRAMMAR_BYTES", limit)
+        response = await ask("x", tools=[STRICT, TOOLS[1]])
+        assert response.status_code == status
+    assert response.json()["error"]["param"] == "tools"
+
+
+async def test_schema_of_a_tool_with_a_fault_is_named(ask: Any) -> None:
+    tool = {"type": "function", "function": {"name": "a", "strict": True, "parameters": {"fault": 1}}}
+    response = await ask("x", tools=[tool])
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "tools")
 
 
 async def test_wrong_uses_are_named(ask: Any) -> None:

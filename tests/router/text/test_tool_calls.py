@@ -8,16 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.text.tool_calls import (
-    HERMES,
-    LLAMA3,
-    MISTRAL,
-    MISTRAL_NAMED,
-    ToolCallParser,
-    ToolCallText,
-    ToolFormat,
-    find_format,
-)
+from router.text.tool_calls import ToolCallParser, ToolCallText
+from router.text.tool_formats import HERMES, LLAMA3, MISTRAL, MISTRAL_NAMED, ToolFormat, find_format
 
 CALL = '{"name": "f", "arguments": {"a": 1, "b": "é<"}}'
 READ = ToolCallText("f", '{"a": 1, "b": "é<"}')
