@@ -38,12 +38,14 @@ serve: $(VENV)/.serve ## install what is missing, then serve the default model o
 	@exec $(BIN)/pdserve up $(UP)
 
 .PHONY: test
-test: lint types helm-tools flashinfer ## every check: lint, types, tests (PYTEST="-k pool" adds options)
+test: lint types helm-tools flashinfer nixl ## every check: lint, types, tests (PYTEST="-k pool" adds options)
 	@$(call need,command -v c++ >/dev/null,g++,The tests of the native kernels need a C++ compiler,exit 1)
 	@$(call need,command -v chromium >/dev/null,chromium,The tests of the console need a browser,true)
 	@$(call need,command -v redis-server >/dev/null,redis-server,The tests of Redis with TLS need a server that has it,true)
 	@# End-to-end tests have the machine to themselves; the others share its cores, file by file.
 	@$(call pytest,-n 2 --dist loadfile --ignore tests/e2e)
+	@# NIXL brings a UCX of its own: two of them in one process do not get along.
+	@TRANSPORT=nixl; export TRANSPORT; $(call pytest,-n 2 --dist loadfile tests/kvstore/transfer)
 	@$(call pytest,tests/e2e)
 
 .PHONY: lint
@@ -117,11 +119,22 @@ $(TOOLS)/.npm: helm/tools/package.json
 .PHONY: flashinfer
 flashinfer: $(TOOLS)/.flashinfer ## unpack FlashInfer's Python part: tests hold our calls against its signatures, without a GPU
 
-$(TOOLS)/.flashinfer: $(VENV)/.made requirements/gpu.txt tests/support/unpack_flashinfer.py
+$(TOOLS)/.flashinfer: $(VENV)/.made requirements/gpu.txt tests/support/unpack_wheels.py
 	@echo "==> FlashInfer's signatures"
 	@rm -rf $(TOOLS)/flashinfer $(TOOLS)/wheels
 	@$(BIN)/pip download -q --no-deps -d $(TOOLS)/wheels -r requirements/gpu.txt
-	@$(BIN)/python tests/support/unpack_flashinfer.py $(TOOLS)/flashinfer $(TOOLS)/wheels/*.whl
+	@$(BIN)/python tests/support/unpack_wheels.py $(TOOLS)/flashinfer $(TOOLS)/wheels/*.whl
+	@rm -rf $(TOOLS)/wheels
+	@touch $@
+
+.PHONY: nixl
+nixl: $(TOOLS)/.nixl ## unpack NIXL, 70 MB: its transport moves bytes of the host in tests, without a GPU
+
+$(TOOLS)/.nixl: $(VENV)/.made requirements/nixl.txt tests/support/unpack_wheels.py
+	@echo "==> NIXL"
+	@rm -rf $(TOOLS)/nixl $(TOOLS)/wheels
+	@$(BIN)/pip download -q --no-deps -d $(TOOLS)/wheels -r requirements/nixl.txt
+	@$(BIN)/python tests/support/unpack_wheels.py $(TOOLS)/nixl $(TOOLS)/wheels/*.whl
 	@rm -rf $(TOOLS)/wheels
 	@touch $@
 

@@ -33,6 +33,7 @@ LEASE_RENEW_S = 3.0
 # Off the request path, so a late answer costs freshness only.
 CALL_TIMEOUT_S = 0.2
 MAX_ENDPOINTS = 1024
+MAX_RECORD_BYTES = 4096
 
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[\w.-]{1,253}):\d{1,5}")
 
@@ -69,7 +70,12 @@ class Endpoint:
     @classmethod
     def from_json(cls, text: str | bytes) -> Endpoint:
         """Raises ValueError for anything that is not such a record."""
-        value = json.loads(text)
+        if len(text) > MAX_RECORD_BYTES:
+            raise ValueError("an endpoint record is too long")
+        try:
+            value = json.loads(text)
+        except RecursionError:
+            raise ValueError("an endpoint record is nested") from None
         if not isinstance(value, dict):
             raise ValueError("an endpoint record is a JSON object")
         names = ("namespace", "component", "endpoint_id", "address", "role", "admin_address")
@@ -230,7 +236,8 @@ class _Calls:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 result = await call
         except self._errors as error:
-            self._note(False, f"{type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}" if str(error) else f"no answer within {CALL_TIMEOUT_S:g} s"
+            self._note(False, reason)
             raise _Down from error
         self._note(True, "")
         return result

@@ -30,6 +30,7 @@ class Timeline:
     last_token_s: float | None = None
     output_tokens: int = 0
     reported: dict[str, float] = field(default_factory=dict)  # fetch, queue, compute, reserve, transfer, commit
+    _ttft_stages: dict[str, float] | None = field(default=None, init=False, repr=False, compare=False)
 
     def token(self, now_s: float, count: int = 1) -> None:
         """`count` output tokens were handed to the client at `now_s`."""
@@ -56,9 +57,17 @@ class Timeline:
         return (self.last_token_s - self.first_token_s) / (self.output_tokens - 1)
 
     def ttft_stages(self) -> dict[str, float]:
-        """Seconds by stage, summing to `ttft_s`; empty before the first token."""
+        """Seconds by stage, summing to `ttft_s`; empty before the first token, and not to be changed.
+
+        With the first token they are settled, and kept: the record, the log, metrics and the predictor ask for them.
+        """
         if self.first_token_s is None:
             return {}
+        if self._ttft_stages is None:
+            self._ttft_stages = self._split_ttft(self.first_token_s)
+        return self._ttft_stages
+
+    def _split_ttft(self, first_token_s: float) -> dict[str, float]:
         tokenised = self.tokenised_s if self.tokenised_s is not None else self.received_s
         dispatched = self.dispatched_s if self.dispatched_s is not None else tokenised
         queued = self.queued_s if self.queued_s is not None else dispatched
@@ -66,7 +75,7 @@ class Timeline:
             "tokenise": tokenised - self.received_s,
             "route": queued - tokenised,
             "wait": dispatched - queued,
-            **self._split(self.first_token_s - dispatched, ("fetch", "queue", "compute"), "deliver"),
+            **self._split(first_token_s - dispatched, ("fetch", "queue", "compute"), "deliver"),
         }
 
     def handoff_stages(self) -> dict[str, float]:

@@ -58,7 +58,8 @@ class Account:
             )
         if timeline.first_token_s is not None:
             self.prompt_tokens += record.prompt_tokens
-            self.cached_tokens.update(generation.cached_by_tier)
+            for tier, tokens in generation.cached_by_tier.items():
+                self.cached_tokens[tier] += tokens
         most_tokens = generation.request.sampling.max_tokens
         judged = end != FinishReason.ABORT.value or is_lost(record.slo, timeline, most_tokens, now_s)
         if judged:
@@ -92,6 +93,8 @@ class Account:
         self.predictor.note(verdict.forecast if verdict is not None and verdict.reason is None else None, timeline)
 
     def _learn_fetch(self, member: Member, foreseen_blocks: int, generation: RoutedGeneration) -> None:
+        if not foreseen_blocks and generation.cached_by_tier.keys() <= {"device"}:
+            return  # nothing was to come from a store, and nothing did
         block_size = member.hello.block_size
         blocks = {tier: generation.cached_by_tier.get(tier.label, 0) // block_size for tier in FETCH_TIERS}
         prompt_tokens, fetched_tokens = len(generation.request.prompt_token_ids), block_size * sum(blocks.values())

@@ -7,8 +7,7 @@ gains no more.
 
 from __future__ import annotations
 
-from collections import deque
-from statistics import median
+from router.window import Window
 
 _WINDOW = 31
 _SAME_STEP_S = 2e-3  # first tokens of one step arrive in one message
@@ -23,7 +22,7 @@ class Backlog:
         self._done_tokens = 0  # in the step that ended last
         self._done_s = -1.0
         self._step_took_s = 0.0
-        self._rates: deque[float] = deque(maxlen=_WINDOW)
+        self._rates = Window(_WINDOW)
         self._rate: float | None = None
 
     @property
@@ -71,11 +70,11 @@ class Backlog:
     def _note(self, tokens: int, now_s: float) -> None:
         if now_s - self._done_s <= _SAME_STEP_S and self._rates:
             self._done_tokens += tokens
-            self._rates.pop()
+            self._rates.drop_newest()
         else:
             self._done_tokens = tokens
             self._step_took_s = now_s - self._began_s
         self._done_s = now_s
         if self._step_took_s > 0.0:
-            self._rates.append(self._done_tokens / self._step_took_s)
-            self._rate = median(self._rates)
+            self._rates.add(self._done_tokens / self._step_took_s)
+            self._rate = self._rates.median

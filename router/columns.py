@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 from kvstore.store.rates import PRIORS
 from router.index import Match
 from router.policy import Candidate, Candidates, Links, LoadView, Roster, Snapshot, Speed
-from router.policy.candidates import FETCH_TIERS, LOAD_ROWS, RATE_COLUMNS, RECENT_TOKENS, Reach, load_column
+from router.policy.candidates import (
+    CONTEXT_TOKENS,
+    FETCH_TIERS,
+    FREE_BLOCKS,
+    LOAD_ROWS,
+    RATE_COLUMNS,
+    RECENT_TOKENS,
+    SEQUENCES,
+    WAITING_TOKENS,
+    Reach,
+)
 from router.policy.scorers import RECENT_HALF_LIFE_S
 from router.store_index import Stored
 
@@ -62,9 +72,17 @@ class Columns:
 
     def set_load(self, slot: int, load: LoadView) -> None:
         """All but the recent tokens, which only `add_recent` changes."""
-        recent_tokens = self._loads[RECENT_TOKENS, slot]
-        self._loads[:, slot] = load_column(load)
-        self._loads[RECENT_TOKENS, slot] = recent_tokens
+        self.set_figures(slot, load.waiting_tokens, load.sequences, load.context_tokens, load.free_blocks)
+
+    def set_figures(
+        self, slot: int, waiting_tokens: float, sequences: float, context_tokens: float, free_blocks: float
+    ) -> None:
+        """As `set_load`, without a record."""
+        loads = self._loads
+        loads[WAITING_TOKENS, slot] = waiting_tokens
+        loads[SEQUENCES, slot] = sequences
+        loads[CONTEXT_TOKENS, slot] = context_tokens
+        loads[FREE_BLOCKS, slot] = free_blocks
 
     def change_load(self, slot: int, row: int, amount: float) -> None:
         """One figure of a load, by `amount`; `row` is one of `router.policy.candidates`."""

@@ -65,14 +65,14 @@ def decode_room(members: Sequence[Member], chosen: Member, factor: float) -> Dec
         decoders = [chosen]
         on_the_way = 0
     else:
-        on_the_way = sum(each.sequences for each in members if each.role is Role.PREFILL)
-    running = sum(each.load.running_sequences for each in decoders)
-    context = sum(each.load.context_tokens for each in decoders)
-    measured = max(decoders, key=lambda each: each.steps.count)
+        on_the_way = sum([each.sequences for each in members if each.role is Role.PREFILL])
+    running = sum([each.load.running_sequences for each in decoders])
+    context = sum([each.load.context_tokens for each in decoders])
+    measured = max(decoders, key=lambda each: each.steps.count) if len(decoders) > 1 else decoders[0]
     return DecodeRoom(
         workers=len(decoders),
-        sequences=on_the_way + sum(each.busy_sequences for each in decoders),
-        max_sequences=min(each.hello.max_sequences for each in decoders),
+        sequences=on_the_way + sum([each.busy_sequences for each in decoders]),
+        max_sequences=min([each.hello.max_sequences for each in decoders]),
         context_each=context / running if running else 0.0,
         model=measured.steps.model,
         factor=factor,

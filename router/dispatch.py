@@ -58,6 +58,7 @@ class RouterDispatcher:
         self._turns: Counter[Phase] = Counter()
         self._limits = limits
         self._active: dict[str, RoutedGeneration] = {}
+        self._unsettled = 0  # have ended, and are not accounted for yet
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -119,14 +120,23 @@ class RouterDispatcher:
     def _ended(self, generation: RoutedGeneration, end: str) -> None:
         del self._active[generation.request.request_id]
         self.feeder.ended(generation.request.request_id)
+        self._unsettled += 1
+        # What is learned from it waits for two turns of the loop: in the next one its reader has the end, and what
+        # that one writes leaves at the end of the turn.
+        loop = asyncio.get_running_loop()
+        loop.call_soon(loop.call_soon, self._settle, generation, end)
+
+    def _settle(self, generation: RoutedGeneration, end: str) -> None:
+        self._unsettled -= 1
+        generation.log_end(end)
         outcome = self.account.close(generation, end)
         if generation.verdict is not None and outcome is not None and not generation.verdict.refused:
             self.feeder.ledger.ran(condemned=generation.verdict.reason is not None, good=outcome)
-        if not self._active:
+        if not self._active and not self._unsettled:
             self._idle.set()
 
     async def drain(self, timeout_s: float) -> bool:
-        """Wait until nothing is active; whether that was so in time."""
+        """Wait until nothing is active and all is accounted for; whether that was so in time."""
         self.draining = True
         try:
             async with asyncio.timeout(timeout_s):

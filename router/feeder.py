@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from prometheus_client import Histogram
 
 from pdserve.errors import DeadlineExceeded, Overloaded
-from router.admission import Confidence, Forecast, Mode, Verdict, judge, no_place, refusal
+from router.admission import Confidence, Forecast, Mode, judge, no_place, refusal
 from router.decode_room import DecodeRoom, decode_room
 from router.fleet import Fleet
 from router.handoff import TICK_S
@@ -31,31 +31,13 @@ from router.metrics import STAGE_BUCKETS_S
 from router.placement import Placed
 from router.policy import Considered, Decision, Role
 from router.predictor import Predictor
-from router.queue import Queued, RequestQueue, ahead_of
+from router.queue import RequestQueue, ahead_of
 from router.refusals import RefusalLedger
 from router.slo import CLASSES, SloClass
+from router.waiting import Plans, Waiting
 
 _STRICTEST_S = min(each.tpot_s for each in CLASSES.values())
 _LOOKS = 64  # decisions at a time, so that a long queue does not hold up the event loop
-
-
-@dataclass(slots=True, eq=False)
-class Waiting(Queued):
-    """What the queue holds of a request; times on the monotonic clock."""
-
-    _: KW_ONLY
-    request_id: str
-    slo: SloClass
-    received_s: float
-    deadline_s: float
-    look: Callable[[], Decision]  # where it would go now; changes nothing
-    settle: Callable[[Decision], Placed]  # it goes there
-    told: Callable[[Verdict], None]
-    judged: bool  # before, so that it is taken whatever is forecast now
-    answer: asyncio.Future[Placed] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    plan: tuple[str, int] | None = None  # the worker that it waits for, and the uncached tokens it will bring
-    wants_decode: bool = False  # at the last look its worker was free, and no decode batch had room for it
-    stranded_s: float | None = None  # since when no worker can take it at all
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +116,9 @@ class Feeder:
         if why := self._queue.refuses(item.tenant):
             self.ledger.turned_away(item.slo, why)
             raise no_place(why)
-        decision = item.look()
-        self._estimate(item, decision)
-        self._queue.add(item)
         placed: Placed | None = None
         try:
-            in_turn = self._judge(item, decision, now_s)
+            in_turn = self._admit(item, now_s)
             self._serve(now_s, {item: in_turn} if in_turn is not None else {})
             placed = await self._turn(item)
             return placed
@@ -149,6 +128,30 @@ class Feeder:
                 item.answer.result().claim.release()  # cancelled in the moment of its turn
 
     # --- what is foreseen ---
+
+    def _admit(self, item: Waiting, now_s: float) -> Decision | None:
+        """Into the queue. Returns the decision behind those that have their turn before it, if one was made.
+
+        Raises Overloaded, with the item in the queue.
+        """
+        with Plans(self._fleet) as plans:
+            plans.add(self._queue)
+            decision = item.look()  # behind all that wait, as what is of the same class is
+            self._estimate(item, decision)
+            others = len(self._queue)
+            self._queue.add(item)
+            if item.judged or self.mode is Mode.OFF:
+                return None if others else decision
+            ahead = ahead_of(item, self._queue.order(now_s)) if others else []
+            if len(ahead) == others:
+                self._judge(item, decision, others, now_s)
+                return decision
+        with Plans(self._fleet) as plans:
+            plans.add(ahead)
+            decision = item.look()
+            self._note_look(item, decision, now_s)
+            self._judge(item, decision, len(ahead), now_s)
+        return decision
 
     def _estimate(self, item: Waiting, decision: Decision) -> None:
         chosen = decision.chosen
@@ -168,20 +171,11 @@ class Feeder:
     def _compute_s(self, chosen: Considered) -> float:
         return self._predictor.prompt.factor * (chosen.fetch_s + chosen.uncached_s)
 
-    def _judge(self, item: Waiting, decision: Decision, now_s: float) -> Decision | None:
-        """Returns the decision behind those that have their turn before it, if one was made. Raises Overloaded."""
-        if item.judged or self.mode is Mode.OFF:
-            return decision if len(self._queue) == 1 else None
-        ahead = ahead_of(item, self._queue.order(now_s))
-        with _Plans(self._fleet) as plans:
-            plans.add(ahead)
-            if ahead:
-                decision = item.look()
-                self._note_look(item, decision, now_s)
-            if decision.chosen is None:
-                return decision
-            forecast = self._forecast(item, decision.chosen, len(ahead), now_s)
-        verdict = judge(item.slo, forecast, self.mode)
+    def _judge(self, item: Waiting, decision: Decision, ahead: int, now_s: float) -> None:
+        """`ahead`: how many have their turn before it, planned for while this runs. Raises Overloaded."""
+        if decision.chosen is None:
+            return
+        verdict = judge(item.slo, self._forecast(item, decision.chosen, ahead, now_s), self.mode)
         item.judged = True
         item.told(verdict)
         self._confidence.decided(verdict.reason is not None)
@@ -190,7 +184,6 @@ class Feeder:
             self.ledger.turned_away(item.slo, verdict.reason, item.due_s)
             self._start_pump()
             raise refusal(verdict, item.slo)
-        return decision
 
     def _forecast(self, item: Waiting, chosen: Considered, ahead: int, now_s: float) -> Forecast:
         member = self._fleet.member(chosen.worker_id)
@@ -250,7 +243,7 @@ class Feeder:
         waits: set[SloClass] = set()  # of those that wait before
         rooms: dict[Member | None, DecodeRoom] = {}
         for_prompts = frozenset(workers)
-        with _Plans(self._fleet) as plans:
+        with Plans(self._fleet) as plans:
             for item in order[:_LOOKS]:
                 if not free:
                     return
@@ -336,30 +329,3 @@ class Feeder:
 def _asked_s(slo: SloClass) -> float:
     """The TPOT that a request asks of those that would share its batch."""
     return max(slo.tpot_s, _STRICTEST_S)
-
-
-class _Plans:
-    """Within its block, those that wait count as load of the workers that they wait for."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-        self._planned: Counter[str] = Counter()
-
-    def __enter__(self) -> _Plans:
-        return self
-
-    def add(self, waiting: Iterable[Waiting]) -> None:
-        more: defaultdict[str, int] = defaultdict(int)
-        for item in waiting:
-            if item.plan is not None:
-                worker_id, tokens = item.plan
-                more[worker_id] += tokens
-        for worker_id, tokens in more.items():
-            if (member := self._fleet.member(worker_id)) is not None:
-                member.plan(tokens)
-                self._planned[worker_id] += tokens
-
-    def __exit__(self, *_: object) -> None:
-        for worker_id, tokens in self._planned.items():
-            if (member := self._fleet.member(worker_id)) is not None:
-                member.plan(-tokens)

@@ -12,6 +12,7 @@ import logging
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 from kvstore.control_plane import IN_THE_CLEAR, ControlPlane
@@ -31,6 +32,8 @@ from router.store_index import Stored
 from router.store_watch import StoreWatch
 
 log = logging.getLogger(__name__)
+
+_root_key = lru_cache(maxsize=1024)(root_key)  # one for each tenant and narrower salt, asked by every request
 
 
 class RequestListener(Protocol):
@@ -307,7 +310,7 @@ class Fleet:
 
     def root_key(self, salt: bytes) -> BlockKey:
         """What the first blocks of all requests chain from. Raises Overloaded before any worker connected."""
-        return root_key(self.facts().fingerprint, salt)
+        return _root_key(self.facts().fingerprint, salt)
 
     @property
     def ready(self) -> bool:

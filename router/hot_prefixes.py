@@ -101,9 +101,9 @@ class HotPrefixes:
         """Who gets a copy of which prefix now; counts as made. `held`: leading blocks by slot that workers hold."""
         for each in hot:
             holders = sum(blocks >= each.blocks for blocks in held.values())
-            prefix = self._prefixes[each.key]
-            if each.load < ALARM * max(1, holders):
-                continue
+            prefix = self._prefixes.get(each.key)
+            if prefix is None or each.load < ALARM * max(1, holders):
+                continue  # None: hotter ones fill all the places
             if now_s < prefix.copied_s + AGAIN_S:
                 return None  # the copy under way is one of the shorter ones' too
             fitting = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import secrets
@@ -293,6 +294,8 @@ async def run(config: RouterConfig) -> None:
         stop, hurry = asyncio.Event(), asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stop, hurry)
+        gc.collect()
+        gc.freeze()  # what is there by now stays: full collections, which everybody waits for, need not look at it
         router.start()
         serving = asyncio.create_task(server.serve(sockets=sockets), name="http")
         stopping = asyncio.create_task(stop.wait())

@@ -14,7 +14,7 @@ from router.backlog import Backlog
 from router.columns import Columns, Seats
 from router.events import EventCursor
 from router.link import WorkerLink
-from router.policy import Candidate, LinkFacts, Links, LoadView, Role
+from router.policy import Candidate, LinkFacts, Links, Role
 from router.policy.candidates import FETCH_TIERS
 from router.speed import SpeedLearner
 from router.step_model import StepLearner
@@ -241,13 +241,13 @@ class Member:
         """The larger of what it reported and what routers have on its way: this one, and the others as it reported."""
         load = self.load
         sent_tokens = self.outstanding_tokens + load.others_waiting_tokens
-        view = LoadView(
+        self.columns.set_figures(
+            self.slot,
             waiting_tokens=max(load.waiting_tokens, sent_tokens) + self.planned_tokens,
             sequences=self.busy_sequences,
             context_tokens=load.context_tokens,
             free_blocks=load.free_blocks,
         )
-        self.columns.set_load(self.slot, view)
 
     def candidate(self) -> Candidate:
         """What seldom changes about it."""

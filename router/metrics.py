@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Counter, Gauge, Info
 
 from pdserve import __version__
-from pdserve.timeline import Timeline
+from pdserve.timeline import HANDOFF_STAGES, TTFT_STAGES, Timeline
+from router.histogram import Histogram
 
 # Each is a superset of vLLM's buckets for the same quantity, so that queries for an exact `le` find it. In seconds:
 TTFT_BUCKETS_S = (
@@ -37,6 +38,9 @@ class RouterMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
+        # The children that were asked for before, as looking one up costs more than counting.
+        self._by_outcome: dict[tuple[str, str], Counter] = {}
+        self._by_tier: dict[str, Counter] = {}
         Info("pdserve_build", "Version of this process.", registry=registry).info(
             {"version": __version__, "role": "router"}
         )
@@ -55,45 +59,46 @@ class RouterMetrics:
             registry=registry,
         )
         self._output_tokens = Counter("pdserve_output_tokens_total", "Tokens generated.", registry=registry)
-        self._ttft = _histogram(registry, "pdserve_ttft_seconds", "Receipt to first token.", TTFT_BUCKETS_S)
-        self._tpot = _histogram(registry, "pdserve_tpot_seconds", "Mean gap after the first token.", TOKEN_BUCKETS_S)
-        self._itl = _histogram(
+        self._ttft = Histogram(registry, "pdserve_ttft_seconds", "Receipt to first token.", TTFT_BUCKETS_S)
+        self._tpot = Histogram(registry, "pdserve_tpot_seconds", "Mean gap after the first token.", TOKEN_BUCKETS_S)
+        self._itl = Histogram(
             registry,
             "pdserve_itl_seconds",
             "Gap between deliveries to the client; tokens that arrive together are one delivery.",
             TOKEN_BUCKETS_S,
         )
-        self._e2e = _histogram(registry, "pdserve_e2e_seconds", "Receipt to last token.", E2E_BUCKETS_S)
-        self._inference = _histogram(
+        self._e2e = Histogram(registry, "pdserve_e2e_seconds", "Receipt to last token.", E2E_BUCKETS_S)
+        self._inference = Histogram(
             registry, "pdserve_inference_seconds", "Turn in the router's queue to last token.", E2E_BUCKETS_S
         )
-        self._decode = _histogram(registry, "pdserve_decode_seconds", "First token to last token.", E2E_BUCKETS_S)
-        self._handoff = _histogram(
+        self._decode = Histogram(registry, "pdserve_decode_seconds", "First token to last token.", E2E_BUCKETS_S)
+        self._handoff = Histogram(
             registry, "pdserve_handoff_seconds", "First token to second, if decode took over.", TTFT_BUCKETS_S
         )
-        self._request_prompt_tokens = _histogram(
+        self._request_prompt_tokens = Histogram(
             registry, "pdserve_request_prompt_tokens", "Tokens of a request's prompt.", TOKENS_BUCKETS
         )
-        self._request_output_tokens = _histogram(
+        self._request_output_tokens = Histogram(
             registry, "pdserve_request_output_tokens", "Tokens generated for a request.", TOKENS_BUCKETS
         )
-        self._ttft_stage = Histogram(
-            "pdserve_ttft_stage_seconds",
-            "Stages that sum to the TTFT.",
-            ("stage",),
-            registry=registry,
-            buckets=STAGE_BUCKETS_S,
+        ttft_stage = Histogram(
+            registry, "pdserve_ttft_stage_seconds", "Stages that sum to the TTFT.", STAGE_BUCKETS_S, "stage"
         )
-        self._handoff_stage = Histogram(
+        self._ttft_stage = {stage: ttft_stage.of(stage) for stage in TTFT_STAGES}
+        handoff_stage = Histogram(
+            registry,
             "pdserve_handoff_stage_seconds",
             "Stages that sum to the gap between the first and the second token.",
-            ("stage",),
-            registry=registry,
-            buckets=STAGE_BUCKETS_S,
+            STAGE_BUCKETS_S,
+            "stage",
         )
+        self._handoff_stage = {stage: handoff_stage.of(stage) for stage in HANDOFF_STAGES}
 
     def count_request(self, endpoint: str, outcome: str) -> None:
-        self._requests.labels(endpoint, outcome).inc()
+        child = self._by_outcome.get((endpoint, outcome))
+        if child is None:
+            child = self._by_outcome[endpoint, outcome] = self._requests.labels(endpoint, outcome)
+        child.inc()
 
     def observe_generation(
         self,
@@ -113,7 +118,10 @@ class RouterMetrics:
         exemplar = {"request_id": request_id} if 0 < len(request_id) <= _EXEMPLAR_CHARACTERS else None
         self._prompt_tokens.inc(prompt_tokens)
         for tier, tokens in cached_by_tier.items():
-            self._cached_tokens.labels(tier).inc(tokens)
+            child = self._by_tier.get(tier)
+            if child is None:
+                child = self._by_tier[tier] = self._cached_tokens.labels(tier)
+            child.inc(tokens)
         self._output_tokens.inc(timeline.output_tokens)
         if timeline.ttft_s is not None:
             self._ttft.observe(timeline.ttft_s, exemplar)
@@ -129,13 +137,9 @@ class RouterMetrics:
         for gap_s in gaps_s:
             self._itl.observe(gap_s)
         for stage, seconds in timeline.ttft_stages().items():
-            self._ttft_stage.labels(stage).observe(seconds)
+            self._ttft_stage[stage].observe(seconds)
         handoff = timeline.handoff_stages()
         if handoff:
             self._handoff.observe(sum(handoff.values()))
         for stage, seconds in handoff.items():
-            self._handoff_stage.labels(stage).observe(seconds)
-
-
-def _histogram(registry: CollectorRegistry, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-    return Histogram(name, text, registry=registry, buckets=buckets)
+            self._handoff_stage[stage].observe(seconds)

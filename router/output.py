@@ -50,6 +50,14 @@ class TokenOrder:
                 break
         return ready
 
+    def next(self, event: pb.TokenEvent) -> bool:
+        """Takes a token that is the next one and before which none is missing."""
+        token_ids = self.token_ids
+        if self._held or event.index != len(token_ids) or event.index >= self._max_tokens:
+            return False
+        token_ids.append(event.token_id)
+        return True
+
     def _append(self, event: pb.TokenEvent) -> None:
         if not event.no_token:
             self.token_ids.append(event.token_id)

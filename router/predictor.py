@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from statistics import median
 
 from pdserve.timeline import Timeline
 from router.admission import Forecast
 from router.speed import ErrorMeter
+from router.window import Window
 
 _WINDOW = 64
 _LEAST = 8  # before so many were seen nothing is corrected
@@ -20,16 +19,16 @@ class Correction:
     """Multiplies predictions by the median of what happened over what was predicted without it."""
 
     def __init__(self) -> None:
-        self._ratios: deque[float] = deque(maxlen=_WINDOW)
+        self._ratios = Window(_WINDOW)
         self.factor = 1.0
 
     def note(self, predicted_s: float, actual_s: float) -> None:
         """`predicted_s` as it was given, corrected by the factor of then, which has changed little since."""
         if predicted_s <= 0.0 or actual_s <= 0.0:
             return
-        self._ratios.append(self.factor * actual_s / predicted_s)
+        self._ratios.add(self.factor * actual_s / predicted_s)
         if len(self._ratios) >= _LEAST:
-            self.factor = min(_FARTHEST, max(1.0 / _FARTHEST, median(self._ratios)))
+            self.factor = min(_FARTHEST, max(1.0 / _FARTHEST, self._ratios.median))
 
 
 class Misses:
@@ -38,8 +37,7 @@ class Misses:
     """
 
     def __init__(self) -> None:
-        self._misses: deque[float] = deque(maxlen=_WINDOW)
-        self._ascending: list[float] = []
+        self._misses = Window(_WINDOW)
 
     @staticmethod
     def _unit_s(forecast: Forecast) -> float:
@@ -48,15 +46,13 @@ class Misses:
 
     def note(self, forecast: Forecast, actual_s: float) -> None:
         """`actual_s` is what `forecast.ttft_s` foresaw."""
-        self._misses.append((actual_s - forecast.ttft_s) / self._unit_s(forecast))
-        self._ascending = sorted(self._misses)
+        self._misses.add((actual_s - forecast.ttft_s) / self._unit_s(forecast))
 
     def margin_s(self, forecast: Forecast, confidence: float) -> float:
         """What TTFT is longer than foreseen by at most, in such a share of requests. 0 before some were seen."""
-        if len(self._ascending) < _LEAST:
+        if len(self._misses) < _LEAST:
             return 0.0
-        at = min(len(self._ascending) - 1, int(confidence * len(self._ascending)))
-        return max(0.0, self._ascending[at] * self._unit_s(forecast))
+        return max(0.0, self._misses.quantile(confidence) * self._unit_s(forecast))
 
 
 class Predictor:
@@ -74,31 +70,31 @@ class Predictor:
         self.errors = {"ttft": ErrorMeter(), "ttft_dispatched": ErrorMeter(), "tpot": ErrorMeter()}
         self.prompt = Correction()
         self.step = Correction()
-        self._stays_s: deque[float] = deque(maxlen=_WINDOW)
-        self._transits_s: deque[float] = deque(maxlen=_WINDOW)
+        self._stays_s = Window(_WINDOW)
+        self._transits_s = Window(_WINDOW)
         self.stay_s = 0.0
-        self._handoffs_s: deque[float] = deque(maxlen=_WINDOW)
+        self._handoffs_s = Window(_WINDOW)
         self.handoff_s: float | None = None
         self.transit_s = 0.05
         self.misses = Misses()
-        self._overruns_s: deque[float] = deque(maxlen=_WINDOW)
+        self._overruns_s = Window(_WINDOW)
         self.overrun_s = 0.0
 
     def note(self, forecast: Forecast | None, timeline: Timeline) -> None:
         """A request ended that nothing disturbed; `forecast` as it came, of one that was taken for good."""
         if timeline.first_token_s is None or timeline.last_token_s is None or timeline.ttft_s is None:
             return
-        self._transits_s.append(timeline.ttft_stages()["deliver"])
-        self.transit_s = median(self._transits_s)
+        self._transits_s.add(timeline.ttft_stages()["deliver"])
+        self.transit_s = self._transits_s.median
         if timeline.output_tokens > 1:
-            self._stays_s.append(timeline.last_token_s - timeline.first_token_s)
-            self.stay_s = median(self._stays_s)
+            self._stays_s.add(timeline.last_token_s - timeline.first_token_s)
+            self.stay_s = self._stays_s.median
         self._note_handoff(timeline)
         if forecast is None:
             return
         if timeline.dispatched_s is not None:
-            self._overruns_s.append(timeline.first_token_s - timeline.dispatched_s - forecast.compute_s)
-            self.overrun_s = max(0.0, median(self._overruns_s))
+            self._overruns_s.add(timeline.first_token_s - timeline.dispatched_s - forecast.compute_s)
+            self.overrun_s = max(0.0, self._overruns_s.median)
         self.misses.note(forecast, timeline.ttft_s)
         self.errors["ttft"].note(forecast.ttft_s, timeline.ttft_s)
         self.prompt.note(forecast.ttft_s - forecast.waited_s, timeline.ttft_s - forecast.waited_s)
@@ -112,6 +108,6 @@ class Predictor:
         if gap_s == 0.0 or gaps < 2 or timeline.tpot_s is None:
             return
         step_s = (timeline.tpot_s * gaps - gap_s) / (gaps - 1)
-        self._handoffs_s.append(max(0.0, gap_s - step_s))
+        self._handoffs_s.add(max(0.0, gap_s - step_s))
         if len(self._handoffs_s) >= _LEAST:
-            self.handoff_s = median(self._handoffs_s)
+            self.handoff_s = self._handoffs_s.median

@@ -40,16 +40,14 @@ class Record:
     missed: str | None = None  # the stage that broke the objective
     copy: Copy | None = None  # of a hot prefix, that its placement led to
     verdict: Verdict | None = None  # of admission, once the request has ended
+    first: Decision | None = None  # of the decisions, the first that chose somebody
 
     def note(self, decision: Decision) -> None:
+        if self.first is None and decision.row is not None:
+            self.first = decision
         if len(self.decisions) >= _DECISIONS:
             del self.decisions[1]
         self.decisions.append(decision)
-
-    @property
-    def first(self) -> Decision | None:
-        """The first that chose somebody."""
-        return next((each for each in self.decisions if each.chosen is not None), None)
 
     @property
     def predicted_ttft_s(self) -> float | None:

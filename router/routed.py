@@ -22,7 +22,7 @@ from pdserve.request import FinishReason, Request
 from pdserve.timeline import Timeline
 from router.admission import Verdict
 from router.attempt import Attempt, AttemptFailed, Failed, HandoffWanted, Reserved, State
-from router.feeder import Feeder, Waiting
+from router.feeder import Feeder
 from router.fleet import Fleet
 from router.generation import Tokens
 from router.handoff import TICK_S, HandOver
@@ -30,6 +30,7 @@ from router.limits import RouterLimits
 from router.output import OutputBuffer, TokenOrder
 from router.placement import Placed, Placer
 from router.policy import Decision, Need, Phase
+from router.waiting import Waiting
 from router.wishes import Wishes
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class RoutedGeneration:
         self._order = TokenOrder(request.sampling.max_tokens, limits.held_tokens)
         self._buffer = OutputBuffer()
         self._attempt: Attempt | None = None  # None: QUEUED
+        self._flows_from = ""  # the worker whose next token is in order if it is of this attempt and of the next index
         self._attempts = 0
         self._queued_s = time.monotonic()
         self._avoid: set[str] = set()
@@ -73,6 +75,7 @@ class RoutedGeneration:
         self._spilled = False  # the KV is in the store, and the request waits for a decode worker with room
         self._redispatches = 0
         self._migrations = 0
+        self._ended_while = ""  # the state that its end came in
         self._task = asyncio.create_task(self._run(), name=f"request {request.request_id}")
 
     # --- the reader's side ---
@@ -92,6 +95,8 @@ class RoutedGeneration:
     # --- the workers' side; called by the dispatcher ---
 
     def on_token(self, worker_id: str, event: pb.TokenEvent) -> None:
+        if worker_id == self._flows_from and event.finish == pb.RUNNING and self._flows(event):
+            return
         attempt = self._current(worker_id, event.attempt)
         if attempt is None:
             self._counts["rejected_tokens"] += 1
@@ -108,12 +113,24 @@ class RoutedGeneration:
             return
         if ready:
             attempt.progress_s = time.monotonic()
+        if attempt.state is State.DECODING and self._order.token_ids and not self._order.gap:
+            self._flows_from = worker_id
         for each in ready:
             if not each.no_token:
                 self.timeline.token(attempt.progress_s)
                 self._buffer.put(each)
             if (finish := finish_from_proto(each.finish)) is not None:
                 self._end(finish, finished_by=worker_id)
+
+    def _flows(self, event: pb.TokenEvent) -> bool:
+        """The short way of nearly all tokens; whether it was the next one."""
+        attempt = self._attempt
+        if attempt is None or event.attempt != attempt.number or event.no_token or not self._order.next(event):
+            return False
+        attempt.progress_s = now_s = time.monotonic()
+        self.timeline.token(now_s)
+        self._buffer.put(event)
+        return True
 
     def on_handoff_wanted(self, worker_id: str, message: pb.HandoffWanted) -> None:
         if attempt := self._current(worker_id, message.attempt):
@@ -259,6 +276,7 @@ class RoutedGeneration:
 
     def _begin(self, placed: Placed) -> Attempt:
         self._attempts += 1
+        self._flows_from = ""
         self._order.restart()
         attempt = Attempt(
             self._attempts,
@@ -378,7 +396,7 @@ class RoutedGeneration:
             return
         self._buffer.close(end)
         attempt = self._attempt
-        self._log_end(end, attempt)
+        self._ended_while = attempt.state.value if attempt is not None else "queued"
         if attempt is not None:
             if finished_by == attempt.worker_ids[-1]:
                 attempt.release()  # a prefill worker before it had done its part
@@ -390,24 +408,24 @@ class RoutedGeneration:
         if asyncio.current_task() is not self._task:
             self._task.cancel()
 
-    def _log_end(self, end: FinishReason | ServeError, attempt: Attempt | None) -> None:
-        facts: dict[str, object] = {
-            "request": self.request.request_id,
-            "end": _name(end),
-            "state": attempt.state.value if attempt is not None else "queued",
-            "workers": ",".join(self.workers) or "-",
-            "attempts": self._attempts,
-            "prompt_tokens": len(self.request.prompt_token_ids),
-            "cached_tokens": sum(self.cached_by_tier.values()),
-            "output_tokens": len(self._order.token_ids),
-            **{f"{stage}_ms": round(seconds * 1e3, 2) for stage, seconds in self._stages().items()},
-        }
-        log.info(" ".join(f"{name}={value}" for name, value in facts.items()))
-
-    def _stages(self) -> dict[str, float]:
-        """Seconds by stage; those of a hand-over only if there was one."""
-        handoff = self.timeline.handoff_stages()
-        return {**self.timeline.ttft_stages(), **handoff}
+    def log_end(self, end: str) -> None:
+        """One line: what it was, and where its time went; stages of a hand-over only if there was one."""
+        timeline = self.timeline
+        stages = (*timeline.ttft_stages().items(), *timeline.handoff_stages().items())
+        log.info(
+            "request=%s client_id=%s end=%s state=%s workers=%s attempts=%d prompt_tokens=%d cached_tokens=%d "
+            "output_tokens=%d %s",
+            self.request.request_id,
+            self.wishes.label,
+            end,
+            self._ended_while,
+            ",".join(self.workers) or "-",
+            self._attempts,
+            len(self.request.prompt_token_ids),
+            sum(self.cached_by_tier.values()),
+            len(self._order.token_ids),
+            " ".join([f"{stage}_ms={seconds * 1e3:.2f}" for stage, seconds in stages]),
+        )
 
 
 def _name(end: FinishReason | ServeError) -> str:

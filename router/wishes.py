@@ -23,7 +23,7 @@ class Wishes:
     priority: int = 0  # seconds by which its turn counts as due later; below 0 earlier. From the request's body
 
     @classmethod
-    def from_headers(cls, headers: Mapping[bytes, bytes], caller: Caller, label: str = "") -> Wishes:
+    def from_headers(cls, headers: Mapping[bytes, bytes], caller: Caller, label: str = "", priority: int = 0) -> Wishes:
         """
         Raises:
             Forbidden: for a policy, which only operators choose.
@@ -43,11 +43,14 @@ class Wishes:
             session=_text(headers, b"x-pdserve-session"),
             slo=parse_slo(slo) if slo else CLASSES[STANDARD],
             trace_context=_trace_context(headers),
+            priority=priority,
         )
 
 
 def _trace_context(headers: Mapping[bytes, bytes]) -> dict[str, str]:
     """Unchecked: who makes spans of it checks it."""
+    if b"traceparent" not in headers:  # without it a state means nothing
+        return {}
     found = {name: _text(headers, name.encode()) for name in ("traceparent", "tracestate")}
     return {name: value for name, value in found.items() if value is not None}
 

@@ -142,8 +142,9 @@ class Fetch:
         request = pb.FenceRequest(node_id=self._me, ticket_id=self.ticket_id)
         try:
             reply = await self._stub.Fence(request, timeout=self._fence_s)
-        except grpc.aio.AioRpcError as error:
-            log.warning("store node %s does not acknowledge a fence: %s", self._peer.peer_id, error.details())
+        except (grpc.aio.AioRpcError, grpc.aio.BaseError) as error:  # the latter: the channel was closed before
+            reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
+            log.warning("store node %s does not acknowledge a fence: %s", self._peer.peer_id, reason)
             await self._links.close(self._peer, "a fence was not acknowledged")
             return
         self._do(self._session.fenced(reply.sent_ordinals))

@@ -60,7 +60,10 @@ class NodeRecord:
         """Raises ValueError for anything that is not the record of that life."""
         if len(text) > _MAX_RECORD_BYTES:
             raise ValueError("a node record is too long")
-        value = json.loads(text)
+        try:
+            value = json.loads(text)
+        except RecursionError:
+            raise ValueError("a node record is nested") from None
         if not isinstance(value, dict) or value.get("incarnation") != incarnation:
             raise ValueError("a node record is of another life")
         node_id, address, host_id = (value.get(name) for name in ("node_id", "address", "host_id"))
@@ -218,7 +221,7 @@ class Locations:
                 result = await call
         except self._errors as error:
             if self._breaker.state is BreakerState.CLOSED:
-                log.warning("the index does not answer: %s: %s", type(error).__name__, error)
+                log.warning("the index does not answer: %s", str(error) or f"nothing within {timeout_s:g} s")
             self._breaker.failed(time.monotonic())
             raise _Down from error
         if self._breaker.state is not BreakerState.CLOSED:

@@ -1,6 +1,7 @@
 """Links to other nodes, dialled when a block is fetched and kept until the peer is lost.
 
     DIALLING ── Connect answered ──> UP ── peer died, an operation failed or was late ──> CLOSED, dialled anew
+                                     └─── place is needed, and it was used least recently ──^
 
 The node that fetches dials; the one that serves accepts. Closing is the proof that nothing lands any more: every open
 operation of a closed link completes as FAILED first. On one machine the peer's death is learnt from its pidfd.
@@ -11,7 +12,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -28,6 +31,7 @@ from kvstore.transfer.transport import Transport
 log = logging.getLogger(__name__)
 
 MAX_LINKS = 256
+_CALLS_END_S = 30.0  # a call on a channel that nobody needs any more may still end by itself
 CHANNEL_OPTIONS = (
     *KEEPALIVE,
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -53,10 +57,12 @@ class PeerLinks:
         self._control = control
         self._loop = asyncio.get_running_loop()
         self._dialled: dict[int, LoopLink] = {}  # by the peer's incarnation
+        self._addresses: dict[int, str] = {}  # of those
         self._accepted: dict[str, LoopLink] = {}  # by the peer's node id
         self._dialling: dict[int, asyncio.Lock] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._closing: set[asyncio.Future[None]] = set()
+        self._dropping: set[asyncio.Future[None]] = set()  # channels, with their last calls
 
     def stub(self, address: str) -> StorePeerStub:
         """A client for another node's service."""
@@ -66,22 +72,30 @@ class PeerLinks:
         return StorePeerStub(channel)
 
     def accepted(self, node_id: str) -> LoopLink | None:
-        return self._accepted.get(node_id)
+        link = self._accepted.pop(node_id, None)
+        if link is not None:
+            self._accepted[node_id] = link  # the last one to be closed for place
+        return link
 
     async def dialled(self, peer: NodeRecord) -> LoopLink:
         """The link to fetch from this life of a node through. Raises TransferError or AioRpcError."""
         async with self._dialling.setdefault(peer.incarnation, asyncio.Lock()):
-            link = self._dialled.get(peer.incarnation)
+            link = self._dialled.pop(peer.incarnation, None)
             if link is None:
-                link = await self._dial(peer)
+                return await self._dial(peer)
+            self._dialled[peer.incarnation] = link  # the last one to be closed for place
             return link
 
+    def lost(self, peer: NodeRecord, reason: str) -> None:
+        """It answers no call, or as one that does not know us: with nothing under way its link would stay."""
+        if (link := self._dialled.get(peer.incarnation)) is not None:
+            self.close(link, reason)
+
     async def _dial(self, peer: NodeRecord) -> LoopLink:
-        if len(self._dialled) >= MAX_LINKS:
-            raise TransferError(f"more than {MAX_LINKS} nodes are linked")
+        await self._make_place(self._dialled)
         same_host = self._same_host(peer.host_id, peer.address)
         link = await self._open(peer.node_id, same_host=same_host)
-        self._dialled[peer.incarnation] = link
+        self._dialled[peer.incarnation], self._addresses[peer.incarnation] = link, peer.address
         try:
             request = pb.ConnectRequest(
                 node_id=self._me.node_id,
@@ -114,8 +128,7 @@ class PeerLinks:
             raise TransferError(f"{request.node_id} and {self._me.node_id} hold blocks of different models or layouts")
         if (older := self._accepted.get(request.node_id)) is not None:
             await self.close(older, "the peer dials again")
-        if len(self._accepted) >= MAX_LINKS:
-            raise TransferError(f"more than {MAX_LINKS} nodes are linked")
+        await self._make_place(self._accepted)
         same_host = self._same_host(request.host_id, request.address)
         link = await self._open(request.node_id, same_host=same_host)
         self._accepted[request.node_id] = link
@@ -135,17 +148,32 @@ class PeerLinks:
             for incarnation in [one for one, other in self._dialled.items() if other is link]:
                 del self._dialled[incarnation]
                 self._dialling.pop(incarnation, None)
+                self._drop_channel(self._addresses.pop(incarnation))
             if self._accepted.get(link.peer_id) is link:
                 del self._accepted[link.peer_id]
             self._closing.add(closing := link.close())
             closing.add_done_callback(self._closing.discard)
         return asyncio.shield(link.close())  # a call that is cancelled while it waits must not undo it for all
 
+    async def _make_place(self, links: Mapping[Any, LoopLink]) -> None:
+        """Of one that is gone nobody may ever ask again; one that is not is dialled anew."""
+        while len(links) >= MAX_LINKS:
+            await self.close(next(iter(links.values())), "another node needs its place")
+
+    def _drop_channel(self, address: str) -> None:
+        """A node that comes back has another address, as a rule; a channel to the old one would dial it for ever."""
+        if address in self._channels and address not in self._addresses.values():
+            dropping = asyncio.ensure_future(self._channels.pop(address).close(_CALLS_END_S))
+            self._dropping.add(dropping)
+            dropping.add_done_callback(self._dropping.discard)
+
     async def shut_down(self) -> None:
         """Close all links, channels and the transport."""
         for link in (*self._dialled.values(), *self._accepted.values()):
             self.close(link, "this node is ending")
-        await asyncio.gather(*self._closing, return_exceptions=True)
+        for dropping in self._dropping:
+            dropping.cancel()
+        await asyncio.gather(*self._closing, *self._dropping, return_exceptions=True)
         for channel in self._channels.values():
             await channel.close(None)
         await self._loop.run_in_executor(None, self._transport.close)

@@ -37,6 +37,7 @@ from kvstore.transfer.tags import MAX_TICKET_ID
 log = logging.getLogger(__name__)
 
 _OWNER = "fetch"
+_LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.ABORTED)
 _TICKET_BYTES = 128 << 20  # of one fetch: what is late or wrong costs no more than this
 _MAX_BREAKERS = 1024
 
@@ -75,9 +76,12 @@ class Remote:
         try:
             async with asyncio.timeout(until_s - time.monotonic()):
                 count = await self._fetch_from(peer, keys[:run], parent, until_s)
-        except (grpc.aio.AioRpcError, TransferError, TimeoutError) as error:
+        except (grpc.aio.AioRpcError, grpc.aio.BaseError, TransferError, TimeoutError) as error:
+            # A BaseError: the link and then its channel were closed between two calls.
             reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
             log.warning("fetching from store node %s failed: %s", peer.node_id, reason or type(error).__name__)
+            if isinstance(error, grpc.aio.AioRpcError) and error.code() in _LOST:
+                self._links.lost(peer, "it does not answer")
             breaker.failed(time.monotonic())
             return 0
         breaker.succeeded()

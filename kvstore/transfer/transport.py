@@ -32,6 +32,7 @@ class DeviceBuffer:
     pointer: int
     nbytes: int
     owner: object
+    device: int = 0  # its number
 
     @property
     def __cuda_array_interface__(self) -> dict[str, object]:

@@ -1,10 +1,12 @@
 """The UCX transport: tagged messages through ucxx, one progress thread a transport, one UCX worker a link.
 
 Who writes the receiver's memory: only the receiver's own copy of UCX. `RNDV_SCHEME=am` makes the sender put fragments
-into a shared segment or a socket, from which the receiver's library copies them into the posted buffer. The other
-schemes let the sender write (`put_zcopy`: process_vm_writev) or the receiver read (`get_zcopy`: process_vm_readv). So a
-sender that was frozen and wakes up after our link closed fills a segment that nobody reads. The safe scheme is also the
-fast one: 256 blocks of 360 KiB, in one run on 2 cores, am 6.9 GB/s, get_zcopy (auto picks it) 5.0, memcpy 6.9.
+into a shared segment or a socket, from which the receiver's library copies them into the posted buffer. So a sender
+that was frozen and wakes up after our link closed fills a segment that nobody reads. With `put_zcopy` the sender would
+write. A scheme is a preference ("last resort" in UCX's source), so protocols of writing are taken off the list by name.
+With `get_zcopy` the receiver reads, which is as safe, but a sender that dies amid that corrupts the receiver's heap
+(UCX 1.21 over process_vm_readv, in most runs of tests/kvstore/transfer/test_process_death.py). The safe scheme is also
+the fast one: 256 blocks of 360 KiB, in one run on 2 cores, am 6.9 GB/s, get_zcopy (auto picks it) 5.0, memcpy 6.9.
 
 Error handling stays on within a machine too: `POSIX_ERROR_HANDLING=y` keeps the shared-memory transport, which
 otherwise drops out without a word as soon as an endpoint asks for error handling.
@@ -21,20 +23,19 @@ from __future__ import annotations
 import importlib
 import os
 import select
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 
-from kvstore.errors import LinkClosed, TransferError, Unavailable
-from kvstore.transfer.inbox import Inbox
+from kvstore.errors import TransferError, Unavailable
+from kvstore.transfer.progress import ProgressThread, do_nothing
+from kvstore.transfer.threaded_link import LinkState
 from kvstore.transfer.transport import CompletionHandler
 from kvstore.transfer.ucp import UcpCalls
-from kvstore.transfer.ucx_link import LinkState, UcxLink
+from kvstore.transfer.ucx_link import UcxLink
 
 _COMMON = {
     "RNDV_SCHEME": "am",
+    "PROTOS": "^rndv/put/*",
     "KEEPALIVE_INTERVAL": "2s",
     "TCP_TX_SEG_SIZE": "1m",  # the default of 8k costs three quarters of the speed
     "TCP_RX_SEG_SIZE": "1m",
@@ -45,13 +46,10 @@ _SAME_HOST = _COMMON | {
     "POSIX_ERROR_HANDLING": "y",
     "POSIX_SEG_SIZE": "32k",  # fewer fragments than by the default of 8k; 64k truncates messages (UCX 1.21)
 }
-
 # Device memory goes the same way: the receiver's UCX copies fragments into it. Without cuda_copy UCX would read a
-# device's address as the host's. cuda_ipc is left out on purpose: with it the sender writes into the receiver's memory,
-# and a closed link would no longer prove that nothing lands.
+# device's address as the host's. The direct way, cuda_ipc, is that of `kvstore.transfer.nixl`.
 _DEVICE_TLS = ",cuda_copy"
 
-_CALL_DEADLINE_S = 30.0  # for connect and close to get through the progress thread
 _MAX_SLEEP_S = 1.0
 _STALL_S = 0.001
 _EAGER_ROUNDS = 200  # about a millisecond, in which a live receiver makes room
@@ -62,8 +60,12 @@ class UcxTransport:
 
     name = "ucx"
 
-    def __init__(self, *, device: bool = False) -> None:
-        """`device`: buffers lie in the memory of a GPU."""
+    def __init__(self, settle: Callable[[], None] | None = None) -> None:
+        """
+        Args:
+            settle: where buffers lie in the memory of a GPU: waits for all that this process has queued there,
+                copies of UCX included.
+        """
         # UCX would otherwise warn of variables that other packages set for themselves.
         os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
         try:
@@ -75,15 +77,14 @@ class UcxTransport:
             self.ucp = UcpCalls.load()
         except (OSError, AttributeError) as error:
             raise Unavailable(f"this ucxx is not version 0.52, the one that is known to work: {error}") from error
-        self._device = device
-        self.inbox = Inbox()
+        self._device = settle is not None
+        self.settle = settle or do_nothing
+        self.progress = ProgressThread("ucx-progress", self._run)
+        self.inbox = self.progress.inbox
         self._epoll = select.epoll()
         self._epoll.register(self.inbox.fd, select.EPOLLIN)
         self._links: list[UcxLink] = []  # with a live UCX worker; of the progress thread
-        self._lock = threading.Lock()
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="ucx-progress", daemon=True)
-        self._thread.start()
+        self.progress.start()
 
     def open(self, handler: CompletionHandler, *, same_host: bool) -> UcxLink:
         """Raises LinkClosed after `close`, TransferError if UCX refuses."""
@@ -96,7 +97,7 @@ class UcxTransport:
         except library.UCXError as error:
             raise TransferError(f"UCX cannot open a link: {error}") from error
         link = UcxLink(self, handler, worker)
-        self.call(lambda: self._adopt(link))
+        self.progress.call(lambda: self._adopt(link))
         return link
 
     def _settings(self, same_host: bool) -> dict[str, str]:
@@ -106,41 +107,13 @@ class UcxTransport:
         return settings | {"TLS": settings.get("TLS", "tcp") + _DEVICE_TLS}
 
     def close(self) -> None:
-        with self._lock:
-            if not self._closing:
-                self._closing = True
-                self.inbox.put(self._close_links)
-        if threading.current_thread() is not self._thread:
-            self._join()
-
-    def call(self, command: Callable[[], None]) -> None:
-        """Run it on the progress thread and wait. Raises what it raises, LinkClosed once the transport has ended."""
-        if threading.current_thread() is self._thread:
-            command()
-            return
-        result: Future[None] = Future()
-        with self._lock:
-            closing = self._closing
-            if not closing:
-                self.inbox.put(lambda: _settle(result, command))
-        if closing:
-            self._join()
-            raise LinkClosed("the transport is closed")
-        try:
-            result.result(_CALL_DEADLINE_S)
-        except FutureTimeout as error:
-            raise TransferError(f"the UCX progress thread did not answer within {_CALL_DEADLINE_S} s") from error
+        self.progress.close(self._close_links)
 
     def retire(self, link: UcxLink) -> None:
         """Stop watching a link whose UCX worker is about to be destroyed; on the progress thread."""
         if link in self._links:
             self._links.remove(link)
             self._epoll.unregister(link.event_fd)
-
-    def _join(self) -> None:
-        self._thread.join(_CALL_DEADLINE_S)
-        if self._thread.is_alive():
-            raise TransferError(f"the UCX progress thread did not end within {_CALL_DEADLINE_S} s")
 
     def _adopt(self, link: UcxLink) -> None:
         self._links.append(link)
@@ -153,7 +126,7 @@ class UcxTransport:
     def _run(self) -> None:
         idle_rounds = 0
         try:
-            while self._links or not self._closing:
+            while self._links or not self.progress.closing:
                 worked = self.inbox.run_all()
                 for link in tuple(self._links):
                     worked |= link.advance()
@@ -163,7 +136,7 @@ class UcxTransport:
                 rested = idle_rounds <= _EAGER_ROUNDS and time.monotonic() - begin_s > _STALL_S
                 idle_rounds = 0 if worked or rested else idle_rounds + 1
         finally:
-            self._closing = True
+            self.progress.closing = True
             self._close_links()
             self.inbox.run_all()  # what was accepted while the links closed is refused
             self._epoll.close()
@@ -185,12 +158,3 @@ class UcxTransport:
         else:
             os.sched_yield()  # the receiver may need this very core; spinning here costs three quarters of the speed
         self.inbox.wake_up()
-
-
-def _settle(result: Future[None], command: Callable[[], None]) -> None:
-    """Run it; whatever it raises is the waiting caller's."""
-    try:
-        command()
-        result.set_result(None)
-    except Exception as error:
-        result.set_exception(error)

@@ -1,30 +1,20 @@
 """One UCX link: its worker, its endpoint and its open operations.
 
-    OPEN ── connect ──> CONNECTED ── peer lost ──> LOST
-      └───────────────── close ─────────┴── close ──┴──> CLOSED        LOST and CLOSED: the UCX worker is destroyed
-
 A link that lost its peer is taken down at once, its open operations FAILED; what is asked of it afterwards fails too.
-Methods under "any thread" only put commands into the inbox; those under "progress thread" do the UCX calls.
+LOST and CLOSED mean that the UCX worker is destroyed.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
-import struct
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
-from functools import partial
 from typing import Any, Protocol
 
-import xxhash
-
-from kvstore.errors import LinkClosed, TransferError
-from kvstore.transfer.contract import MAX_OPEN_OPERATIONS, check_operation, deliver
-from kvstore.transfer.inbox import Inbox
+from kvstore.errors import TransferError
+from kvstore.transfer.progress import ProgressThread
+from kvstore.transfer.threaded_link import LinkState, ThreadedLink, wrap_address
 from kvstore.transfer.transport import Completion, CompletionHandler, Memory, Outcome
 from kvstore.transfer.ucp import UcpCalls
 
@@ -33,28 +23,16 @@ _GLANCE = 8  # operations end nearly in order: all of them are looked at only be
 
 _QUIESCE_DEADLINE_S = 0.1
 _UCS_OK, _UCS_TRUNCATED, _UCS_CANCELED = 0, -9, -16
-_ADDRESS = struct.Struct("<4sHQ")  # magic, bytes of the UCX address, their xxh3-64
-_ADDRESS_MAGIC = b"PDU1"
-
-
-class LinkState(Enum):
-    OPEN = "open"
-    CONNECTED = "connected"
-    LOST = "lost"
-    CLOSED = "closed"
 
 
 class LinkHost(Protocol):
     """What a link needs of its transport."""
 
-    inbox: Inbox
+    progress: ProgressThread
     library: Any  # ucxx._lib.libucxx
     array: Any  # ucxx._lib.arr.Array
     ucp: UcpCalls
-
-    def call(self, command: Callable[[], None]) -> None:
-        """Run it on the progress thread and wait for it."""
-        ...
+    settle: Callable[[], None]  # waits for copies that this process has queued on its GPU
 
     def retire(self, link: UcxLink) -> None:
         """Forget the link's descriptor; on the progress thread."""
@@ -71,61 +49,20 @@ class _Operation:
     cancel_asked: bool = False
 
 
-def wrap_address(ucx_address: bytes) -> bytes:
-    """UCX parses an address without checking it, so it travels with its length and checksum."""
-    return _ADDRESS.pack(_ADDRESS_MAGIC, len(ucx_address), xxhash.xxh3_64_intdigest(ucx_address)) + ucx_address
+class UcxLink(ThreadedLink):
+    magic = b"PDU1"
 
-
-def unwrap_address(address: bytes) -> bytes:
-    """Raises TransferError if it is not what `wrap_address` made."""
-    body = address[_ADDRESS.size :]
-    if address[: _ADDRESS.size] != _ADDRESS.pack(_ADDRESS_MAGIC, len(body) & 0xFFFF, xxhash.xxh3_64_intdigest(body)):
-        raise TransferError("peer address is not a UCX address of this version, or is damaged")
-    return body
-
-
-class UcxLink:
     def __init__(self, host: LinkHost, handler: CompletionHandler, worker: Any) -> None:
+        super().__init__(host.progress, handler)
         self._host = host
-        self._handler = handler
         self._worker = worker
         self._endpoint: Any = None
-        self._state = LinkState.OPEN
-        self._numbers = itertools.count(1)
-        self._lock = threading.Lock()  # orders `close` after every operation accepted before it
-        self._closing = False
-        self._num_open = 0
         self._operations: dict[int, _Operation] = {}
         self._look = False  # an operation may have ended outside `progress`
         self._unseen = False  # something moved since all operations were looked at
         self._transports = ""
-        self.address = wrap_address(worker.address.tobytes())
+        self.address = wrap_address(self.magic, worker.address.tobytes())
         self.event_fd: int = worker.epoll_file_descriptor
-
-    # --- any thread ---
-
-    def connect(self, peer_address: bytes) -> None:
-        body = unwrap_address(peer_address)
-        with self._lock:
-            if self._closing:
-                raise LinkClosed("the link is closed")
-        self._host.call(partial(self._connect, body))
-
-    def send(self, tag: int, data: Memory) -> int:
-        check_operation(tag, data, writable=False)
-        if self._state is LinkState.OPEN and not self._closing:
-            raise TransferError("send before connect")
-        return self._accept(self._post_send, tag, data)
-
-    def receive(self, tag: int, into: Memory) -> int:
-        check_operation(tag, into, writable=True)
-        return self._accept(self._post_receive, tag, into)
-
-    def cancel(self, operation: int) -> None:
-        """A send that was posted is not recalled: it ends as it would have."""
-        if self._closing:
-            return
-        self._host.inbox.put(partial(self._cancel, operation))
 
     def describe(self) -> str:
         """The endpoint's lanes as UCX reports them, with the state when it is no longer connected."""
@@ -133,29 +70,9 @@ class UcxLink:
             return self._transports
         return f"{self._transports} ({self._state.value})"
 
-    def close(self) -> None:
-        with self._lock:
-            self._closing = True
-        try:
-            self._host.call(partial(self.take_down, LinkState.CLOSED, "the link was closed"))
-        except LinkClosed:
-            return  # the transport has ended, and this link with it
-
-    def _accept(self, post: Callable[[int, int, Memory], None], tag: int, buffer: Memory) -> int:
-        with self._lock:
-            if self._closing:
-                raise LinkClosed("the link is closed")
-            if self._num_open >= MAX_OPEN_OPERATIONS:
-                raise TransferError(f"more than {MAX_OPEN_OPERATIONS} operations are open on one link")
-            self._num_open += 1
-            number = next(self._numbers)
-            self._host.inbox.put(partial(post, number, tag, buffer))
-        return number
-
     # --- progress thread ---
 
     def advance(self) -> bool:
-        """Let UCX work and deliver what ended; returns whether anything moved."""
         worker = self._worker
         if worker is None:
             return False
@@ -181,15 +98,8 @@ class UcxLink:
                 return False
         return bool(self._worker.arm())
 
-    def take_down(self, state: LinkState, reason: str) -> None:
-        """End all operations, destroy the UCX worker so that nothing lands any more, and only then deliver."""
-        with self._lock:
-            if state is LinkState.CLOSED:
-                self._closing = True
-            if self._state is not LinkState.CLOSED:
-                self._state = state
-        if self._worker is None:
-            return
+    def _end(self, reason: str) -> list[Completion]:
+        """Destroys the UCX worker."""
         self._host.retire(self)
         if not self._quiesce():
             self._host.ucp.destroy(self._worker)
@@ -199,7 +109,8 @@ class UcxLink:
         self._operations.clear()
         self._endpoint = None
         self._worker = None
-        self._deliver(ended)
+        self._host.settle()
+        return ended
 
     def _quiesce(self) -> bool:
         """Have UCX end every operation; a forced close does not wait for the peer, so it takes about a millisecond.
@@ -220,8 +131,6 @@ class UcxLink:
         return False
 
     def _connect(self, ucx_address: bytes) -> None:
-        if self._state is not LinkState.OPEN:
-            raise LinkClosed("the link is closed") if self._closing else TransferError("the link is connected already")
         library = self._host.library
         try:
             self._endpoint = library.UCXEndpoint.create_from_worker_address(
@@ -230,7 +139,6 @@ class UcxLink:
         except library.UCXError as error:
             raise TransferError(f"UCX cannot reach the peer: {error}") from error
         self._transports = ", ".join(sorted(set(self._host.ucp.transports(self._endpoint.handle))))
-        self._state = LinkState.CONNECTED
 
     def _post_send(self, number: int, tag: int, data: Memory) -> None:
         if self._state is not LinkState.CONNECTED:
@@ -257,9 +165,6 @@ class UcxLink:
             return
         self._operations[number] = _Operation(request, into, is_receive=True)
         self._look = True
-
-    def _refuse(self, number: int, reason: str) -> None:
-        self._deliver([Completion(number, Outcome.FAILED, 0, reason)])
 
     def _cancel(self, number: int) -> None:
         operation = self._operations.get(number)
@@ -291,9 +196,3 @@ class UcxLink:
         if status == _UCS_CANCELED and operation.cancel_asked:
             return Completion(number, Outcome.CANCELLED, 0)
         return Completion(number, Outcome.FAILED, 0, reason or f"UCX status {status}")
-
-    def _deliver(self, completions: list[Completion]) -> None:
-        with self._lock:
-            self._num_open -= len(completions)
-        for completion in completions:
-            deliver(self._handler, completion)

@@ -62,6 +62,9 @@ def main(
     load_format: Annotated[
         Literal["auto", "dummy"], typer.Option(help="dummy: random weights of the shape that config.json gives.")
     ] = "auto",
+    transport: Annotated[
+        Literal["ucx", "nixl"], typer.Option(help="What moves blocks to other workers; nixl: straight between GPUs.")
+    ] = "ucx",
     store: Annotated[Path | None, typer.Option(help="Socket of this machine's store node (pdserve store).")] = None,
     tls_dir: Annotated[
         Path | None,
@@ -101,11 +104,13 @@ def main(
             weights=weights,
             load_format=load_format,
             vllm_names=vllm_names,
+            transport=transport,
             store=store,
             control=control_plane(tls_dir),
         )
         # Imported here, so that a wrong option is told at once and torch sees the environment set above.
         from pdserve.worker.build import build_engine
+        from pdserve.worker.engine_thread import end_process_in_a_step
         from pdserve.worker.process import run
 
         built = build_engine(config, announcer.progress)
@@ -122,6 +127,7 @@ def main(
         announcer.error(str(error))
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
+    end_process_in_a_step()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from kvstore.layout import KvDtype
 from pdserve.models.weight_format import WeightFormat
 from pdserve.protocol import worker_pb2 as pb
 
+TransportName = Literal["ucx", "nixl"]
+
 
 class Role(Enum):
     """What a worker is preferred for. Any worker can run a whole request when the role for it is missing."""
@@ -78,6 +80,7 @@ class WorkerConfig:
     weights: WeightFormat = "dense"
     load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights of the shape that config.json gives
     vllm_names: bool = True  # metrics under the names of vLLM too
+    transport: TransportName = "ucx"
     store: Path | None = None  # socket of the store node of this machine
     control: ControlPlane = IN_THE_CLEAR  # how routers and peers reach us and we them
     limits: WorkerLimits = field(default_factory=WorkerLimits)

@@ -26,7 +26,7 @@ from kvstore.control_plane import IN_THE_CLEAR, KEEPALIVE, ControlPlane
 from kvstore.errors import TransferError
 from kvstore.transfer.loop_link import LoopLink
 from kvstore.transfer.tags import message_tag
-from kvstore.transfer.transport import Completion, Outcome, Transport
+from kvstore.transfer.transport import Completion, Memory, Outcome, Transport
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.protocol.worker_pb2_grpc import WorkerStub
 from pdserve.worker.config import LinkLimits
@@ -73,12 +73,22 @@ class LinkTable:
     """All links of this worker, by peer. Use on the asyncio loop only."""
 
     def __init__(
-        self, hello: pb.WorkerHello, transport: Transport, limits: LinkLimits, control: ControlPlane = IN_THE_CLEAR
+        self,
+        hello: pb.WorkerHello,
+        transport: Transport,
+        limits: LinkLimits,
+        control: ControlPlane = IN_THE_CLEAR,
+        scratch: Memory | None = None,
     ) -> None:
+        """
+        Args:
+            scratch: sent and received to try a link out; of the kind that blocks are of. None: memory of the host.
+        """
         self._control = control
         self._hello = hello  # what peers may know of this worker
         self._transport = transport
         self._limits = limits
+        self._scratch = np.zeros(limits.probe_bytes, np.uint8) if scratch is None else scratch
         self.on_report: Callable[[pb.LinkReport], None] = lambda report: None
         self._loop = asyncio.get_running_loop()
         self._links: dict[str, PeerLink] = {}
@@ -189,17 +199,16 @@ class LinkTable:
 
     async def _probe(self, link: PeerLink) -> float:
         """Bytes a second to a peer that has posted `_PROBES` receives."""
-        data = np.zeros(self._limits.probe_bytes, np.uint8)
         seconds = float("inf")
         for number in range(_PROBES):
             done: asyncio.Future[Completion] = self._loop.create_future()
             began_s = time.monotonic()
-            link.send(message_tag(PROBE_TICKET, number), data, partial(_resolve, done))
+            link.send(message_tag(PROBE_TICKET, number), self._scratch, partial(_resolve, done))
             completion = await done
             if completion.outcome is not Outcome.DONE:
                 raise TransferError(f"the probe to {link.peer_id} failed: {completion.error}")
             seconds = min(seconds, time.monotonic() - began_s)
-        return data.size / seconds
+        return self._scratch.nbytes / seconds
 
     def _publish(self, peer: pb.Peer, link: PeerLink | None = None, error: str = "") -> None:
         report = pb.LinkReport(peer_id=peer.worker_id, peer_incarnation=peer.incarnation, error=error)
@@ -232,9 +241,8 @@ class LinkTable:
         same_host = request.host_id == mine.host_id
         link = self._open(request.worker_id, request.incarnation, request.address, same_host=same_host)
         try:
-            scratch = np.empty(self._limits.probe_bytes, np.uint8)
             for number in range(_PROBES):
-                link.receive(message_tag(PROBE_TICKET, number), scratch, lambda completion: None)
+                link.receive(message_tag(PROBE_TICKET, number), self._scratch, lambda completion: None)
             link.link.connect(request.link_address)
             link.peer_address = request.link_address
             if same_host:

@@ -26,6 +26,14 @@ class BlockMemory(Protocol):
         """`[block_bytes]`, writable: what a transport sends and receives into."""
         ...
 
+    def whole(self) -> Memory:
+        """All blocks, one behind the other."""
+        ...
+
+    def scratch(self, num_bytes: int) -> Memory:
+        """New memory of the same kind, zeros."""
+        ...
+
     def checksum(self, block_id: int) -> int: ...
 
     def read(self, block_id: int, into: Buffer) -> int:
@@ -52,6 +60,12 @@ class HostBlocks:
         view: Buffer = self._blocks[block_id]
         return view
 
+    def whole(self) -> Buffer:
+        return self._blocks.reshape(-1)
+
+    def scratch(self, num_bytes: int) -> Buffer:
+        return np.zeros(num_bytes, np.uint8)
+
     def checksum(self, block_id: int) -> int:
         return block_checksum(self._blocks[block_id])
 
@@ -74,7 +88,13 @@ class DeviceBlocks:
         self._of_thread = threading.local()
 
     def block(self, block_id: int) -> DeviceBuffer:
-        return DeviceBuffer(self._blocks[block_id].data_ptr(), self.block_bytes, self._blocks)
+        return _buffer(self._blocks[block_id])
+
+    def whole(self) -> DeviceBuffer:
+        return _buffer(self._blocks)
+
+    def scratch(self, num_bytes: int) -> DeviceBuffer:
+        return _buffer(torch.zeros(num_bytes, dtype=torch.uint8, device=self._blocks.device))
 
     def checksum(self, block_id: int) -> int:
         own = self._of_thread
@@ -99,16 +119,24 @@ class DeviceBlocks:
         own.stream.synchronize()
 
 
+def _buffer(tensor: Tensor) -> DeviceBuffer:
+    """Keeps the tensor's memory."""
+    return DeviceBuffer(tensor.data_ptr(), tensor.nbytes, tensor, tensor.device.index or 0)
+
+
 class PinnedArena:
-    """Pins the store's shared memory for the GPU; call it with the mapping, and with the next one when that changes."""
+    """Pins the store's shared memory for the GPU; call it with the mapping, with the next one, or None when it goes."""
 
     def __init__(self) -> None:
         self._pinned: Buffer | None = None
 
-    def __call__(self, arena: Buffer) -> None:
+    def __call__(self, arena: Buffer | None) -> None:
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         if self._pinned is not None:
             runtime.cudaHostUnregister(self._pinned.ctypes.data)
+            self._pinned = None
+        if arena is None:
+            return
         status = int(runtime.cudaHostRegister(arena.ctypes.data, arena.nbytes, 0))
         self._pinned = arena if status == 0 else None
         if status != 0:

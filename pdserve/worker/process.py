@@ -22,8 +22,7 @@ from grpc_reflection.v1alpha import reflection
 from kvstore.errors import Unavailable
 from kvstore.host import host_id
 from kvstore.store.client import StoreClient
-from kvstore.transfer.transport import Transport
-from kvstore.transfer.ucx import UcxTransport
+from kvstore.transfer.transport import Memory, Transport
 from pdserve import vllm_names
 from pdserve.discovery import Endpoint, Lease
 from pdserve.errors import ConfigError
@@ -35,6 +34,7 @@ from pdserve.vllm_names import VllmNames
 from pdserve.worker.admin import make_admin_app
 from pdserve.worker.build import Built
 from pdserve.worker.config import WorkerConfig
+from pdserve.worker.data_plane import open_transport
 from pdserve.worker.engine_thread import EngineThread
 from pdserve.worker.link_metrics import LinkCollector
 from pdserve.worker.links import CHANNEL_OPTIONS, LinkTable
@@ -52,8 +52,13 @@ _SERVICE = pb.DESCRIPTOR.services_by_name["Worker"].full_name
 
 
 @contextlib.asynccontextmanager
-async def running_worker(config: WorkerConfig, built: Built, transport: Transport) -> AsyncIterator[pb.WorkerHello]:
+async def running_worker(
+    config: WorkerConfig, built: Built, transport: Transport, scratch: Memory | None = None
+) -> AsyncIterator[pb.WorkerHello]:
     """A worker that serves while entered; yields what it tells routers about itself. Closes the transport at the end.
+
+    Args:
+        scratch: as of `LinkTable`.
 
     Raises:
         ConfigError: a port is taken.
@@ -63,7 +68,7 @@ async def running_worker(config: WorkerConfig, built: Built, transport: Transpor
     hello = _make_hello(config, built, f"{config.host}:{port}", f"{config.host}:{admin_socket.getsockname()[1]}")
     loop = asyncio.get_running_loop()
     engine = EngineThread(built.engine, loop)
-    links = LinkTable(hello, transport, config.limits.link, config.control)
+    links = LinkTable(hello, transport, config.limits.link, config.control, scratch)
     memory, metrics = block_memory(built.engine.runner.pool), WorkerMetrics(config.role.value)
     metrics.set_pool(hello)
     metrics.registry.register(LinkCollector(links.reports))
@@ -208,9 +213,11 @@ async def run(config: WorkerConfig, built: Built, ready: Callable[[pb.WorkerHell
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with running_worker(
-        config, built, UcxTransport(device=built.engine.runner.pool.device.type != "cpu")
-    ) as hello:
+    pool = built.engine.runner.pool
+    memory = block_memory(pool)
+    scratch = memory.scratch(config.limits.link.probe_bytes)
+    transport = open_transport(config.transport, memory, scratch, pool.device)
+    async with running_worker(config, built, transport, scratch) as hello:
         where = (config.role.value, hello.address, hello.admin_address)
         log.info("worker %s (%s) serves on %s, admin on %s", hello.worker_id, *where)
         ready(hello)

@@ -41,13 +41,17 @@ async def measure_http(model: Path, name: str, peers: Path | None) -> dict[str, 
                 await _ready(port)
                 found[peer] = await _measure(f"127.0.0.1:{port}", "stub", process.pid)
     for label, processes in (("pdserve", 1), ("pdserve_2_processes", 2)):
-        async with _started("router.bench.stub_worker") as worker, _routers(model, worker, processes) as (port, pids):
-            found[label] = await _measure(f"127.0.0.1:{port}", name, *pids)
+        async with _started("router.bench.stub_worker") as worker:
+            if processes == 1:
+                by_protocol = {f"at_{rate}_per_s": await _ask_worker(worker, rate) for rate in RATES}
+            async with _routers(model, worker, processes) as (port, pids):
+                found[label] = await _measure(f"127.0.0.1:{port}", name, *pids)
     alone = found["stub_alone"]
     for each in found.values():
         for rate in RATES:
             at, base = each[f"at_{rate}_per_s"], alone[f"at_{rate}_per_s"]
             at["added_p50_us"], at["added_p99_us"] = at["p50_us"] - base["p50_us"], at["p99_us"] - base["p99_us"]
+    found["stub_worker_alone"] = by_protocol
     return found
 
 
@@ -115,8 +119,17 @@ def _cpu_s(pids: Sequence[int]) -> float:
 
 
 async def _load(address: str, body: str, *options: str) -> dict[str, float]:
+    return await _answer("router.bench.http_load", address, body, *options)
+
+
+async def _ask_worker(address: str, rate: int) -> dict[str, float]:
+    """The stub worker without a router: what is added to it is the router's, and HTTP's."""
+    return await _answer("router.bench.session_load", address, "--requests", str(4 * rate), "--rate", str(rate))
+
+
+async def _answer(module: str, address: str, *options: str) -> dict[str, float]:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "router.bench.http_load", address, body, *options), stdout=asyncio.subprocess.PIPE
+        *(sys.executable, "-m", module, address, *options), stdout=asyncio.subprocess.PIPE
     )
     output, _ = await process.communicate()
     if process.returncode:

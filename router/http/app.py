@@ -73,8 +73,8 @@ class Entrance:
     """Gives each request its id, the client's X-Request-Id if that is printable ASCII, puts it on the response, finds
     out who sent it, and refuses callers who may not and headers beyond the limits.
 
-    Outside Starlette's own handling of errors, so that a 500 has an id too. What generates handles its errors itself
-    and is reached past Starlette, whose layers would have a part in every token.
+    Outside Starlette's own handling of errors, so that a 500 has an id too. What generates handles its errors itself,
+    puts the id on its responses itself, and is reached past Starlette: no layer has a part in every token.
     """
 
     def __init__(self, app: ASGIApp, generating: Mapping[str, ASGIApp], access: Access, limits: HttpLimits) -> None:
@@ -91,13 +91,17 @@ class Entrance:
         given = next((value for name, value in headers if name == b"x-request-id"), b"")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(16)}".encode()
         scope[REQUEST_ID_KEY] = request_id.decode("ascii")
+        app = self._behind(scope)
+        if isinstance(app, GenerateEndpoint):
+            await app(scope, receive, send)
+            return
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
             await send(message)
 
-        await self._behind(scope)(scope, receive, send_with_id)
+        await app(scope, receive, send_with_id)
 
     def _behind(self, scope: Scope) -> ASGIApp:
         """What answers. Nothing behind the entrance runs for a caller that may not ask for it."""

@@ -81,24 +81,27 @@ def completion_call(body: bytes, model: ServedModel, drawn_seed: int) -> Call:
         raise InvalidRequest("'max_tokens' may be 0 only with 'echo'.", param="max_tokens")
     max_tokens = 1 if echo_only else request.max_tokens
     left = _output_room(prompts, max_tokens, model, "prompt")
-    call = _call(request, prompts, max_tokens or min(DEFAULT_COMPLETION_TOKENS, left), model, drawn_seed)
-    best_of = call.n if request.best_of is None else request.best_of
-    if best_of < call.n:
+    n = request.n or 1
+    best_of = n if request.best_of is None else request.best_of
+    if best_of < n:
         raise InvalidRequest("'best_of' must be at least 'n'.", param="best_of")
-    if best_of > call.n and call.stream:
+    if best_of > n and request.stream:
         raise InvalidRequest("'best_of' above 'n' cannot be streamed: the best are known at the end.", param="best_of")
     if best_of * len(prompts) > MAX_CHOICES:
         raise InvalidRequest(f"A request may have {MAX_CHOICES} choices, of all prompts together.", param="prompt")
-    ranked = best_of > call.n
-    sampling = replace(
-        call.sampling,
-        logprobs=request.logprobs if request.logprobs is not None or not ranked else 0,
-        prompt_logprobs=request.logprobs if request.echo else call.sampling.prompt_logprobs,
-    )
     if request.echo and request.prompt_logprobs is not None:
         raise InvalidRequest("With 'echo', 'logprobs' tells of the prompt too.", param="prompt_logprobs")
-    return replace(
-        call, sampling=sampling, best_of=best_of, echo_only=echo_only, tells_logprobs=request.logprobs is not None
+    return _call(
+        request,
+        prompts,
+        max_tokens or min(DEFAULT_COMPLETION_TOKENS, left),
+        model,
+        drawn_seed,
+        best_of=best_of,
+        echo_only=echo_only,
+        tells_logprobs=request.logprobs is not None,
+        logprobs=0 if request.logprobs is None and best_of > n else request.logprobs,
+        prompt_logprobs=request.logprobs if request.echo else request.prompt_logprobs,
     )
 
 
@@ -119,18 +122,23 @@ def chat_call(body: bytes, model: ServedModel, drawn_seed: int) -> Call:
         raise InvalidRequest("'messages' have no tokens.", param="messages")
     max_tokens = request.max_completion_tokens or request.max_tokens
     left = _output_room(prompts, max_tokens, model, "messages")
-    call = _call(request, prompts, max_tokens or left, model, drawn_seed)
+    call = _call(
+        request,
+        prompts,
+        max_tokens or left,
+        model,
+        drawn_seed,
+        best_of=request.n or 1,
+        tells_logprobs=bool(request.logprobs),
+        tooling=tooling,
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        prompt_logprobs=request.prompt_logprobs,
+    )
     if tooling is not None and tooling.grammar is not None:
         if call.sampling.grammar is not None and tooling.forced:
             raise InvalidRequest("A forced tool call has a format of its own.", param="tool_choice")
-        call = replace(call, sampling=replace(call.sampling, grammar=tooling.grammar), grammar_param="tools")
-    logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return replace(
-        call,
-        sampling=replace(call.sampling, logprobs=logprobs),
-        tells_logprobs=bool(request.logprobs),
-        tooling=tooling,
-    )
+        return replace(call, sampling=replace(call.sampling, grammar=tooling.grammar), grammar_param="tools")
+    return call
 
 
 def _completion_prompt(prompt: str | tuple[int, ...], request: CompletionRequest, model: ServedModel) -> Prompt:
@@ -181,29 +189,40 @@ def _call(
     max_tokens: int,
     model: ServedModel,
     drawn_seed: int,
+    *,
+    best_of: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+    tells_logprobs: bool,
+    echo_only: bool = False,
+    tooling: Tooling | None = None,
 ) -> Call:
-    """What both endpoints share."""
+    """What both endpoints share. `logprobs` and `prompt_logprobs` are computed, whether or not they are told."""
     if (request.min_tokens or 0) > max_tokens:
         raise InvalidRequest(f"'min_tokens' must be at most 'max_tokens' ({max_tokens}).", param="min_tokens")
-    stop_token_ids, logit_bias = request.stop_token_ids or [], request.logit_bias or ()
-    check_token_ids(stop_token_ids, model, "stop_token_ids")
+    more_stops, logit_bias = request.stop_token_ids or [], request.logit_bias or ()
+    check_token_ids(more_stops, model, "stop_token_ids")
     check_token_ids([token_id for token_id, _ in logit_bias], model, "logit_bias")
     if request.prompt_logprobs is not None and request.stream:
         raise InvalidRequest("'prompt_logprobs' cannot be streamed.", param="prompt_logprobs")
-    options, n, asked = request.stream_options, request.n or 1, requested_grammar(request)
+    options, asked = request.stream_options, requested_grammar(request)
+    stop_token_ids = (*_eos(request, model), *more_stops)
     return Call(
         prompts=prompts,
-        sampling=_sampling(request, max_tokens, (*_eos(request, model), *stop_token_ids), drawn_seed, asked),
+        sampling=_sampling(request, max_tokens, stop_token_ids, drawn_seed, asked, logprobs, prompt_logprobs),
         stop_strings=request.stop or (),
         stream=bool(request.stream),
         include_usage=bool(options is not None and options.include_usage),
         continuous_usage=bool(options is not None and options.include_usage and options.continuous_usage_stats),
-        n=n,
-        best_of=n,
+        n=request.n or 1,
+        best_of=best_of,
+        tells_logprobs=tells_logprobs,
         tells_prompt_logprobs=request.prompt_logprobs is not None,
+        echo_only=echo_only,
         return_token_ids=bool(request.return_token_ids),
         keeps_stop_string=bool(request.include_stop_str_in_output),
         writes_special=request.skip_special_tokens is False,
+        tooling=tooling,
         priority=request.priority or 0,
         cache_salt=request.cache_salt,
         grammar_param="" if asked is None else asked.param,
@@ -220,6 +239,8 @@ def _sampling(
     stop_token_ids: tuple[int, ...],
     drawn_seed: int,
     asked: RequestedGrammar | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
 ) -> SamplingParams:
     greedy = request.temperature == 0 or request.top_p == 0  # a nucleus of no mass is the likeliest token
     return SamplingParams(
@@ -235,7 +256,8 @@ def _sampling(
         frequency_penalty=request.frequency_penalty or 0.0,
         repetition_penalty=_given(request.repetition_penalty, 1.0),
         logit_bias=request.logit_bias or (),
-        prompt_logprobs=request.prompt_logprobs,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         grammar=None if asked is None else asked.grammar,
     )
 

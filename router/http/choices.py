@@ -63,7 +63,8 @@ class Branch:
         async for tokens in self.generation:
             piece = self.answer.push(tokens)
             self.began.set()
-            self.num_calls += len(piece.tool_calls)
+            if piece.tool_calls:
+                self.num_calls += len(piece.tool_calls)
             yield piece
             if self.answer.finish_reason is not None:
                 self.generation.finish()  # a stop string has ended the answer before its generation
@@ -93,17 +94,20 @@ class Choices:
         root_key = service.root_key(service.access.cache_salt(tenant, call.cache_salt))
         for index in range(len(call.prompts) * call.best_of):
             prompt, sample = call.prompts[index // call.best_of], index % call.best_of
+            sampling, own = call.sampling, timeline
+            if sample:  # samples of one prompt differ; those of several prompts are what each alone would give
+                sampling = replace(sampling, seed=(sampling.seed + sample) & MAX_SEED)
+            if index:
+                own = replace(timeline, reported={})
             request = Request(
                 # Clients choose X-Request-Id and may repeat it; inside, an id must be unique.
                 request_id=f"{response_id}-{index}" if index else response_id,
                 prompt_token_ids=prompt.token_ids,
-                # Samples of one prompt differ; those of several prompts are what each alone would give.
-                sampling=replace(call.sampling, seed=(call.sampling.seed + sample) & MAX_SEED),
+                sampling=sampling,
                 root_key=root_key,
                 tenant=tenant.name,
                 deadline_s=timeline.received_s + service.limits.request_s,
             )
-            own = replace(timeline, reported={})
             answer = Answer(call, service.model.tokenizer, service.clock)
             self.branches.append(
                 Branch(prompt, answer, lambda r=request, t=own: service.dispatcher.start(r, t, wishes))  # type: ignore[misc]

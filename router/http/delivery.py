@@ -36,6 +36,7 @@ class Delivery:
         self._routing = routing
         self._writers = [_Writer(call, branch, shape, tokenizer) for branch in choices.branches]
         self._open = len(choices.branches)
+        self._named = False
         # One write at a time.
         self._turn: asyncio.Lock | None = asyncio.Lock() if self._open > 1 else None
 
@@ -49,7 +50,7 @@ class Delivery:
                 pieces.append(piece)
                 choice.tool_calls += [tool_call(call, len(choice.tool_calls)) for call in piece.tool_calls]
             choice.text = writer.prefix + "".join(texts)
-            choice.extra = writer.extra(_joined(pieces))
+            choice.extra = writer.extra(pieces[0] if len(pieces) == 1 else _joined(pieces))
             choice.finish_reason = branch.finish_reason
 
         await self._choices.run(gather)
@@ -69,8 +70,7 @@ class Delivery:
 
     async def stream(self) -> None:
         """Nothing is sent before the first tokens are there, so an earlier failure still gets its own status."""
-        async with self._exchange.streaming():
-            await self._choices.run(self._stream_one)
+        await self._choices.run(self._stream_one)
 
     async def _stream_one(self, index: int, branch: Branch) -> None:
         writer = self._writers[index]
@@ -84,7 +84,8 @@ class Delivery:
             if last:
                 data += self._closing()
             if data:
-                self._name_decision()
+                if not self._named:
+                    self._name_decision()
                 if self._turn is None:
                     await self._exchange.write(data, last=last)
                 else:
@@ -133,14 +134,15 @@ class Delivery:
     def _usage(self) -> Usage:
         leaders = self._choices.leaders
         return Usage(
-            prompt_tokens=sum(len(branch.prompt.token_ids) for branch in leaders),
-            completion_tokens=sum(branch.answer.output_tokens for branch in self._choices.branches),
-            cached_tokens=sum(sum(branch.generation.cached_by_tier.values()) for branch in leaders),
+            prompt_tokens=sum([len(branch.prompt.token_ids) for branch in leaders]),
+            completion_tokens=self._choices.output_tokens,
+            cached_tokens=sum([sum(branch.generation.cached_by_tier.values()) for branch in leaders]),
         )
 
     def _name_decision(self) -> None:
         """On the response's headers, once tokens are there: then it is made."""
-        if self._routing is None or self._exchange.extra_headers:
+        self._named = True
+        if self._routing is None:
             return
         header = self._routing.decision_header(self._choices.branches[0].generation.request.request_id)
         if header is not None:

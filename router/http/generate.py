@@ -7,11 +7,11 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from starlette.types import Receive, Scope, Send
 
-from pdserve.errors import DeadlineExceeded, Overloaded, ServeError
+from pdserve.errors import Overloaded, ServeError
 from pdserve.request import MAX_SEED
 from pdserve.timeline import Timeline
 from router.http.call import Call, chat_call, completion_call
@@ -40,17 +40,15 @@ class InFlight:
     def __init__(self, limit: int, metrics: RouterMetrics) -> None:
         self._limit = limit
         self._count = 0
-        self._gauge = metrics.requests_in_flight
+        metrics.requests_in_flight.set_function(lambda: self._count)
 
     def __enter__(self) -> None:
         if self._count >= self._limit:
             raise Overloaded("The server is handling as many requests as it can. Please retry.")
         self._count += 1
-        self._gauge.set(self._count)
 
     def __exit__(self, *exc_info: object) -> None:
         self._count -= 1
-        self._gauge.set(self._count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +76,19 @@ class GenerateEndpoint:
         self._meters = meters
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send, self._service.limits)
+        exchange = Exchange(scope, receive, send, self._service.limits, DEADLINE_GRACE_S)
+        exchange.extra_headers.append((b"x-request-id", exchange.request_id.encode("ascii")))
         try:
             with self._in_flight:
-                outcome = await self._serve(exchange)
+                async with exchange:
+                    outcome = await self._serve(exchange)
         except Exception as error:
             outcome = await self._fail(exchange, error)
+            # Of a generation the dispatcher has a line too, the only one when all went well.
+            logger.info(
+                "request failed client_id=%s endpoint=%s outcome=%s", exchange.request_id, self._api.name, outcome
+            )
         self._service.metrics.count_request(self._api.name, outcome)
-        logger.info("request ended request_id=%s endpoint=%s outcome=%s", exchange.request_id, self._api.name, outcome)
 
     async def _fail(self, exchange: Exchange, error: Exception) -> str:
         """Answers with `error` if anyone is there; returns the outcome."""
@@ -97,7 +100,7 @@ class GenerateEndpoint:
         return str(failure.status)
 
     async def _serve(self, exchange: Exchange) -> str:
-        service, limits = self._service, self._service.limits
+        service = self._service
         timeline = Timeline(received_s=service.clock())
         call = await self._prepare(await exchange.body())
         if call.sampling.grammar is not None:
@@ -105,20 +108,18 @@ class GenerateEndpoint:
         timeline.tokenised_s = service.clock()
         response_id = self._api.id_prefix + secrets.token_hex(16)
         tenant = exchange.caller.tenant
-        wishes = Wishes.from_headers(exchange.headers, exchange.caller, label=exchange.request_id)
-        wishes = replace(wishes, priority=call.priority)
+        wishes = Wishes.from_headers(
+            exchange.headers, exchange.caller, label=exchange.request_id, priority=call.priority
+        )
         choices = Choices(call, service, response_id, timeline, wishes, tenant)
         shape = self._api.shape(response_id, int(service.wall_clock()), service.model.name, call)
         delivery = Delivery(exchange, call, choices, shape, service.model.tokenizer, service.routing)
         self._meters.begin(tenant, call.prompt_tokens, service.clock())
-        watcher = asyncio.create_task(_stop_when_gone(exchange, choices))
+        exchange.when_gone(choices.stop)
         try:
-            async with asyncio.timeout(limits.request_s + DEADLINE_GRACE_S):
-                await (delivery.stream() if call.stream else delivery.whole())
-        except TimeoutError as error:
-            raise DeadlineExceeded("The request took too long.") from error
+            await (delivery.stream() if call.stream else delivery.whole())
+            await asyncio.sleep(0)  # what was written leaves before it is counted
         finally:
-            watcher.cancel()
             choices.stop()
             choices.observe(service.metrics)
             self._meters.end(tenant, choices.output_tokens)
@@ -129,8 +130,3 @@ class GenerateEndpoint:
         if len(body) <= INLINE_BODY_BYTES:
             return self._api.call(body, self._service.model, drawn_seed)
         return await asyncio.to_thread(self._api.call, body, self._service.model, drawn_seed)
-
-
-async def _stop_when_gone(exchange: Exchange, choices: Choices) -> None:
-    await exchange.disconnected()
-    choices.stop()

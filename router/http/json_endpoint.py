@@ -27,7 +27,8 @@ class JsonEndpoint(ABC):
         exchange = Exchange(scope, receive, send, self._limits)
         with contextlib.suppress(ClientGone):
             try:
-                await exchange.respond(200, await self.answer(await exchange.body(), exchange))
+                async with exchange:
+                    await exchange.respond(200, await self.answer(await exchange.body(), exchange))
             except ClientGone:
                 raise
             except Exception as error:

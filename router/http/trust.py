@@ -6,6 +6,7 @@ import hmac
 import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 ADMIN_KEY_HEADER = b"x-pdserve-admin-key"
 
@@ -32,6 +33,7 @@ def bearer(headers: Mapping[bytes, bytes]) -> str | None:
     return token.strip() if scheme.lower() == "bearer" else None
 
 
+@lru_cache(maxsize=1024)
 def _is_loopback(host: str) -> bool:
     try:
         address = ipaddress.ip_address(host)

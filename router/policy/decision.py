@@ -139,7 +139,11 @@ class Decision:
         return "; ".join(f"{rejected.worker_id}: {rejected.reason}" for rejected in filtered)
 
     def _runner_up_row(self) -> int | None:
-        return next((row for row in self._ranked() if row != self.row), None)
+        others = np.where(self._eligible, self._cost, np.inf)
+        if self.row is not None:
+            others[self.row] = np.inf
+        row = int(others.argmin()) if len(others) else 0
+        return row if len(others) and others[row] < np.inf else None
 
     def _ranked(self) -> list[int]:
         """Eligible rows, cheapest first, equal ones by worker id."""

@@ -14,7 +14,7 @@ _DECODES = (Phase.DECODE, Phase.RESUME)
 _ON_DECODE = (*_DECODES, Phase.LOCAL)  # on a worker of that role, which must have room at once
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # told apart by identity: they are keys of every decision
 class Filter:
     """
     Attributes:

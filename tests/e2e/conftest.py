@@ -10,6 +10,7 @@ import tokenizers
 
 from tests.support.passages import Encode
 from tests.support.stack import Stack
+from tests.support.tool_model import taught
 
 MakeStack = Callable[..., Stack]
 
@@ -37,6 +38,25 @@ def disaggregated(make_stack: MakeStack) -> Iterator[Stack]:
 def mixed(make_stack: MakeStack) -> Iterator[Stack]:
     """One mixed worker: what it answers is what every other deployment has to answer."""
     with make_stack(mixed=1) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def model_with_tools(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return taught(default_model, tmp_path_factory.mktemp("model") / "with-tools")
+
+
+@pytest.fixture(scope="session")
+def with_tools(model_with_tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """One prefill and two decode workers of a model that was taught to call tools."""
+    roles = {"prefill": 1, "decode": 2}
+    with Stack(model_with_tools, tmp_path_factory.mktemp("stack"), roles, ("--dtype", "float32")) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def mixed_with_tools(model_with_tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with Stack(model_with_tools, tmp_path_factory.mktemp("stack"), {"mixed": 1}, ("--dtype", "float32")) as stack:
         yield stack
 
 

@@ -1,7 +1,8 @@
 """Other people's clients run unmodified: those of `$PDSERVE_CLIENTS`, a folder of virtual environments.
 
-Each environment has the name of its package (`python -m venv aiperf && aiperf/bin/pip install aiperf`). They are heavy
-and bring versions of their own, so CI has none of them: docs/api.md says what was run, and which versions.
+Each environment has the name of its package (`python -m venv aiperf && aiperf/bin/pip install aiperf`; inference-perf
+needs Python 3.12). They are heavy and bring versions of their own, so CI has none of them: docs/api.md says what was
+run, and which versions.
 """
 
 from __future__ import annotations
@@ -20,25 +21,6 @@ pytestmark = pytest.mark.e2e
 
 CLIENTS = Path(os.environ.get("PDSERVE_CLIENTS", "/nonexistent"))
 TIMEOUT_S = 240
-
-LANGCHAIN = """
-import sys
-from langchain_openai import ChatOpenAI, OpenAI
-from pydantic import BaseModel
-
-class City(BaseModel):
-    name: str
-
-server = {"base_url": sys.argv[1], "api_key": "unused", "model": sys.argv[2], "temperature": 0, "max_tokens": 20}
-chat = ChatOpenAI(**server)
-whole = chat.invoke("What is gravity?").content
-assert whole == "".join(chunk.content for chunk in chat.stream("What is gravity?"))
-assert chat.batch(["Hi", "What is rain?"])[1].usage_metadata["output_tokens"] > 0
-assert chat.with_structured_output(City, method="json_schema").invoke("Name a city as JSON.").name
-assert chat.bind(logprobs=True, top_logprobs=2).invoke("Hi").response_metadata["logprobs"]["content"]
-assert ChatOpenAI(**server, use_responses_api=True, store=False).invoke("What is gravity?").content
-assert OpenAI(**server).invoke("The capital of Italy is")
-"""
 
 
 def program(package: str, name: str) -> str:
@@ -67,11 +49,6 @@ def hub_cache(stack: Stack, folder: Path) -> dict[str, str]:
     return {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
 
 
-def test_langchain(disaggregated: Stack, tmp_path: Path) -> None:
-    python = program("langchain-openai", "python")
-    run(python, "-c", LANGCHAIN, f"{disaggregated.url}/v1", disaggregated.model.name, cwd=tmp_path)
-
-
 def test_aiperf(disaggregated: Stack, tmp_path: Path) -> None:
     command = [program("aiperf", "aiperf"), "profile", "--model", disaggregated.model.name, "--url", disaggregated.url]
     command += ["--endpoint-type", "chat", "--streaming", "--concurrency", "2", "--request-count", "6", "--ui", "none"]
@@ -93,3 +70,30 @@ def test_guidellm(disaggregated: Stack, tmp_path: Path) -> None:
     [told] = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
     assert not told["requests"]["errored"]
     assert told["requests"]["successful"]
+
+
+@pytest.mark.parametrize("api", ["completion", "chat"])
+def test_inference_perf(disaggregated: Stack, tmp_path: Path, api: str) -> None:
+    lengths = {"min": 20, "max": 50, "mean": 30, "std_dev": 5, "total_count": 10}
+    shared = {
+        "num_groups": 2,
+        "num_prompts_per_group": 3,
+        "system_prompt_len": 40,
+        "question_len": 20,
+        "output_len": 12,
+    }
+    random = {"type": "random", "input_distribution": lengths, "output_distribution": lengths | {"min": 4, "mean": 12}}
+    config = {
+        "load": {"type": "constant", "num_workers": 1, "stages": [{"rate": 1, "duration": 5}]},
+        "api": {"type": api, "streaming": True},
+        "server": {"type": "vllm", "model_name": disaggregated.model.name, "base_url": disaggregated.url},
+        "tokenizer": {"pretrained_model_name_or_path": "local/model"},
+        "data": random if api == "completion" else {"type": "shared_prefix", "shared_prefix": shared},
+        "storage": {"local_storage": {"path": "out"}},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))  # which is YAML too
+    command = [program("inference-perf", "inference-perf"), "-c", "config.json"]
+    run(*command, cwd=tmp_path, **hub_cache(disaggregated, tmp_path))
+    told = json.loads((tmp_path / "out" / "summary_lifecycle_metrics.json").read_text())
+    assert told["successes"]["count"] == 5
+    assert told["failures"]["count"] == 0

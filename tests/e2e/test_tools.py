@@ -1,56 +1,109 @@
-"""A model that was taught to call tools, as far as its template says: forced calls are calls, and valid."""
+"""A model that was taught to call tools, as far as its template says: calls that are forced or strict are valid."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
+import re
+from typing import Any
 
 import openai
 import pytest
 
+from tests.e2e.test_conformance import ask, assert_same, post
 from tests.support.stack import Stack
+from tests.support.tool_model import ASK, CITY, CLOCK, SHOWN, STRICT, TOOLS, assert_holds
 
 pytestmark = pytest.mark.e2e
 
-TEMPLATE = """{%- if tools %}<|im_start|>system
-Call functions as <tool_call>{"name": ..., "arguments": ...}</tool_call>. Functions: {{ tools | tojson }}<|im_end|>
-{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "get_weather",
-            "description": "The weather of a city.",
-            "parameters": {
-                "type": "object",
-                "properties": {
-                    "city": {"type": "string", "maxLength": 20},
-                    "unit": {"enum": ["celsius", "fahrenheit"]},
-                },
-                "required": ["city", "unit"],
-                "additionalProperties": False,
-            },
-        },
-    },
-    {"type": "function", "function": {"name": "get_time", "parameters": {"type": "object", "properties": {}}}},
-]
+ANSWER = {"type": "object", "properties": {"answer": {"type": "string", "maxLength": 10}}, "required": ["answer"]}
+JSON = {"type": "json_schema", "json_schema": {"name": "x", "schema": {**ANSWER, "additionalProperties": False}}}
+BODIES: dict[str, dict[str, Any]] = {
+    "loose": {"messages": SHOWN, "tools": [CITY, CLOCK]},
+    "strict": {"messages": SHOWN, "tools": [STRICT, CLOCK], "logprobs": True, "top_logprobs": 2},
+    "strict, drawn": {"messages": SHOWN, "tools": [STRICT], "temperature": 1, "seed": 5, "n": 2},
+    "strict, one call": {"messages": SHOWN, "tools": [STRICT, CLOCK], "parallel_tool_calls": False},
+    "strict, text": {"messages": [{"role": "user", "content": "Say hi."}], "tools": [STRICT, CLOCK]},
+    "required": {"messages": ASK, "tools": [CITY, CLOCK], "tool_choice": "required"},
+    "format and a call": {"messages": SHOWN, "tools": [STRICT, CLOCK], "response_format": JSON},
+    "format": {"messages": [{"role": "user", "content": "Say hi."}], "tools": [STRICT], "response_format": JSON},
+}
+DEFAULTS = {"temperature": 0, "max_tokens": 60}
 
 
-@pytest.fixture(scope="module")
-def client(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    folder = tmp_path_factory.mktemp("model") / "with-tools"
-    folder.mkdir()
-    for path in default_model.iterdir():
-        if path.name not in ("chat_template.jinja", "manifest.json"):
-            (folder / path.name).symlink_to(path)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    stack = Stack(folder, tmp_path_factory.mktemp("stack"), {"prefill": 1, "decode": 1}, ("--dtype", "float32"), None)
-    with stack:
-        yield openai.OpenAI(base_url=f"{stack.url}/v1", api_key="x", max_retries=0)
+@pytest.fixture
+def client(with_tools: Stack) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{with_tools.url}/v1", api_key="x", max_retries=0)
+
+
+def without_ids(choices: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for choice in choices:
+        for call in choice["message"].get("tool_calls", []):
+            assert call.pop("id").startswith("call_")
+    return choices
+
+
+def streamed_choices(stack: Stack, body: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Content, calls and reason of each choice of a stream."""
+    found: dict[int, dict[str, Any]] = {}
+    text = post(stack, "/v1/chat/completions", body | {"stream": True})
+    for line in re.findall(r"^data: (\{.*)$", text, re.MULTILINE):
+        for choice in json.loads(line)["choices"]:
+            mine = found.setdefault(choice["index"], {"content": "", "calls": [], "finish_reason": None})
+            mine["content"] += choice["delta"].get("content") or ""
+            mine["calls"] += [call["function"] for call in choice["delta"].get("tool_calls", [])]
+            mine["finish_reason"] = choice["finish_reason"] or mine["finish_reason"]
+    return found
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_same_calls_in_every_mode(with_tools: Stack, mixed_with_tools: Stack, name: str) -> None:
+    body = DEFAULTS | BODIES[name]
+    whole = [without_ids(ask(each, "/v1/chat/completions", body)["choices"]) for each in (mixed_with_tools, with_tools)]
+    assert_same(whole[1], whole[0])
+    for each in (mixed_with_tools, with_tools):
+        for choice, streamed in zip(whole[0], streamed_choices(each, body).values(), strict=True):
+            message = choice["message"]
+            assert streamed["content"] == (message["content"] or "")
+            assert streamed["calls"] == [call["function"] for call in message.get("tool_calls", [])]
+            assert streamed["finish_reason"] == choice["finish_reason"]
+
+
+def test_strict_arguments_hold_to_the_schema_and_others_need_not(with_tools: Stack) -> None:
+    def called(**body: Any) -> list[str]:
+        choices = ask(with_tools, "/v1/chat/completions", DEFAULTS | body)["choices"]
+        assert [choice["finish_reason"] for choice in choices] == ["tool_calls"] * len(choices)
+        return [call["function"]["arguments"] for choice in choices for call in choice["message"]["tool_calls"]]
+
+    [loose] = called(**BODIES["loose"])
+    assert "kelvin" in loose
+    for name in ("strict", "strict, drawn", "strict, one call", "format and a call"):
+        for arguments in called(**BODIES[name]):
+            assert_holds(arguments)
+
+
+def test_migrated_call_still_holds(with_tools: Stack, mixed_with_tools: Stack) -> None:
+    """The grammar's state comes back from the tokens; the worker dies while the arguments are written."""
+    body = DEFAULTS | BODIES["strict"] | {"return_token_ids": True}
+    expected = ask(mixed_with_tools, "/v1/chat/completions", body)["choices"][0]
+    connection = with_tools.client.send(body | {"stream": True})
+    request_id, token_ids, calls = "", [], []
+    with connection, connection.getresponse() as response:
+        for line in response:
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[6:])
+            for choice in event["choices"]:
+                token_ids += choice.get("token_ids") or []
+                calls += choice["delta"].get("tool_calls") or []
+            if len(token_ids) >= 18 and not request_id:
+                request_id = event["id"]
+                with_tools.holder(request_id, "decode").kill()
+    assert request_id
+    assert token_ids == expected["token_ids"]
+    [call] = calls
+    assert_holds(call["function"]["arguments"])
+    with_tools.revive()
+    with_tools.assert_pools_whole()
 
 
 def test_forced_call(client: openai.OpenAI) -> None:

@@ -107,12 +107,15 @@ async def test_a_lease_comes_back_after_a_flush_and_after_an_empty_restart(serve
     await discovery.close()
 
 
-async def test_a_frozen_redis_means_unknown_within_a_bounded_time(server: Server) -> None:
+async def test_a_frozen_redis_means_unknown_within_a_bounded_time(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
     discovery = RedisDiscovery(server.url, namespace="test")
     await until(discovery, lambda listed: listed == [])
     server.signal(signal.SIGSTOP)
     async with asyncio.timeout(2):
         assert await discovery.poll() is None
+    assert caplog.messages[-1] == "redis is down: no answer within 0.2 s"
     server.signal(signal.SIGCONT)
     await until(discovery, lambda listed: listed == [])
     await discovery.close()
@@ -122,18 +125,23 @@ async def test_an_expired_record_and_a_broken_one_are_not_listed(server: Server)
     discovery = RedisDiscovery(server.url, namespace="test")
     await until(discovery, lambda listed: listed == [])
     redis = Redis.from_url(server.url)
-    await redis.sadd("pdserve:test:worker", "gone", "broken", "list")
+    await redis.sadd("pdserve:test:worker", "gone", "broken", "list", "deep")
+    await redis.set("pdserve:test:worker:deep", "[" * 4000)
     await redis.set("pdserve:test:worker:broken", "{")
     await redis.set("pdserve:test:worker:list", "[1]")
     assert await discovery.poll() == []
-    assert await redis.smembers("pdserve:test:worker") == {b"broken", b"list"}
+    assert await redis.smembers("pdserve:test:worker") == {b"broken", b"list", b"deep"}
     await redis.aclose()
     await discovery.close()
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "3", "{}", '{"endpoint_id": "a", "address": "no-port"}', '{"endpoint_id": 1, "address": "h:1"}'],
+    [
+        *("", "[]", "3", "{}", '{"endpoint_id": "a", "address": "no-port"}', '{"endpoint_id": 1, "address": "h:1"}'),
+        *("[" * 4000, "[" * 100_000, WORKER.to_json() + 4000 * " "),
+    ],
+    ids=range(9),
 )
 def test_a_record_that_is_not_one_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):

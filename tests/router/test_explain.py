@@ -16,7 +16,7 @@ from router.records import Record, Records
 from router.routed import RoutedGeneration
 from router.slo import CLASSES
 from router.wishes import Wishes
-from tests.support.stub_cluster import DECODE, GREEDY, PREFILL, StubCluster, assert_exact, until
+from tests.support.stub_cluster import DECODE, GREEDY, PREFILL, StubCluster, accounted, assert_exact, until
 
 
 def four() -> list[StubWorker]:
@@ -123,6 +123,7 @@ async def test_an_aborted_request_misses_no_objective() -> None:
     async with StubCluster(*four()) as cluster:
         generation = cluster.start(GREEDY)
         generation.abort()
+        await accounted()
         record = cluster.dispatcher.account.records.find(generation.request.request_id)
         assert record is not None
         assert record.end == "abort"
@@ -134,6 +135,7 @@ async def test_a_client_that_leaves_too_late_to_be_served_well_has_been_missed()
         generation = cluster.start(GREEDY)
         generation.timeline.received_s -= CLASSES["standard"].ttft_s
         generation.abort()
+        await accounted()
         [(_, _, _, stage)] = cluster.dispatcher.account.goodput.outcomes
         assert stage == "failed"
 
@@ -143,6 +145,7 @@ async def test_an_answer_that_a_stop_string_completes_is_good() -> None:
         generation = cluster.start(GREEDY)
         await anext(aiter(generation))
         generation.finish()
+        await accounted()
         record = cluster.dispatcher.account.records.find(generation.request.request_id)
         assert record is not None
         assert (record.end, record.missed) == ("stop", None)

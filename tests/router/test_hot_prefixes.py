@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvstore.keys import GROUP_BLOCKS, BlockKey, block_keys
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.request import SamplingParams
+from router import hot_prefixes
 from router.bench.stub_worker import Fabric, StubSpec, StubWorker
 from router.explain import Explainer
 from router.hot_prefixes import AGAIN_S, ALARM, PREFIXES, HotPrefixes, Target
@@ -71,6 +72,18 @@ def test_the_idlest_worker_that_reaches_it_gets_the_copy_and_pays_only_what_it_l
     assert copy is not None
     assert (copy.worker_id, copy.num_bytes) == ("w1", (len(HOT) - GROUP_BLOCKS) * BLOCK_BYTES)
     assert prefixes.choose(hot, held, [], BLOCK_BYTES, 100.0) is None
+
+
+def test_a_hot_prefix_beside_hotter_ones_that_fill_all_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long prompts on a slow worker are hot by themselves, each with many prefixes."""
+    monkeypatch.setattr(hot_prefixes, "PREFIXES", 8)
+    prefixes = HotPrefixes(1 << 30, 10.0)
+    for number in range(20):
+        work_s = 1e3 if number % 2 else 1e2
+        hot = prefixes.note(chain(number)[3 * GROUP_BLOCKS :], work_s, 0.0)
+        assert hot
+        prefixes.choose(hot, {}, targets(1.0, 0.5), BLOCK_BYTES, 0.0)
+        assert len(prefixes) <= 8
 
 
 @settings(deadline=None, max_examples=60)

@@ -139,6 +139,30 @@ async def test_a_dead_owner_is_a_miss(pair: Pair) -> None:
     assert await save(pair.mine, keys) == 5
 
 
+async def test_a_dead_owner_is_not_dialled_for_ever(pair: Pair) -> None:
+    """Nothing was under way when it died, so no operation fails; the next fetch finds nobody."""
+    keys, others = chain(1, 10), chain(2, 10)
+    await save(pair.theirs, keys)
+    await save(pair.theirs, others)
+    await until_located(pair.mine, keys)
+    await until_located(pair.mine, others)
+    assert read(await pair.mine.load(keys, DEADLINE_S)) == ["remote"] * 10
+    pair.there.kill()
+    assert read(await pair.mine.load(others, 2.0)) == []
+    dialled = asyncio.Event()
+
+    def dials(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+        dialled.set()
+
+    host, _, port = pair.there.address.rpartition(":")
+    async with await asyncio.start_server(dials, host, int(port)):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(dialled.wait(), 3.0)  # a channel that is kept dials once a second
+    log = (Path(pair.here.socket).parent / "here.log").read_text()
+    assert "closing the link with store node there: it does not answer" in log
+
+
 async def test_an_owner_that_freezes_after_it_was_linked_costs_the_deadline(pair: Pair) -> None:
     await save(pair.theirs, [*chain(1, 3), *chain(2, 3)])
     await until_located(pair.mine, chain(2, 3))

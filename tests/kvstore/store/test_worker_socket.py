@@ -219,6 +219,16 @@ async def test_a_client_of_something_else_is_detached_and_never_fails(tmp_path: 
         await client.close()
 
 
+async def test_a_path_where_nobody_listens_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A wrong path would else cost every hit, and nothing would say so."""
+    client = await attach(str(tmp_path / "nowhere.sock"))
+    assert not client.attached
+    await asyncio.sleep(0.2)  # it tries again and again
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"there is no store at {tmp_path}/nowhere.sock yet: every look-up misses until there is"]
+    await client.close()
+
+
 async def test_a_refusal_reaches_the_caller_of_attach(node: NodeProcess, client: StoreClient) -> None:
     with pytest.raises(Unavailable, match="another model"):
         await StoreClient.attach(node.socket, fingerprint=bytes(16), block_bytes=BLOCK_BYTES, owner="other")

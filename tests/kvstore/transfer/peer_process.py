@@ -1,4 +1,4 @@
-"""The other process of test_ucx_process_death.py: `peer_process.py send|receive`, one JSON line in, events out.
+"""The other process of test_process_death.py: `peer_process.py send|receive`, one JSON line in, events out.
 
 It swaps addresses, then starts `count` sends or receives of `size` bytes filled with 0xAB, and prints `started` and,
 when all have ended, how many by outcome. It ends when its standard input does.
@@ -14,7 +14,7 @@ from collections import Counter
 import numpy as np
 
 from kvstore.transfer.transport import Completion
-from kvstore.transfer.ucx import UcxTransport
+from tests.support.transports import make_transport, same_host
 
 
 def say(**event: object) -> None:
@@ -34,8 +34,8 @@ def main() -> None:
     order = json.loads(sys.stdin.readline())
     count, size = order["count"], order["size"]
     data = np.full((count, size), 0xAB if role == "send" else 0, np.uint8)
-    transport = UcxTransport()
-    link = transport.open(handler, same_host=order["same_host"])
+    transport = make_transport(order["kind"], data.reshape(-1))
+    link = transport.open(handler, same_host=same_host(order["kind"]))
     say(address=link.address.hex())
     link.connect(bytes.fromhex(order["address"]))
     for n in range(count):

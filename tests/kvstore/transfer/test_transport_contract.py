@@ -12,10 +12,17 @@ import pytest
 from kvstore.errors import LinkClosed, TransferError
 from kvstore.transfer.loopback import LoopbackNetwork, LoopbackTransport
 from kvstore.transfer.transport import Buffer, Completion, Link, Outcome, Transport
-from kvstore.transfer.ucx import UcxTransport
+from tests.support.transports import KINDS, make_transport, same_host
 
 DEADLINE_S = 20.0
 SIZES = (1, 4096, 368_640, 3 << 20)
+
+
+ARENA = np.zeros(32 << 20, np.uint8)
+
+
+class Arena:
+    used = 0  # bytes
 
 
 class Recorder:
@@ -51,15 +58,16 @@ class End:
 Opener = Callable[[int], End]
 
 
-@pytest.fixture(params=["loopback", "ucx-same-host", "ucx-remote"])
+@pytest.fixture(params=("loopback", *KINDS), ids=lambda kind: kind.replace(" ", "-"))
 def open_end(request: pytest.FixtureRequest) -> Iterator[Opener]:
     """Opens links on transport 0 or 1 of one network."""
-    network = LoopbackNetwork()
-    transports = [LoopbackTransport(network) if request.param == "loopback" else UcxTransport() for _ in range(2)]
+    network, kind = LoopbackNetwork(), request.param
+    Arena.used = 0
+    transports = [LoopbackTransport(network) if kind == "loopback" else make_transport(kind, ARENA) for _ in range(2)]
 
     def opener(which: int) -> End:
         done = Recorder()
-        return End(transports[which], transports[which].open(done, same_host=request.param != "ucx-remote"), done)
+        return End(transports[which], transports[which].open(done, same_host=same_host(kind)), done)
 
     yield opener
     for transport in transports:
@@ -78,12 +86,23 @@ def connected(open_end: Opener) -> tuple[End, End]:
     return sender, receiver
 
 
+def zeros(size: int) -> Buffer:
+    """Of the arena, where the transport knows the memory beforehand; no two are the same while the test runs."""
+    start, Arena.used = Arena.used, Arena.used + size
+    taken = ARENA[start : start + size]
+    assert taken.size == size
+    taken[:] = 0
+    return taken
+
+
 def pattern(size: int, seed: int) -> Buffer:
-    return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+    made = zeros(size)
+    made[:] = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+    return made
 
 
 def exchange(sender: End, receiver: End, tag: int, size: int) -> None:
-    data, into = pattern(size, tag), np.zeros(size, np.uint8)
+    data, into = pattern(size, tag), zeros(size)
     received = receiver.link.receive(tag, into)
     sent = sender.link.send(tag, data)
     assert receiver.done.wait(received) == [Outcome.DONE]
@@ -100,7 +119,7 @@ def test_message_arrives_whole_in_both_directions(pair: tuple[End, End], size: i
 @pytest.mark.parametrize("size", SIZES)
 def test_message_sent_before_its_receive_is_posted_arrives(pair: tuple[End, End], size: int) -> None:
     sender, receiver = pair
-    data, into = pattern(size, 3), np.zeros(size, np.uint8)
+    data, into = pattern(size, 3), zeros(size)
     sent = sender.link.send(3, data)
     exchange(sender, receiver, tag=4, size=8)
     received = receiver.link.receive(3, into)
@@ -112,7 +131,7 @@ def test_message_sent_before_its_receive_is_posted_arrives(pair: tuple[End, End]
 def test_batch_goes_where_its_tags_say(pair: tuple[End, End]) -> None:
     sender, receiver = pair
     count, size = 64, 100_000
-    data, into = pattern(count * size, 0).reshape(count, size), np.zeros((count, size), np.uint8)
+    data, into = pattern(count * size, 0).reshape(count, size), zeros(count * size).reshape(count, size)
     received = [receiver.link.receive(9 << 16 | n, into[n]) for n in reversed(range(count))]
     sent = [sender.link.send(9 << 16 | n, data[n]) for n in range(count)]
     assert set(receiver.done.wait(*received)) == {Outcome.DONE}
@@ -130,7 +149,7 @@ def test_completions_come_on_the_transports_thread(pair: tuple[End, End]) -> Non
 def test_message_larger_than_the_buffer_is_truncated(pair: tuple[End, End]) -> None:
     sender, receiver = pair
     for tag, size in ((5, 100), (6, 1 << 20)):
-        beyond = np.zeros(2 * size, np.uint8)
+        beyond = zeros(2 * size)
         received = receiver.link.receive(tag, beyond[: size // 2])
         sender.link.send(tag, pattern(size, tag))
         assert receiver.done.wait(received) == [Outcome.TRUNCATED]
@@ -140,7 +159,7 @@ def test_message_larger_than_the_buffer_is_truncated(pair: tuple[End, End]) -> N
 
 def test_cancelled_receive_leaves_its_buffer_alone(pair: tuple[End, End]) -> None:
     sender, receiver = pair
-    into, other = np.zeros(1000, np.uint8), np.zeros(1000, np.uint8)
+    into, other = zeros(1000), zeros(1000)
     cancelled, kept = receiver.link.receive(5, into), receiver.link.receive(6, other)
     receiver.link.cancel(cancelled)
     assert receiver.done.wait(cancelled) == [Outcome.CANCELLED]
@@ -163,7 +182,7 @@ def test_cancel_of_what_has_ended_changes_nothing(pair: tuple[End, End]) -> None
 
 def test_close_fails_what_is_open_before_it_returns(pair: tuple[End, End]) -> None:
     sender, receiver = pair
-    into = np.zeros(1 << 20, np.uint8)
+    into = zeros(1 << 20)
     received = [receiver.link.receive(tag, into) for tag in range(10)]
     receiver.link.close()
     assert {receiver.done.completions[operation].outcome for operation in received} == {Outcome.FAILED}
@@ -177,7 +196,7 @@ def test_closed_link_refuses_and_close_is_idempotent(pair: tuple[End, End]) -> N
     link = pair[0].link
     link.close()
     link.close()
-    buffer = np.zeros(8, np.uint8)
+    buffer = zeros(8)
     with pytest.raises(LinkClosed):
         link.send(1, buffer)
     with pytest.raises(LinkClosed):
@@ -189,7 +208,7 @@ def test_closed_link_refuses_and_close_is_idempotent(pair: tuple[End, End]) -> N
 
 def test_links_of_one_transport_are_isolated(open_end: Opener) -> None:
     first, second = connected(open_end), connected(open_end)
-    into = np.zeros(1000, np.uint8)
+    into = zeros(1000)
     second[1].link.receive(5, into)
     exchange(*first, tag=5, size=1000)
     assert not into.any()
@@ -208,7 +227,7 @@ def test_close_from_a_handler_works(open_end: Opener) -> None:
         closed.set()
 
     link = receiver.transport.open(close_it, same_host=True)
-    operation = link.receive(1, np.zeros(8, np.uint8))
+    operation = link.receive(1, zeros(8))
     link.cancel(operation)
     assert closed.wait(DEADLINE_S)
     sender.link.connect(receiver.link.address)
@@ -223,7 +242,7 @@ def test_failing_handler_does_not_stop_the_other_links(open_end: Opener) -> None
         raise RuntimeError("a bug of the caller")
 
     link = receiver.transport.open(fail, same_host=True)
-    link.cancel(link.receive(1, np.zeros(8, np.uint8)))
+    link.cancel(link.receive(1, zeros(8)))
     exchange(sender, receiver, tag=1, size=1000)
 
 
@@ -256,7 +275,7 @@ def test_read_only_buffer_can_be_sent_but_not_received_into(pair: tuple[End, End
 def test_send_before_connect_and_a_wrong_address_are_errors(open_end: Opener) -> None:
     link, other = open_end(0).link, open_end(1).link
     with pytest.raises(TransferError):
-        link.send(1, np.zeros(8, np.uint8))
+        link.send(1, zeros(8))
     damaged = bytes([other.address[0] ^ 1]) + other.address[1:]
     for address in (b"", b"nonsense", other.address[:-1], damaged, other.address + b"x"):
         with pytest.raises(TransferError):
@@ -268,7 +287,7 @@ def test_send_before_connect_and_a_wrong_address_are_errors(open_end: Opener) ->
 
 def test_receive_may_be_posted_before_connect(open_end: Opener) -> None:
     sender, receiver = open_end(0), open_end(1)
-    into = np.zeros(100, np.uint8)
+    into = zeros(100)
     received = receiver.link.receive(1, into)
     sender.link.connect(receiver.link.address)
     receiver.link.connect(sender.link.address)
@@ -282,13 +301,13 @@ def test_describe_names_what_is_used(pair: tuple[End, End]) -> None:
 
 def test_transport_close_ends_links_and_refuses_new_ones(open_end: Opener) -> None:
     sender, receiver = connected(open_end)
-    received = receiver.link.receive(1, np.zeros(8, np.uint8))
+    received = receiver.link.receive(1, zeros(8))
     receiver.transport.close()
     receiver.transport.close()
     assert receiver.done.completions[received].outcome is Outcome.FAILED
     receiver.link.close()
     with pytest.raises(LinkClosed):
-        receiver.link.receive(1, np.zeros(8, np.uint8))
+        receiver.link.receive(1, zeros(8))
     with pytest.raises(LinkClosed):
         receiver.transport.open(receiver.done, same_host=True)
     sender.link.close()
@@ -301,7 +320,7 @@ def test_each_operation_completes_once_when_close_races_with_callers(open_end: O
     def post() -> None:
         try:
             while len(accepted) < 5000:
-                accepted.append(receiver.link.receive(len(accepted), np.zeros(8, np.uint8)))
+                accepted.append(receiver.link.receive(len(accepted), zeros(8)))
         except LinkClosed:
             return
 

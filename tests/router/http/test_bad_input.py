@@ -36,7 +36,7 @@ COMPLETIONS: list[tuple[dict[str, Any], str | None, str | None, str]] = [
     ({"prompt": [1.5]}, "prompt", None, "must be a string or an array of token ids"),
     ({"prompt": ["a", ""]}, "prompt", None, "must not be empty"),
     ({"prompt": ["a", 3]}, "prompt", None, "must be a string or an array of token ids"),
-    ({"prompt": ["a"] * 17}, "prompt", None, "at most 16 prompts"),
+    ({"prompt": ["a"] * 65}, "prompt", None, "at most 64 prompts"),
     ({"prompt": ["a"] * 16, "n": 8}, "prompt", None, "may have 64 choices"),
     ({"prompt": ["a", [258]]}, "prompt", None, "from 0 to 257"),
     ({"prompt": [258]}, "prompt", None, "from 0 to 257"),
