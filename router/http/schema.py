@@ -261,7 +261,9 @@ def _path(fault: ErrorDetails, value: Any) -> tuple[int | str, ...]:
     """Where it is, as the client knows it: without the names of a union's forms, which pydantic puts between."""
     path: list[int | str] = []
     for step in fault["loc"]:
-        if (isinstance(value, dict) and step in value) or (isinstance(value, list) and isinstance(step, int)):
+        try:
             value = value[step]
-            path.append(step)
+        except (TypeError, LookupError):  # the name of a form, or of what is missing
+            continue
+        path.append(step)
     return (*path, fault["loc"][-1]) if fault["type"] == "missing" else tuple(path)
