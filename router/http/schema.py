@@ -37,7 +37,7 @@ MAX_TOOLS = 128
 MAX_N = 8
 MAX_PRIORITY = 100
 MAX_CACHE_SALT_CHARS = 256
-_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
+NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 
 
 class Strict(BaseModel):
@@ -51,7 +51,7 @@ class StreamOptions(Strict):
 
 
 class NamedSchema(Strict):
-    name: Annotated[str, Field(pattern=_NAME)]
+    name: Annotated[str, Field(pattern=NAME)]
     json_schema: Annotated[JsonSchema, Field(alias="schema")]
     description: str | None = None
     strict: bool | None = None  # what is generated follows the schema in either case
@@ -120,7 +120,7 @@ class CompletionRequest(Generating):
 
 
 class FunctionCall(Strict):
-    name: Annotated[str, Field(pattern=_NAME)]
+    name: Annotated[str, Field(pattern=NAME)]
     arguments: str
 
 
@@ -139,7 +139,7 @@ class Message(Strict):
 
 
 class Function(Strict):
-    name: Annotated[str, Field(pattern=_NAME)]
+    name: Annotated[str, Field(pattern=NAME)]
     description: str | None = None
     parameters: JsonSchema | None = None
     strict: bool | None = None
@@ -240,7 +240,7 @@ def _invalid(error: ValidationError, body: dict[str, Any]) -> InvalidRequest:
     fault, path = faults[0], _path(faults[0], body)
     if len(path) < len(fault["loc"]):  # of a union: the form that the value comes nearest to
         found = [(each, each_path) for each in faults if (each_path := _path(each, body))[: len(path)] == path]
-        fault, path = max(found, key=lambda pair: len(pair[1]))
+        fault, path = max(found, key=lambda pair: (len(pair[1]), not pair[0]["type"].endswith("_type")))
     param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
     match fault["type"]:
         case "missing":
@@ -261,12 +261,9 @@ def _path(fault: ErrorDetails, value: Any) -> tuple[int | str, ...]:
     """Where it is, as the client knows it: without the names of a union's forms, which pydantic puts between."""
     path: list[int | str] = []
     for step in fault["loc"]:
-        match value, step:
-            case dict(), _ if step in value:
-                value = value[step]
-            case list(), int():
-                value = value[step]
-            case _:
-                continue
+        try:
+            value = value[step]
+        except (TypeError, LookupError):  # the name of a form, or of what is missing
+            continue
         path.append(step)
     return (*path, fault["loc"][-1]) if fault["type"] == "missing" else tuple(path)
