@@ -66,8 +66,8 @@ def decode(setup: Setup) -> dict[str, object]:
     token_bytes = 2 * config.num_layers * config.kv_size * dtype_bytes
     found: dict[str, object] = {}
     for count, context in _DECODES:
-        if count * (context + _STEPS + 64) > engine.config.num_blocks * engine.config.block_size:
-            found[f"{count}x{context}"] = "the pool is too small"
+        if (refusal := _no_room(engine, count, context + _STEPS + 64)) is not None:
+            found[f"{count}x{context}"] = refusal
             continue
         sequences = [
             add(engine, f"{count}/{context}/{i}", random_prompt(context, i), _STEPS + 40) for i in range(count)
@@ -94,8 +94,8 @@ def prefill(setup: Setup) -> dict[str, object]:
     body = weight_bytes(config, "bfloat16") // 2 - 2 * config.vocab_size * config.hidden_size
     found: dict[str, object] = {}
     for length in _PREFILLS:
-        if length + 16 > engine.config.num_blocks * engine.config.block_size:
-            found[str(length)] = "the pool is too small"
+        if (refusal := _no_room(engine, 1, length + 16)) is not None:
+            found[str(length)] = refusal
             continue
         numbers = itertools.count()
         run_s = elapsed_s(partial(_prefill_once, engine, length, numbers), setup.device, rounds=3)
@@ -170,6 +170,13 @@ def transformers(setup: Setup) -> dict[str, object]:
 def _config_of(engine: Engine) -> ModelConfig:
     assert isinstance(engine.runner.model, Decoder)
     return engine.runner.model.config
+
+
+def _no_room(engine: Engine, count: int, tokens: int) -> str | None:
+    """Why so many sequences of so many tokens cannot be; None if they can."""
+    if tokens > engine.config.max_model_len:
+        return "longer than this model allows"
+    return "the pool is too small" if count * tokens > engine.config.num_blocks * engine.config.block_size else None
 
 
 def _prefill_once(engine: Engine, length: int, numbers: Iterator[int]) -> None:
