@@ -12,6 +12,7 @@
 #include "linear_amx.h"
 #include "linear_quantised.h"
 #include "prefill.h"
+#include "sampler.h"
 
 namespace {
 
@@ -184,4 +185,22 @@ PDS_EXPORT void pds_linear_bf16(bf16* out, const bf16* x, const bf16* w, const b
 #else
   std::abort();
 #endif
+}
+
+// tokens [count]; 0 where a row has a token id that lies outside the vocabulary.
+PDS_EXPORT int pds_choose(const SamplingRow* rows, int count, int vocab, int64_t* tokens, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int r = 0; r < count; r++) tokens[r] = choose(rows[r], vocab);
+  return std::none_of(tokens, tokens + count, [](int64_t token) { return token < 0; });
+}
+
+// logits [rows, vocab], tokens [rows] in it -> logprobs and ranks [rows], top_ids and top_logprobs [rows, num_top].
+PDS_EXPORT void pds_describe(const float* logits, const int64_t* tokens, int rows, int vocab, int num_top,
+                             float* logprobs, int32_t* ranks, int32_t* top_ids, float* top_logprobs, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int r = 0; r < rows; r++) {
+    const int64_t top = int64_t{r} * num_top;
+    const Description into{logprobs + r, ranks + r, top_ids + top, top_logprobs + top};
+    describe(logits + int64_t{r} * vocab, vocab, tokens[r], num_top, into);
+  }
 }

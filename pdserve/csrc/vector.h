@@ -43,6 +43,8 @@ PDS_INLINE V max_of(V a, V b) {
   return a > b ? a : b;
 }
 
+constexpr float LOG2_E = 1.44269504f;
+
 // 2^x for x <= 126, to about 2e-7 relative; x below -126 counts as -126. V is float (branch-free, so that loops over it
 // become vector code) or Floats.
 template <class V>
@@ -62,6 +64,25 @@ PDS_INLINE V exp2_fast(V x) {
   return __builtin_bit_cast(V, __builtin_bit_cast(I, p) + (__builtin_bit_cast(I, shifted) << 23));
 }
 
+// e^x for x in [-86, 0], to about 1e-7 relative.
+template <class V>
+PDS_INLINE V exp_negative(V x) {
+  using I = typename IntegersOf<V>::type;
+  const V shifted = x * LOG2_E + 12582912.0f;
+  const V n = shifted - 12582912.0f;
+  // ln 2 in two parts: n times the first is exact.
+  const V r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  V p = V{} + 1.0f / 5040.0f;
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return __builtin_bit_cast(V, __builtin_bit_cast(I, p) + (__builtin_bit_cast(I, shifted) << 23));
+}
+
 // 1 / x for x in [1, 2^126], to about 1e-7 relative: a guess from the bits and three steps of Newton, in less time than
 // a division of vectors takes.
 template <class V>
@@ -73,7 +94,6 @@ PDS_INLINE V reciprocal(V x) {
   return y * (2.0f - x * y);
 }
 
-constexpr float LOG2_E = 1.44269504f;
 // Stands for minus infinity in running maxima: a difference of two of them is 0, not NaN.
 constexpr float LOWEST = -1e30f;
 
@@ -81,6 +101,15 @@ PDS_INLINE Floats load_floats(const float* from) {
   Floats x;
   std::memcpy(&x, from, sizeof x);
   return x;
+}
+PDS_INLINE float largest_lane(Floats x) {
+#if PDS_AVX512_BF16
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float most = x[0];
+  for (int i = 1; i < LANES; i++) most = max_of(x[i], most);
+  return most;
+#endif
 }
 PDS_INLINE void store_floats(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from pdserve.engine.decode_graphs import DecodeGraphs
 from pdserve.engine.device_sampler import RowParams, chooser, columns, plain
 from pdserve.engine.runner import Flight, Model, Runner, build_batch, ready_rows, sampling_rows, verified
-from pdserve.engine.sampler import Sampled, SamplingRow, sample
+from pdserve.engine.sampler import Sampled, Sampler, SamplingRow
 from pdserve.engine.scheduler import Chunk, Plan
 from pdserve.kernels.base import Batch
 
@@ -59,8 +59,8 @@ class _DeviceFlight(Flight):
 class DeviceRunner(Runner):
     """`pool` has one block more than the scheduler knows of: `scratch`, which rows that fill up a graph write to."""
 
-    def __init__(self, model: Model, pool: Tensor, planner: Planner, dtype: torch.dtype) -> None:
-        super().__init__(model, pool)
+    def __init__(self, model: Model, pool: Tensor, sampler: Sampler, planner: Planner, dtype: torch.dtype) -> None:
+        super().__init__(model, pool, sampler)
         self._planner = planner
         self._dtype = dtype  # of hidden states
         self._choose = chooser(pool.device)
@@ -105,7 +105,7 @@ class DeviceRunner(Runner):
         sampled = [Sampled(token_id) for token_id in flight.tokens.tolist()]
         if flight.logits is not None:
             special = [i for i, row in enumerate(flight.rows) if not plain(row)]
-            on_host = sample(flight.logits.cpu(), [flight.rows[i] for i in special])
+            on_host = self.sampler.sample(flight.logits.cpu(), [flight.rows[i] for i in special])
             for i, each in zip(special, on_host, strict=True):
                 sampled[i] = each
         return verified(flight.ready, sampled)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pdserve.engine.sampler import SamplingRow, uniform
+from pdserve.engine.sampler import LEAST_TEMPERATURE, SamplingRow, uniform
 
 COLUMNS = 5
 
@@ -38,9 +38,7 @@ Chooser = Callable[[Tensor, RowParams], Tensor]  # logits float32 [rows, vocab] 
 
 def plain(row: SamplingRow) -> bool:
     """Nothing but temperature, top_k, top_p and min_p; any other row is sampled on the host, from its logits."""
-    params = row.params
-    held_back = row.index < params.min_tokens and bool(params.stop_token_ids)
-    return not (params.logit_bias or held_back or row.counts or row.mask) and params.logprobs is None
+    return not row.adjusts and row.params.logprobs is None
 
 
 def columns(rows: Sequence[SamplingRow]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
@@ -52,7 +50,13 @@ def columns(rows: Sequence[SamplingRow]) -> np.ndarray[tuple[int, int], np.dtype
             table[:, i] = (1.0, 1, 1.0, 0.0, 0.0)
         else:
             drawn = uniform(params.seed, row.index)
-            table[:, i] = (max(params.temperature, 1e-6), max(params.top_k, 0), params.top_p, params.min_p, drawn)
+            table[:, i] = (
+                max(params.temperature, LEAST_TEMPERATURE),
+                max(params.top_k, 0),
+                params.top_p,
+                params.min_p,
+                drawn,
+            )
     return table
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-import torch
 from llguidance import LLMatcher
-from torch import Tensor
 
 from pdserve.errors import InvalidRequest
 
@@ -33,12 +31,10 @@ class TokenGrammar:
                 self.failed = self.failed or not matcher.consume_token(token_id)
         self._num_followed = len(output)
 
-    def apply(self, logits: Tensor) -> None:
-        """logits [vocab], in place: those of tokens that may not come become -inf."""
+    def allowed(self) -> bytes | None:
+        """One byte a token of the vocabulary, 0 where it may not come next; None: all may."""
         matcher = self._matcher()
-        if matcher is not None:
-            allowed = torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8)
-            logits.masked_fill_(allowed == 0, float("-inf"))
+        return None if matcher is None else matcher.compute_logit_bias()
 
     @property
     def ended(self) -> bool:

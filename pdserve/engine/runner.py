@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pdserve.engine.sampler import Sampled, SamplingRow, describe, sample
+from pdserve.engine.sampler import Sampled, Sampler, SamplingRow
 from pdserve.engine.scheduler import Chunk, Plan
 from pdserve.kernels.base import Batch
 
@@ -44,9 +44,10 @@ class Flight:
 class Runner:
     """Owns the KV pool's memory: `pool` is `[num_blocks, kv_heads, layers, 2, block_size, head_dim]`."""
 
-    def __init__(self, model: Model, pool: Tensor) -> None:
+    def __init__(self, model: Model, pool: Tensor, sampler: Sampler) -> None:
         self.model = model
         self.pool = pool
+        self.sampler = sampler
 
     def foresees(self, plan: Plan) -> bool:
         """Whether the step behind `plan` may be launched while that is under way."""
@@ -78,7 +79,7 @@ class Runner:
         if len(last_rows) < hidden.shape[0]:
             hidden = hidden[torch.tensor(last_rows)]
         rows = [row for chunk in ready for row in sampling_rows(chunk)]
-        return verified(ready, sample(self.model.logits(hidden), rows))
+        return verified(ready, self.sampler.sample(self.model.logits(hidden), rows))
 
     def describe_prompts(self, plan: Plan, starts: Seq[int], hidden: Tensor) -> None:
         """For the sequences that asked for it; `starts` are the first rows of the chunks in hidden [T, H]."""
@@ -95,7 +96,7 @@ class Runner:
         for first in range(0, len(behind), _DESCRIBED_ROWS):
             some = behind[first : first + _DESCRIBED_ROWS]
             logits = self.model.logits(hidden[first : first + len(some)]).cpu()
-            sequence.prompt_logprobs += describe(logits, some, sequence.sampling.prompt_logprobs)
+            sequence.prompt_logprobs += self.sampler.describe(logits, some, sequence.sampling.prompt_logprobs)
 
 
 def ready_rows(plan: Plan, starts: Seq[int]) -> tuple[list[Chunk], list[int]]:

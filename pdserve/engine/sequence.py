@@ -6,16 +6,13 @@ from array import array
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from kvstore.keys import GROUP_BLOCKS, BlockKey, block_keys
 from kvstore.pool import BlockRef
 from pdserve.engine.prompt_lookup import PromptLookup
 from pdserve.engine.token_counts import TokenCounts
 from pdserve.request import FinishReason, SamplingParams, TokenLogprobs
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Status(Enum):
@@ -46,7 +43,7 @@ class Grammar(Protocol):
 
     def follow(self, output: Seq[int]) -> None: ...
 
-    def apply(self, logits: Tensor) -> None: ...
+    def allowed(self) -> bytes | None: ...
 
 
 @dataclass(slots=True, eq=False)

@@ -7,8 +7,6 @@ it is first seen, a batch once a step.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +14,14 @@ from torch.nn import functional
 
 from pdserve.kernel_limits import MAX_GROUP, native_refusal
 from pdserve.kernels.base import Batch, Weight
-from pdserve.kernels.build import NativeUnavailable, build
+from pdserve.kernels.build import NativeUnavailable
+from pdserve.kernels.library import FLOAT, INT, POINTER, Function, bind, open_library
 from pdserve.kernels.quantised import QuantisedWeight
 from pdserve.kernels.self_check import check
-from pdserve.launch.folders import cache_folder
 
 _AVX512_BF16, _AMX = 1, 2  # bits of pds_init's result
 _SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
-_P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+_P, _I, _F = POINTER, INT, FLOAT
 
 
 class _Batch(ctypes.Structure):
@@ -83,18 +81,6 @@ def load() -> NativeKernels:
     return kernels
 
 
-def open_library() -> ctypes.CDLL:
-    """
-    Raises:
-        NativeUnavailable: it cannot be built or loaded.
-    """
-    path = build(cache_folder())
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise NativeUnavailable(f"{path} cannot be loaded ({error})") from error
-
-
 class NativeKernels:
     """`pdserve.kernels.base.Kernels` for bfloat16 and float32 on the CPU; head_dim a multiple of 8 up to 256.
 
@@ -119,8 +105,8 @@ class NativeKernels:
         self._rope_append = functions["rope_append"]
         self._attention = functions["attention"]
         self._quantised = {8: functions["linear_int8"], 4: functions["linear_int4"]}
-        self._linear = _bind(library, "pds_linear_bf16", None, (_P, _P, _P, _P, _I, _I, _I, _I))
-        self._batch_fits = _bind(library, "pds_batch_fits", _I, (_P, _P))
+        self._linear = bind(library, "linear_bf16", None, (_P, _P, _P, _P, _I, _I, _I, _I))
+        self._batch_fits = bind(library, "batch_fits", _I, (_P, _P))
         self.most_rows = most_rows(self._features)
         self._batch: Batch | None = None
         self._pool: Tensor | None = None
@@ -216,7 +202,7 @@ class NativeKernels:
         _of(self._quantised[weight.bits], x)(*pointers, x.numel() // depth, size, depth, self._threads)
         return out
 
-    def _activate(self, functions: dict[torch.dtype, Callable[..., Any]], x: Tensor) -> Tensor:
+    def _activate(self, functions: dict[torch.dtype, Function], x: Tensor) -> Tensor:
         x = x.contiguous()
         rows, double = x.shape
         if double % 2:
@@ -300,19 +286,13 @@ def _norm_size(x: Tensor, weight: Tensor) -> int:
     return hidden
 
 
-def _of(functions: dict[torch.dtype, Callable[..., Any]], x: Tensor) -> Callable[..., Any]:
+def _of(functions: dict[torch.dtype, Function], x: Tensor) -> Function:
     try:
         return functions[x.dtype]
     except KeyError:
         raise ValueError(f"the native kernels know bfloat16 and float32, not {x.dtype}") from None
 
 
-def _by_dtype(library: ctypes.CDLL, op: str) -> dict[torch.dtype, Callable[..., Any]]:
+def _by_dtype(library: ctypes.CDLL, op: str) -> dict[torch.dtype, Function]:
     result, arguments = _SIGNATURES[op]
-    return {dtype: _bind(library, f"pds_{op}_{suffix}", result, arguments) for dtype, suffix in _SUFFIXES.items()}
-
-
-def _bind(library: ctypes.CDLL, name: str, result: Any, arguments: tuple[Any, ...]) -> Callable[..., Any]:
-    function = library[name]
-    function.restype, function.argtypes = result, arguments
-    return function
+    return {dtype: bind(library, f"{op}_{suffix}", result, arguments) for dtype, suffix in _SUFFIXES.items()}

@@ -46,20 +46,42 @@ def _from(row, vocab, key, peak, temperature, floor, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _mass_in(
+def _bisect(
     row,
     vocab,
-    key,
     cut,
     cut_mass,
+    top,
+    target,
     peak,
     temperature,
     floor,
+    MEASURE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Mass at or above `key` of a set whose smallest value is `cut`, and which has `cut_mass` in all."""
-    _, mass = _from(row, vocab, key, peak, temperature, floor, BLOCK)
-    return tl.where(key <= cut, cut_mass, mass)
+    """The largest value at or above which a set has enough: `target` tokens ("count"), that mass ("mass"), or more mass
+    ("draw").
+
+    The set reaches down to `cut` and up to `top`, and has `cut_mass` in all. Returns the value; how many tokens are
+    above it, and their mass; how many of the vocabulary have it, and the mass of each.
+    """
+    low, high = cut, top
+    for _ in range(33):
+        middle = low + (high - low + 1) // 2
+        count, mass = _from(row, vocab, middle, peak, temperature, floor, BLOCK)
+        mass = tl.where(middle <= cut, cut_mass, mass)
+        if MEASURE == "count":
+            reached = count >= target
+        elif MEASURE == "mass":
+            reached = mass >= target
+        else:
+            reached = mass > target
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, tl.maximum(middle - 1, low))
+    above, above_mass = _from(row, vocab, low + 1, peak, temperature, floor, BLOCK)
+    count, mass = _from(row, vocab, low, peak, temperature, floor, BLOCK)
+    equal = count - above
+    return low, above, above_mass, equal, (mass - above_mass) / tl.maximum(equal, 1)
 
 
 @triton.jit
@@ -92,61 +114,42 @@ def _choose(
 
     cut = tl.full((), -(2**31), tl.int64)  # the smallest value of the set
     kept = tl.full((), 2**30, tl.int32)  # how many of the tokens with that value are in it
-    count, total = _from(row, vocab, cut, peak, temperature, floor, BLOCK)
+    _, total = _from(row, vocab, cut, peak, temperature, floor, BLOCK)
     in_order = (top_k <= 0) | (top_k >= vocab)
     in_order = in_order & (top_p >= 1.0)
     if not in_order:
         if (top_k > 0) & (top_k < vocab):
-            low, high = cut, top
-            for _ in range(33):
-                middle = low + (high - low + 1) // 2
-                count, mass = _from(row, vocab, middle, peak, temperature, floor, BLOCK)
-                reached = count >= top_k
-                low = tl.where(reached, middle, low)
-                high = tl.where(reached, high, tl.maximum(middle - 1, low))
-            above, above_mass = _from(row, vocab, low + 1, peak, temperature, floor, BLOCK)
-            count, mass = _from(row, vocab, low, peak, temperature, floor, BLOCK)
-            cut = low
+            cut, above, above_mass, _, each = _bisect(
+                row, vocab, cut, total, top, top_k, peak, temperature, floor, "count", BLOCK
+            )
             kept = top_k - above
-            total = above_mass + (mass - above_mass) / tl.maximum(count - above, 1) * kept
+            total = above_mass + each * kept
         if top_p < 1.0:
             target = top_p * total
-            low, high = cut, top
-            for _ in range(33):
-                middle = low + (high - low + 1) // 2
-                reached = _mass_in(row, vocab, middle, cut, total, peak, temperature, floor, BLOCK) >= target
-                low = tl.where(reached, middle, low)
-                high = tl.where(reached, high, tl.maximum(middle - 1, low))
-            above, above_mass = _from(row, vocab, low + 1, peak, temperature, floor, BLOCK)
-            count, mass = _from(row, vocab, low, peak, temperature, floor, BLOCK)
-            each = (mass - above_mass) / tl.maximum(count - above, 1)
-            most = tl.where(low == cut, tl.minimum(kept, count - above), count - above)
+            value, above, above_mass, equal, each = _bisect(
+                row, vocab, cut, total, top, target, peak, temperature, floor, "mass", BLOCK
+            )
+            most = tl.where(value == cut, tl.minimum(kept, equal), equal)
             wanted = tl.ceil(((target - above_mass) / tl.maximum(each, 1e-300)).to(tl.float64)).to(tl.int32)
             kept = tl.minimum(tl.maximum(wanted, 1), most)
-            cut = low
+            cut = value
             total = above_mass + each * kept
 
         passed = drawn * total
-        low, high = cut, top
-        for _ in range(33):
-            middle = low + (high - low + 1) // 2
-            reached = _mass_in(row, vocab, middle, cut, total, peak, temperature, floor, BLOCK) > passed
-            low = tl.where(reached, middle, low)
-            high = tl.where(reached, high, tl.maximum(middle - 1, low))
-        above, above_mass = _from(row, vocab, low + 1, peak, temperature, floor, BLOCK)
-        count, mass = _from(row, vocab, low, peak, temperature, floor, BLOCK)
-        each = (mass - above_mass) / tl.maximum(count - above, 1)
-        most = tl.where(low == cut, tl.minimum(kept, count - above), count - above)
+        value, above, above_mass, equal, each = _bisect(
+            row, vocab, cut, total, top, passed, peak, temperature, floor, "draw", BLOCK
+        )
+        most = tl.where(value == cut, tl.minimum(kept, equal), equal)
         nth = tl.floor((passed - above_mass) / tl.maximum(each, 1e-300)).to(tl.int32)
         nth = tl.minimum(tl.maximum(nth, 0), most - 1)
         token = tl.full((), 0, tl.int32)
         before = tl.full((), 0, tl.int32)
         for start in range(0, vocab, BLOCK):
             logits, keys = _at(row, start, vocab, BLOCK)
-            equal = (keys == low).to(tl.int32)
-            hit = (equal == 1) & (before + tl.cumsum(equal, 0) - 1 == nth)
+            found = (keys == value).to(tl.int32)
+            hit = (found == 1) & (before + tl.cumsum(found, 0) - 1 == nth)
             token += tl.sum(tl.where(hit, start + tl.arange(0, BLOCK), 0), 0)
-            before += tl.sum(equal, 0)
+            before += tl.sum(found, 0)
     else:
         passed = drawn * total
         token = tl.full((), 0, tl.int32)

@@ -14,7 +14,9 @@ from kvstore.pool import BlockPool
 from pdserve.devices import resolve_device
 from pdserve.engine.config import EngineConfig
 from pdserve.engine.engine import Engine
+from pdserve.engine.native_sampler import fastest_sampler
 from pdserve.engine.runner import Runner
+from pdserve.engine.torch_sampler import TorchSampler
 from pdserve.errors import ConfigError
 from pdserve.kernels import choose
 from pdserve.kernels.base import Kernels
@@ -64,11 +66,12 @@ def build_engine(config: WorkerConfig, progress: Progress) -> Built:
     max_model_len = config.max_model_len or min(model.max_position_embeddings, num_blocks * config.block_size)
     limits = _limits(config, num_blocks, max_model_len)
     decoder = Decoder(model, weights, kernels, max_model_len)
+    sampler = TorchSampler() if kernels.name == "reference" else fastest_sampler(config.threads)
     if device.type == "cpu":
         pool = make_pool(num_blocks, geometry)
-        engine = Engine(limits, BlockPool(num_blocks, config.block_size), Runner(decoder, pool))
+        engine = Engine(limits, BlockPool(num_blocks, config.block_size), Runner(decoder, pool, sampler))
     else:
-        engine = device_engine(decoder, geometry, limits)
+        engine = device_engine(decoder, geometry, limits, sampler)
     progress("warming up")
     engine.warm_up()
     if device.type != "cpu":

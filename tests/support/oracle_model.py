@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvstore.layout import BlockGeometry
-from pdserve.engine.sampler import SamplingRow, sample
+from pdserve.engine.sampler import SamplingRow
+from pdserve.engine.sequence import Grammar
 from pdserve.engine.token_counts import TokenCounts
+from pdserve.engine.torch_sampler import TorchSampler
 from pdserve.kernels.base import Batch
 from pdserve.request import SamplingParams
 
@@ -67,8 +69,13 @@ def undisturbed(
     *,
     max_model_len: int = 2**31,
     vocab_size: int = VOCAB_SIZE,
+    grammar: Grammar | None = None,
 ) -> list[int]:
-    """The output tokens of a request that nothing happens to, its stop token included."""
+    """The output tokens of a request that nothing happens to, its stop token included.
+
+    Args:
+        grammar: what the output must be; has not followed anything yet.
+    """
     slot_bytes = geometry.block_bytes // geometry.block_size
     state, tokens, output = b"", list(prompt), []
     for position in range(max_model_len):
@@ -78,10 +85,14 @@ def undisturbed(
         counts = TokenCounts(prompt) if sampling.penalises else None
         if counts is not None:
             counts.follow(output)
-        token = sample(_logits(state, vocab_size)[None], [SamplingRow(sampling, len(output), counts)])[0].token_id
+        row = SamplingRow(sampling, len(output), counts, grammar)
+        [token] = TorchSampler().choose(_logits(state, vocab_size)[None], [row])
         tokens.append(token)
         output.append(token)
         stopped = token in sampling.stop_token_ids and len(output) >= sampling.min_tokens
+        if grammar is not None:
+            grammar.follow(output)
+            stopped = stopped or grammar.failed or grammar.ended
         if stopped or len(output) >= sampling.max_tokens or len(tokens) >= max_model_len:
             break
     return output

@@ -12,8 +12,10 @@ from pdserve.engine.config import EngineConfig
 from pdserve.engine.engine import Engine, StepToken
 from pdserve.engine.runner import Runner
 from pdserve.engine.scheduler import Plan
-from pdserve.engine.sequence import Sequence
+from pdserve.engine.sequence import Grammar, Sequence
+from pdserve.engine.torch_sampler import TorchSampler
 from pdserve.request import SamplingParams
+from tests.support.hash_grammar import HashGrammar
 from tests.support.oracle_model import OracleModel, empty_pool, undisturbed
 
 BLOCK_SIZE = 4
@@ -33,7 +35,8 @@ def tiny_engine(
         max_model_len=max_model_len or num_blocks * BLOCK_SIZE,
         speculate_tokens=speculate,
     )
-    return Engine(config, BlockPool(num_blocks, BLOCK_SIZE), Runner(OracleModel(), empty_pool(GEOMETRY, num_blocks)))
+    runner = Runner(OracleModel(), empty_pool(GEOMETRY, num_blocks), TorchSampler())
+    return Engine(config, BlockPool(num_blocks, BLOCK_SIZE), runner)
 
 
 def make_sequence(
@@ -45,6 +48,7 @@ def make_sequence(
     root: BlockKey = ROOT,
     prefill_only: bool = False,
     sampling: SamplingParams | None = None,
+    grammar: Grammar | None = None,
 ) -> Sequence:
     """Greedy unless `sampling` says otherwise; `output` is what a resumed request has delivered already."""
     return Sequence(
@@ -56,6 +60,7 @@ def make_sequence(
         block_size=BLOCK_SIZE,
         arrived_s=0.0,
         prefill_only=prefill_only,
+        grammar=grammar,
     )
 
 
@@ -75,7 +80,8 @@ def output_of(sequence: Sequence) -> list[int]:
 def expected_of(sequence: Sequence, engine: Engine) -> list[int]:
     """The undisturbed output of the sequence's request, from its prompt alone."""
     prompt = sequence.token_ids[: sequence.num_prompt_tokens].tolist()
-    return undisturbed(prompt, sequence.sampling, GEOMETRY, max_model_len=engine.config.max_model_len)
+    grammar = sequence.grammar.again() if isinstance(sequence.grammar, HashGrammar) else None
+    return undisturbed(prompt, sequence.sampling, GEOMETRY, max_model_len=engine.config.max_model_len, grammar=grammar)
 
 
 def step(engine: Engine, now_s: float = 0.0) -> tuple[Plan, list[StepToken]]:

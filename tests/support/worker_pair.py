@@ -25,6 +25,7 @@ from kvstore.transfer.transport import CompletionHandler
 from pdserve.engine.config import EngineConfig
 from pdserve.engine.engine import Engine
 from pdserve.engine.runner import Runner
+from pdserve.engine.torch_sampler import TorchSampler
 from pdserve.kernels.base import Batch
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.worker.build import Built
@@ -351,7 +352,8 @@ async def running_node(
         max_model_len=num_blocks * BLOCK_SIZE,
     )
     gate = Gate()
-    engine = Engine(engine_config, BlockPool(num_blocks, BLOCK_SIZE), Runner(gate, empty_pool(GEOMETRY, num_blocks)))
+    runner = Runner(gate, empty_pool(GEOMETRY, num_blocks), TorchSampler())
+    engine = Engine(engine_config, BlockPool(num_blocks, BLOCK_SIZE), runner)
     built = Built(engine, GEOMETRY, GEOMETRY.fingerprint(weights), eos_token_ids=(), vocab_size=VOCAB_SIZE)
     config = WorkerConfig(role=role, worker_id=worker_id, model=Path("oracle"), limits=limits, store=store)
     transport = HoldingTransport(network)

@@ -19,6 +19,8 @@ from pdserve.engine.device_sampler import choose_tokens
 from pdserve.engine.engine import Engine
 from pdserve.engine.runner import Flight, Runner
 from pdserve.engine.scheduler import Plan
+from pdserve.engine.sequence import Status
+from pdserve.engine.torch_sampler import TorchSampler
 from pdserve.kernels.flashinfer import FlashInferKernels
 from pdserve.kernels.reference import ReferenceKernels
 from pdserve.models.config import load_config
@@ -60,7 +62,7 @@ class Counting(DeviceRunner):
 
 def device_engine(num_blocks: int = 40, sequences: int = 8) -> tuple[Engine, Counting]:
     config = EngineConfig(num_blocks, BLOCK_SIZE, 16, sequences, max_model_len=num_blocks * BLOCK_SIZE)
-    runner = Counting(OracleModel(), empty_pool(GEOMETRY, num_blocks + 1), Mover(), torch.float32)
+    runner = Counting(OracleModel(), empty_pool(GEOMETRY, num_blocks + 1), TorchSampler(), Mover(), torch.float32)
     return Engine(config, BlockPool(num_blocks, BLOCK_SIZE), runner), runner
 
 
@@ -84,7 +86,7 @@ def test_steps_ahead_give_the_undisturbed_text(mix: str) -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_in_a_pool_that_is_too_small(data: st.DataObject) -> None:
-    """Preemption, admission and steps ahead in any order; nothing is left at the end."""
+    """Preemption, admission, aborts and steps ahead in any order; nothing is left at the end."""
     engine, _ = device_engine(num_blocks=data.draw(st.integers(8, 14)), sequences=3)
     count = data.draw(st.integers(1, 6))
     sequences = []
@@ -92,14 +94,21 @@ def test_in_a_pool_that_is_too_small(data: st.DataObject) -> None:
         stops = data.draw(st.sets(st.integers(0, 60), max_size=6))
         params = replace(PLAIN, max_tokens=data.draw(st.integers(1, 14)), stop_token_ids=tuple(sorted(stops)))
         sequences.append(make_sequence(f"s{i}", prompt(data.draw(st.integers(0, 3)), 6), sampling=params))
-    waiting = list(sequences)
+    waiting, aborted = list(sequences), set()
     while waiting or not engine.idle or engine.in_flight:
         if waiting and not engine.in_flight:
             add(engine, waiting.pop())
+        if not engine.in_flight and data.draw(st.integers(0, 9)) == 0:
+            victim = data.draw(st.sampled_from([s for s in sequences if s not in waiting]))
+            aborted |= {victim} if victim.status is not Status.FINISHED else set()
+            assert engine.finish(victim) == []
+        if engine.idle and not engine.in_flight:
+            continue
         # As the engine's thread does: a command that waits is run with nothing under way.
         engine.execute(engine.schedule(0.0), 0.0, look_ahead=data.draw(st.booleans()))
     for sequence in sequences:
-        assert output_of(sequence) == expected_of(sequence, engine)
+        expected = expected_of(sequence, engine)
+        assert output_of(sequence) == (expected[: sequence.num_output_tokens] if sequence in aborted else expected)
     assert_idle(engine)
 
 
@@ -130,7 +139,7 @@ def test_a_model_through_flashinfer_and_graphs(make_checkpoint: Callable[..., Pa
         if device:
             kernels = FlashInferKernels(FakeFlashInfer(), torch.device("cpu"))
             model = Decoder(config, weights, kernels, 128)
-            runner: Runner = DeviceRunner(model, pool, kernels, torch.float32)
+            runner: Runner = DeviceRunner(model, pool, TorchSampler(), kernels, torch.float32)
             engine = Engine(limits, BlockPool(64, BLOCK_SIZE), runner)
             engine.warm_up()  # which kinds of attention there are is learnt in it
             graphs = DecodeGraphs(model, pool, kernels, torch.float32, choose_tokens, 32, record=lambda work: work)
@@ -138,7 +147,7 @@ def test_a_model_through_flashinfer_and_graphs(make_checkpoint: Callable[..., Pa
             assert graphs.sizes == [2, 4]
             runner.graphs = graphs  # type: ignore[attr-defined]
         else:
-            runner = Runner(Decoder(config, weights, ReferenceKernels(), 128), pool)
+            runner = Runner(Decoder(config, weights, ReferenceKernels(), 128), pool, TorchSampler())
             engine = Engine(limits, BlockPool(64, BLOCK_SIZE), runner)
         sequences = [
             make_sequence(f"s{i}", prompt(3 * i, 3 + 5 * i), sampling=SamplingParams(8 + i, i, temperature))
@@ -152,7 +161,7 @@ def test_a_model_through_flashinfer_and_graphs(make_checkpoint: Callable[..., Pa
 
 
 def test_without_room_the_rest_runs_without_graphs(caplog: pytest.LogCaptureFixture) -> None:
-    runner = DeviceRunner(OracleModel(), empty_pool(GEOMETRY, 5), Mover(), torch.float32)
+    runner = DeviceRunner(OracleModel(), empty_pool(GEOMETRY, 5), TorchSampler(), Mover(), torch.float32)
     graphs = DecodeGraphs(
         OracleModel(), runner.pool, FakePlanner(), torch.float32, choose_tokens, 4, record=lambda work: work
     )

@@ -19,6 +19,7 @@ from pdserve.engine.engine import Engine
 from pdserve.engine.prompt_lookup import PromptLookup
 from pdserve.engine.sequence import Sequence, Status
 from pdserve.request import SamplingParams
+from tests.support.hash_grammar import HashGrammar
 from tests.support.tiny_engine import (
     BLOCK_SIZE,
     ROOT,
@@ -43,6 +44,7 @@ class Ask:
     aborts: int | None
     tenant: int
     num_delivered: int  # output tokens of an earlier attempt on another worker
+    grammar: int | None  # its seed
 
 
 @st.composite
@@ -67,16 +69,25 @@ def asks(draw: st.DrawFn, max_len: int) -> Ask:
     )
     aborts = draw(st.none() | st.integers(0, 30))
     delivered = draw(st.sampled_from((0, 0, 0, 2)))
-    return Ask(prompt, sampling, draw(st.integers(0, 20)), aborts, draw(st.sampled_from((0, 0, 1))), delivered)
+    grammar = draw(st.sampled_from((None, None, 1, 2)))
+    return Ask(prompt, sampling, draw(st.integers(0, 20)), aborts, draw(st.sampled_from((0, 0, 1))), delivered, grammar)
 
 
 def to_sequence(ask: Ask, name: str, engine: Engine, *, prefill_only: bool = False) -> Sequence:
     root = ROOT if ask.tenant == 0 else root_key(b"other tenant")
-    fresh = make_sequence(name, ask.prompt, sampling=ask.sampling, root=root, prefill_only=prefill_only)
-    delivered = expected_of(fresh, engine)[:-1][: ask.num_delivered]
-    return make_sequence(
-        name, ask.prompt, output=delivered, sampling=ask.sampling, root=root, prefill_only=prefill_only
-    )
+
+    def made(output: Tokens[int]) -> Sequence:
+        return make_sequence(
+            name,
+            ask.prompt,
+            output=output,
+            sampling=ask.sampling,
+            root=root,
+            prefill_only=prefill_only,
+            grammar=None if ask.grammar is None else HashGrammar(ask.grammar),
+        )
+
+    return made(expected_of(made([]), engine)[:-1][: ask.num_delivered])
 
 
 def foresee(sequence: Sequence, engine: Engine, wrong_every: int) -> None:

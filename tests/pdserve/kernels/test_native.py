@@ -15,7 +15,8 @@ from pdserve.kernels.base import Batch
 if shutil.which("g++") is None:
     pytest.skip("the native kernels need g++", allow_module_level=True)
 
-from pdserve.kernels.native import NativeKernels, load, open_library
+from pdserve.kernels.library import open_library
+from pdserve.kernels.native import NativeKernels, load
 
 HEADS, KV_HEADS, DIM, BLOCK_SIZE, BLOCKS, LAYERS = 6, 2, 64, 16, 24, 2
 CONTEXTS, QUERIES = (200, 70, 1, 40), (1, 33, 1, 1)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pdserve.errors import ConfigError
-from pdserve.models import weights as weights_module
+from pdserve.models import packing
 from pdserve.models.config import ModelConfig, load_config
 from pdserve.models.weights import Weights, open_weights
 
@@ -87,7 +87,7 @@ def test_second_open_maps_without_packing(
     folder: Path, config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = open_weights(folder, config, "float32", tmp_path)
-    monkeypatch.setattr(weights_module, "_pack", None)  # a call would raise
+    monkeypatch.setattr(packing, "_pack", None)  # a call would raise
     assert open_weights(folder, config, "float32", tmp_path).identity == first.identity
 
 
@@ -207,8 +207,8 @@ def test_concurrent_opens_pack_once(
     folder: Path, config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packs: list[int] = []
-    pack = weights_module._pack
-    monkeypatch.setattr(weights_module, "_pack", lambda *args: (packs.append(1), pack(*args)))
+    pack = packing._pack
+    monkeypatch.setattr(packing, "_pack", lambda *args: (packs.append(1), pack(*args)))
     opened: list[Weights] = []
     threads = [
         threading.Thread(target=lambda: opened.append(open_weights(folder, config, "float32", tmp_path)))
