@@ -1,6 +1,7 @@
 # syntax=docker/dockerfile:1
 # docker build -t pdserve .                        CPU
-# docker build -t pdserve --build-arg CUDA=13 .    torch and UCX for CUDA 13 (12 likewise)
+# docker build -t pdserve --build-arg CUDA=13 .    torch, UCX, NIXL and FlashInfer for CUDA 13 (12 likewise)
+# FlashInfer compiles its kernels at the first call: mount a CUDA toolkit and set CUDA_HOME, or attention is torch's.
 ARG PYTHON=3.11
 
 FROM python:${PYTHON}-slim-bookworm AS build
@@ -9,7 +10,7 @@ SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 RUN python -m venv /opt/pdserve
 ENV PATH=/opt/pdserve/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
-COPY requirements/serve.txt requirements/serve.txt
+COPY requirements/serve.txt requirements/gpu.txt requirements/nixl.txt requirements/
 # torch first and alone: its index has the builds by device, and nothing after it may bring another version.
 RUN case "$CUDA" in "") index=cpu ;; 12) index=cu126 ;; *) index=cu130 ;; esac; \
     pip install "$(grep '^torch==' requirements/serve.txt)" --index-url "https://download.pytorch.org/whl/$index" \
@@ -17,7 +18,11 @@ RUN case "$CUDA" in "") index=cpu ;; 12) index=cu126 ;; *) index=cu130 ;; esac; 
     major="${CUDA:-12}"; \
     sed -E "s/-cu12==/-cu$major==/; /^torch==/d" requirements/serve.txt > serve.txt; \
     if [ "$major" != 12 ]; then sed -i '/^cuda-/d' serve.txt; fi; \
-    pip install -r serve.txt
+    pip install -r serve.txt; \
+    if [ -n "$CUDA" ]; then \
+      sed "s/-cu12==/-cu$major==/" requirements/nixl.txt > nixl.txt; \
+      pip install --no-deps -r requirements/gpu.txt -r nixl.txt "ninja==1.13.2"; \
+    fi
 COPY pyproject.toml README.md LICENSE ./
 COPY kvstore kvstore
 COPY pdserve pdserve

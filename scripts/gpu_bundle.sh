@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # scripts/gpu_bundle.sh FOLDER    everything that a GPU machine without package registries lacks, under 60 MiB
 #
-# For Python 3.12 with torch (CUDA 13) and what requirements/serve.txt names beside UCX. There:
+# For Python 3.12 with torch (CUDA 13), triton, transformers and what these bring: all else that serving and
+# `make gpu-check` import is in it. There:
 #
 #   mkdir site && for part in FOLDER/*.tar.xz; do tar -C site -xJf "$part"; done
-#   SITE=$PWD/site . FOLDER/env.sh && python -m pdserve.bench.gpu
+#   SITE=$PWD/site . FOLDER/env.sh && python3 -m pdserve.bench.gpu
 #
 # FlashInfer comes with its Python, the sources and headers of the kernels that we call, and no compiled ones: the
 # machine's own nvcc builds them at the first call, some minutes on 16 cores. Compiled ones of an earlier run
@@ -20,17 +21,26 @@ mkdir -p "$out"
 
 fetch() { # fetch FOLDER REQUIREMENT...: wheels for Python 3.12 on Linux
   "$python" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
-    --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_24_x86_64 \
+    --platform manylinux_2_34_x86_64 --platform manylinux_2_31_x86_64 --platform manylinux_2_28_x86_64 \
+    --platform manylinux_2_27_x86_64 --platform manylinux_2_24_x86_64 \
     --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d "$1" "${@:2}"
 }
 pack() { tar --sort=name --owner=0 --group=0 --mtime=@0 -C "$1" -cf - . | xz -6 -T0 >"$2"; }
 
 mapfile -t flashinfer < <(grep -v '^#' "$root/requirements/gpu.txt")
 mapfile -t ucx < <(sed -nE 's/^((lib)?(ucx|ucxx|rmm)|rapids-logger)(-cu12)?==/\1\4==/p' "$root/requirements/serve.txt" | sed 's/-cu12/-cu13/')
+mapfile -t nixl < <(grep -v '^#' "$root/requirements/nixl.txt" | sed 's/-cu12/-cu13/')
+# In the versions that were tried: generated code refuses an older protobuf or grpcio than it was made with. But what the
+# machine's transformers was installed with stays: it refuses other versions.
+there='torch|numpy|sympy|mpmath|networkx|hf-xet|huggingface_hub|tokenizers|safetensors|fsspec|filelock|packaging|tqdm|PyYAML'
+mapfile -t serve < <(grep -vE "^(#|($there)=|cuda-)" "$root/requirements/serve.txt" |
+  grep -vE '^((lib)?(ucx|ucxx|rmm)|rapids-logger)(-cu12)?==')
 fetch "$work/flashinfer" "${flashinfer[@]}"
 fetch "$work/ucx" "${ucx[@]}"
+fetch "$work/nixl" "${nixl[@]}"
+fetch "$work/serve" "${serve[@]}"
 
-for part in flashinfer ucx; do
+for part in flashinfer ucx nixl serve; do
   "$python" "$root/scripts/trim_wheels.py" "$work/site_$part" "$work/$part"/*.whl
 done
 if [ -n "${PREBUILT:-}" ]; then
@@ -42,9 +52,10 @@ fi
 # nvcc links against the driver's library, which a machine may have without a name to link by.
 mkdir -p "$work/site_flashinfer/stubs"
 echo 'int pdserve_cuda_stub;' | cc -shared -fPIC -Wl,-soname,libcuda.so.1 -x c - -o "$work/site_flashinfer/stubs/libcuda.so"
-pack "$work/site_flashinfer" "$out/flashinfer.tar.xz"
-pack "$work/site_ucx" "$out/ucx.tar.xz"
-tar -C "$root" --exclude '*.pyc' --exclude __pycache__ -cJf "$out/pdserve.tar.xz" pdserve kvstore router
+for part in flashinfer ucx nixl serve; do
+  pack "$work/site_$part" "$out/$part.tar.xz"
+done
+tar -C "$root" --exclude '*.pyc' --exclude __pycache__ -cJf "$out/pdserve.tar.xz" pdserve kvstore router loadtest
 
 cat >"$out/env.sh" <<'ENV'
 # Source with SITE set to the folder that the archives were unpacked into.

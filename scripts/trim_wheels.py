@@ -19,6 +19,10 @@ UNUSED = re.compile(
     r"(^flashinfer/(moe_ep|experimental/(?!__init__|cake_nvfp4_per_token))"
     r"|^tvm_ffi/(src|testing|cython)/|\.a$|\.la$|/cmake/|/pkgconfig/|perftest|/share/|/examples/|/tests?/|\.libs/)"
 )
+# Of NIXL all but the UCX plugin, and the libraries of clouds and of remote direct memory access that the others want.
+OF_NIXL = re.compile(
+    r"(^nixl_ep|\.scripts/|/libplugin_(?!UCX\.)|perftest|/lib(aws|azure|s2n|gusli|xml2|ibverbs|mlx5|nl-|uct_ib|uct_rdma))"
+)
 OF_UCX = re.compile(r"(/include/|\.pxd$|\.pyx$|\.so\.0\.0\.0$)")  # what only those who compile against it want
 
 
@@ -26,9 +30,13 @@ def wanted(name: str, wheel: str) -> bool:
     if name.startswith(DATA):
         inside = name.removeprefix(DATA)
         return inside.startswith(HEADERS) or bool(SOURCES.match(inside))
-    if wheel.startswith("flashinfer"):
+    if wheel.startswith("nixl"):
+        return not OF_NIXL.search(name)
+    if re.match(r"(lib)?(ucx|rmm)", wheel):
+        return not UNUSED.search(name) and not OF_UCX.search(name)
+    if wheel.startswith(("flashinfer", "apache_tvm_ffi")):
         return not UNUSED.search(name)
-    return not UNUSED.search(name) and not OF_UCX.search(name)
+    return True
 
 
 def main(folder: str, *wheels: str) -> None:

@@ -18,7 +18,7 @@ from typing import TypeVar
 from kvstore.errors import Unavailable
 from kvstore.keys import BlockKey
 from kvstore.store.arena import ArenaMap
-from kvstore.store.connection import Connection
+from kvstore.store.connection import LATE, Connection
 from kvstore.store.frames import BadFrame, Kind
 from kvstore.store.messages import TOLD, Hello, Welcome, encode_hold, encode_leases
 from kvstore.transfer.transport import Buffer
@@ -26,7 +26,7 @@ from kvstore.transfer.transport import Buffer
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-OnArena = Callable[[Buffer], None]
+OnArena = Callable[[Buffer | None], None]
 
 ATTACH_TIMEOUT_S = 30.0  # the first worker waits while the node takes its memory
 _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -92,7 +92,7 @@ class Attaching:
         """
         Args:
             writing: looked at whenever a session begins: slot and generation of what its callers still write.
-            on_arena: called on a thread with the memory of each arena that is mapped.
+            on_arena: called on a thread with the memory of each arena that is mapped, and with None when that goes.
         """
         self._on_arena = on_arena
         self.changed: Callable[[], None] = lambda: None  # `current` has
@@ -138,11 +138,14 @@ class Attaching:
         try:
             connection = await Connection.open(self._path)
         except OSError:
+            await self._unmap()
             return ""
         try:
             hello = replace(self._hello, writing=tuple(self._writing))
             answer = await connection.call(Kind.HELLO, hello.encode(), ATTACH_TIMEOUT_S)
             if answer is None:
+                if connection.ended.result() != LATE:
+                    await self._unmap()
                 if connection.refusal:
                     log.warning("the store refuses us: %s", connection.refusal)
                 return connection.refusal
@@ -155,6 +158,8 @@ class Attaching:
             self.changed()
             reason = await asyncio.shield(connection.ended)
             log.warning("the store node does not answer (%s): every look-up misses until it is back", reason)
+            if reason != LATE:
+                await self._unmap()
         except (BadFrame, OSError) as error:  # OSError: the arena cannot be mapped
             log.warning("cannot attach to the store: %s", error)
             return ""
@@ -173,6 +178,16 @@ class Attaching:
                 self._arena_path = welcome.arena_path
                 self._populating = asyncio.create_task(asyncio.to_thread(self._prepare, self._arena))
         return self._arena
+
+    async def _unmap(self) -> None:
+        """What a node that has ended had of shared memory is free once nobody maps it: its next life needs the room."""
+        if self._arena is None:
+            return
+        self._attachment = None
+        self._arena_path, self._arena = "", None
+        await asyncio.gather(*filter(None, [self._populating]), return_exceptions=True)
+        if self._on_arena is not None:
+            await asyncio.to_thread(self._on_arena, None)
 
     def _prepare(self, arena: ArenaMap) -> None:
         arena.populate()

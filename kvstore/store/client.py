@@ -74,7 +74,7 @@ class StoreClient:
             fingerprint: 16 bytes, `BlockGeometry.fingerprint`.
             block_bytes: bytes of one block.
             owner: names this worker in the node's ledger.
-            on_arena: called with the node's arena as it is mapped, and again with the next life's; on a thread.
+            on_arena: called with the node's arena as it is mapped, and with None when that life has ended; on a thread.
 
         Raises:
             Unavailable: the node refuses; the message says why (it serves another model or block layout).

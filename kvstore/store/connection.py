@@ -13,6 +13,7 @@ from typing import NamedTuple, cast
 
 from kvstore.store.frames import BadFrame, FrameReader, Kind, encode_frame
 
+LATE = "it is late"  # why it ended, of a node that may go on
 _MAX_UNREAD_BYTES = 64 << 10
 
 
@@ -53,7 +54,7 @@ class Connection(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         number = self._last_call = self._last_call % 0xFFFFFFFF + 1
         answer: asyncio.Future[bytes | None] = loop.create_future()
-        timer = loop.call_later(timeout_s, self.close, "it is late")
+        timer = loop.call_later(timeout_s, self.close, LATE)
         self._calls[number] = _Call(answer, timer, unseen)
         self._transport.write(encode_frame(kind, number, payload))
         try:

@@ -70,6 +70,10 @@ class HostTier:
         block = self._blocks.get(key)
         return block is not None and not block.committed
 
+    def is_written(self, ref: SlotRef) -> bool:
+        """Begun, and neither committed nor given back."""
+        return self._written(ref) is not None
+
     def match(self, keys: Sequence[BlockKey]) -> int:
         """How many leading keys are committed here."""
         for count, block in enumerate(map(self._blocks.get, keys)):

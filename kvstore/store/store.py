@@ -217,6 +217,7 @@ class TieredStore:
     def sweep(self) -> None:
         """End what has expired; to be called now and then."""
         self.host.expire(time.monotonic())
+        self._begun_s = {ref: began_s for ref, began_s in self._begun_s.items() if self.host.is_written(ref)}
         self.publish_removed()
 
     def held(self) -> dict[Tier, Sequence[BlockKey]]:

@@ -49,6 +49,14 @@ ALL_ON = SamplingParams(
 TOLD = replace(ALL_ON, logprobs=5)
 SCHEMA = '{"type":"array","items":{"type":"object","properties":{"name":{"type":"string"},"size":{"type":"integer"}},\
 "required":["name","size"],"additionalProperties":false},"minItems":1000}'
+SCHEMA_GRAMMAR = Grammar("json_schema", SCHEMA)
+# Text in which a call may begin, as answers with strict tools have it.
+FREE_GRAMMAR = Grammar(
+    "lark",
+    r"""start: (begun %json {"type": "object"} "</tool_call>")* TEXT?
+begun[lazy]: /(.|\n)*/ "<tool_call>"
+TEXT: /(.|\n)+/""",
+)
 
 
 class Timed(Sampler):
@@ -79,7 +87,9 @@ class Cost:
     sampling_ms: float  # of these
 
 
-def cost(engine: Engine, sampler: Sampler, sampling: SamplingParams, grammars: Grammars | None, rounds: int) -> Cost:
+def cost(
+    engine: Engine, sampler: Sampler, sampling: SamplingParams, grammars: Grammars, grammar: Grammar | None, rounds: int
+) -> Cost:
     """Medians of `rounds` decode steps. The prompts are the same each time, and found in the cache."""
     timed = Timed(sampler)
     engine.runner.sampler = timed
@@ -87,8 +97,8 @@ def cost(engine: Engine, sampler: Sampler, sampling: SamplingParams, grammars: G
     for i in range(BATCH):
         sequence = add(engine, f"sampling {i}", CONTEXT, 1000)
         sequence.sampling = sampling
-        if grammars is not None:
-            sequence.grammar = TokenGrammar(grammars.submit(Grammar("json_schema", SCHEMA)))
+        if grammar is not None:
+            sequence.grammar = TokenGrammar(grammars.submit(grammar))
         sequences.append(sequence)
     while not all(sequence.decoding for sequence in sequences):
         step(engine)
@@ -114,18 +124,20 @@ def main() -> None:
     engine = build_engine(config, lambda text: None).engine
     model = load_config(folder)
     grammars = Grammars(folder / "tokenizer.json", model.vocab_size, model.eos_token_ids)
-    cases: dict[str, tuple[SamplingParams, Grammars | None]] = {
+    cases: dict[str, tuple[SamplingParams, Grammar | None]] = {
         "greedy": (GREEDY, None),
         "temperature": (SAMPLED, None),
         "all parameters": (ALL_ON, None),
         "all parameters and logprobs": (TOLD, None),
-        "grammar": (GREEDY, grammars),
+        "grammar": (GREEDY, SCHEMA_GRAMMAR),
+        "text that may call tools": (GREEDY, FREE_GRAMMAR),
     }
     samplers: dict[str, Sampler] = {"compiled": native_sampler.load(config.threads), "torch": TorchSampler()}
     found: dict[tuple[str, str], list[Cost]] = {(each, name): [] for each in samplers for name in cases}
     for _ in range(args.repeat):
         for (each, name), costs in found.items():
-            costs.append(cost(engine, samplers[each], *cases[name], args.rounds))
+            sampling, grammar = cases[name]
+            costs.append(cost(engine, samplers[each], sampling, grammars, grammar, args.rounds))
     step_ms = {key: statistics.median(each.step_ms for each in costs) for key, costs in found.items()}
     sampling_ms = {key: statistics.median(each.sampling_ms for each in costs) for key, costs in found.items()}
     greedy = ("compiled", "greedy")

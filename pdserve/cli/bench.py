@@ -22,6 +22,7 @@ BENCHMARKS = {
     "transfer": ("kvstore.transfer.bench", "KV push against memcpy, over shared memory and TCP"),
     "store": ("kvstore.store.bench", "KV store against memcpy, disk, transfer plane and Redis"),
     "router": ("router.bench", "router overhead per request and per token"),
+    "samples": ("pdserve.bench.samples", "n=8 against 8 requests: time, computed tokens, held blocks"),
     "startup": ("pdserve.bench.startup", "seconds to ready, and the memory of each process"),
     "tiers": ("pdserve.bench.tiers", "TTFT of a long prompt: computed, and found in each tier of the store"),
     "serving": ("loadtest.sweep", "disaggregated against mixed workers: goodput, TTFT, TPOT, gaps (make loadtest)"),

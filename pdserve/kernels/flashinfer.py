@@ -15,8 +15,11 @@ FlashInfer's `plan` sends its numbers from pinned memory of its own: see `Stagin
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
+import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -262,7 +265,20 @@ def load(device: torch.device, head_dim: int, dtype: torch.dtype) -> FlashInferK
         library = importlib.import_module("flashinfer")
     except ImportError as error:
         raise FlashInferUnavailable(f"the package flashinfer-python is not installed ({error})") from error
+    if (missing := _missing_to_build(Path(str(library.__file__)).parent)) is not None:
+        raise FlashInferUnavailable(f"its kernels are compiled at the first call, and {missing} is missing")
     return FlashInferKernels(library, device)
+
+
+def _missing_to_build(package: Path) -> str | None:
+    """What the machine lacks to compile kernels, as FlashInfer looks for it; None where they come compiled."""
+    if any(package.glob("data/aot/*/*.so")) or importlib.util.find_spec("flashinfer_jit_cache") is not None:
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    compilers = (Path(home) / "bin/nvcc",) if home else (Path("/usr/local/cuda/bin/nvcc"),)
+    if not any(map(Path.exists, compilers)) and (home or shutil.which("nvcc") is None):
+        return "nvcc (set CUDA_HOME)"
+    return None if shutil.which("ninja") else "ninja"
 
 
 def _layer(pool: Tensor, layer: int) -> tuple[Tensor, Tensor]:

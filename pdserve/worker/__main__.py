@@ -110,6 +110,7 @@ def main(
         )
         # Imported here, so that a wrong option is told at once and torch sees the environment set above.
         from pdserve.worker.build import build_engine
+        from pdserve.worker.engine_thread import end_process_in_a_step
         from pdserve.worker.process import run
 
         built = build_engine(config, announcer.progress)
@@ -126,6 +127,7 @@ def main(
         announcer.error(str(error))
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
+    end_process_in_a_step()
 
 
 if __name__ == "__main__":

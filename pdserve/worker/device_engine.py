@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -20,6 +21,10 @@ from pdserve.kernels.flashinfer import FlashInferKernels
 from pdserve.models.decoder import Decoder
 from pdserve.models.weights import TORCH_DTYPES
 from pdserve.worker.device_memory import GRAPHS_KEEP_BYTES, DeviceMemory, num_blocks, peak_bytes
+
+log = logging.getLogger(__name__)
+
+_GROUPED_ON_DEVICE = (9, 10)  # major compute capabilities on which torch's grouped product does not wait for the host
 
 
 def measured_blocks(decoder: Decoder, geometry: BlockGeometry, limits: EngineConfig, utilization: float) -> int:
@@ -49,6 +54,9 @@ def capture_graphs(engine: Engine, decoder: Decoder, progress: Callable[[str], N
     if not isinstance(kernels, FlashInferKernels) or not isinstance(runner, DeviceRunner):
         return
     device = runner.pool.device
+    if decoder.config.experts is not None and torch.cuda.get_device_capability(device)[0] not in _GROUPED_ON_DEVICE:
+        log.warning("decode runs without graphs: torch's grouped product asks the host on %s", device)
+        return
     graphs = DecodeGraphs(
         decoder,
         runner.pool,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import queue
 import threading
 import time
@@ -26,6 +27,7 @@ Command = Callable[[Engine, float], object]  # what it returns is dropped
 
 log = logging.getLogger(__name__)
 
+_NAME = "engine"
 _EMPTY_PLAN_WAIT_S = 0.25  # blocks are all in transit: only a command can help, but look at deadlines now and then
 _MAX_FAILED_STEPS = 3
 
@@ -75,6 +77,14 @@ class Listener(Protocol):
     def on_step(self, report: StepReport) -> None: ...
 
 
+def end_process_in_a_step() -> None:
+    """Ends this process with code 0 if a step still runs; to be called last. The thread that runs it comes back from
+    C++ code, and an interpreter that has ended would make that an abort."""
+    if any(thread.name == _NAME for thread in threading.enumerate()):
+        logging.shutdown()
+        os._exit(0)
+
+
 class EngineThread:
     """`post` and `ask` may be called from any thread; `ask` from the loop only."""
 
@@ -85,7 +95,7 @@ class EngineThread:
         self._step_began_s: float | None = None
         self._failed_steps = 0
         self.died = asyncio.Event()
-        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._main, name=_NAME, daemon=True)
         self._listener: Listener
 
     def start(self, listener: Listener) -> None:

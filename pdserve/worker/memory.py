@@ -125,15 +125,18 @@ def _buffer(tensor: Tensor) -> DeviceBuffer:
 
 
 class PinnedArena:
-    """Pins the store's shared memory for the GPU; call it with the mapping, and with the next one when that changes."""
+    """Pins the store's shared memory for the GPU; call it with the mapping, with the next one, or None when it goes."""
 
     def __init__(self) -> None:
         self._pinned: Buffer | None = None
 
-    def __call__(self, arena: Buffer) -> None:
+    def __call__(self, arena: Buffer | None) -> None:
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         if self._pinned is not None:
             runtime.cudaHostUnregister(self._pinned.ctypes.data)
+            self._pinned = None
+        if arena is None:
+            return
         status = int(runtime.cudaHostRegister(arena.ctypes.data, arena.nbytes, 0))
         self._pinned = arena if status == 0 else None
         if status != 0:

@@ -22,7 +22,7 @@ from pdserve.protocol.worker_pb2_grpc import WorkerStub
 _PROMPT_TOKENS = 16
 
 
-async def _run(address: str, requests: int, rate: float) -> dict[str, int]:
+async def ask(address: str, requests: int, rate: float) -> dict[str, int]:
     outbox: asyncio.Queue[pb.RouterMessage] = asyncio.Queue()
     outbox.put_nowait(pb.RouterMessage(hello=pb.RouterHello(protocol_version=PROTOCOL_VERSION, router_id="load")))
     began_s: dict[str, float] = {}
@@ -32,13 +32,13 @@ async def _run(address: str, requests: int, rate: float) -> dict[str, int]:
         while True:
             yield await outbox.get()
 
-    async def ask() -> None:
+    async def submit() -> None:
         start_s = time.perf_counter()
         sampling = pb.Sampling(max_tokens=1, top_p=1.0, repetition_penalty=1.0)
         for number in range(requests):
             due_s = start_s + number / rate
             await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-            submit = pb.Submit(
+            request = pb.Submit(
                 request_id=str(number),
                 attempt=1,
                 prompt_token_ids=range(_PROMPT_TOKENS),
@@ -46,11 +46,11 @@ async def _run(address: str, requests: int, rate: float) -> dict[str, int]:
                 root_key=b"load",
                 remaining_s=60.0,
             )
-            began_s[submit.request_id] = due_s
-            outbox.put_nowait(pb.RouterMessage(submit=submit))
+            began_s[request.request_id] = due_s
+            outbox.put_nowait(pb.RouterMessage(submit=request))
 
     async with grpc.aio.insecure_channel(address) as channel:
-        asking = asyncio.create_task(ask())
+        asking = asyncio.create_task(submit())
         async for message in WorkerStub(channel).Session(write()):
             now_s = time.perf_counter()
             took_s += [now_s - began_s.pop(event.request_id) for event in message.step.tokens]
@@ -68,7 +68,7 @@ def main(
 ) -> None:
     """Send requests and print how long they took."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        print(json.dumps(runner.run(_run(address, requests, rate))))
+        print(json.dumps(runner.run(ask(address, requests, rate))))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from pdserve.errors import InvalidRequest, ModelNotFound
 from pdserve.request import MAX_SEED, SamplingParams
@@ -38,6 +39,7 @@ class Call:
         priority: as of `router.wishes.Wishes`.
         cache_salt: cached blocks are shared with requests of the same tenant and salt only.
         writes_special: special tokens stand in the text as they are written.
+        repeated: of the request, in the response (of the Responses API).
         grammar_param: the parameter that the grammar, if there is one, comes from.
     """
 
@@ -59,6 +61,7 @@ class Call:
     priority: int = 0
     cache_salt: str | None = None
     grammar_param: str = ""
+    repeated: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def prompt_tokens(self) -> int:

@@ -19,7 +19,8 @@ from router.http.choices import Choices
 from router.http.delivery import Delivery
 from router.http.errors import ClientGone, as_serve_error
 from router.http.exchange import Exchange
-from router.http.responses import ResponsesShape, responses_call
+from router.http.responses import ResponsesShape
+from router.http.responses_call import responses_call
 from router.http.service import ServedModel, Service
 from router.http.shapes import ChatShape, CompletionShape, Shape
 from router.meter import Meters

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from pdserve import __version__
-from router.http.responses import ResponsesRequest
+from router.http.responses_call import ResponsesRequest
 from router.http.schema import ChatRequest, CompletionRequest
 from router.http.service import ServedModel
 from router.http.tokens import DetokenizeRequest, TokenizeRequest

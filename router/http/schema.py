@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from pdserve.errors import InvalidRequest
 from router.http import unsupported
@@ -36,7 +37,7 @@ MAX_TOOLS = 128
 MAX_N = 8
 MAX_PRIORITY = 100
 MAX_CACHE_SALT_CHARS = 256
-_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
+NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 
 
 class Strict(BaseModel):
@@ -50,7 +51,7 @@ class StreamOptions(Strict):
 
 
 class NamedSchema(Strict):
-    name: Annotated[str, Field(pattern=_NAME)]
+    name: Annotated[str, Field(pattern=NAME)]
     json_schema: Annotated[JsonSchema, Field(alias="schema")]
     description: str | None = None
     strict: bool | None = None  # what is generated follows the schema in either case
@@ -119,7 +120,7 @@ class CompletionRequest(Generating):
 
 
 class FunctionCall(Strict):
-    name: Annotated[str, Field(pattern=_NAME)]
+    name: Annotated[str, Field(pattern=NAME)]
     arguments: str
 
 
@@ -138,7 +139,7 @@ class Message(Strict):
 
 
 class Function(Strict):
-    name: Annotated[str, Field(pattern=_NAME)]
+    name: Annotated[str, Field(pattern=NAME)]
     description: str | None = None
     parameters: JsonSchema | None = None
     strict: bool | None = None
@@ -219,9 +220,9 @@ _Body = TypeVar("_Body", bound=Strict)
 def parse(kind: type[_Body], body: dict[str, Any], neutral: unsupported.Neutral = MappingProxyType({})) -> _Body:
     """`neutral`: parameters that are not there, with the values at which they may be. Raises InvalidRequest."""
     try:
-        return kind.model_validate(unsupported.drop_neutral(body, neutral))
+        return kind.model_validate(body := unsupported.drop_neutral(body, neutral))
     except ValidationError as error:
-        raise _invalid(error) from error
+        raise _invalid(error, body) from error
 
 
 def _check_stream_options(request: Generating) -> None:
@@ -233,10 +234,14 @@ def _invalid_value(param: str, must: str) -> InvalidRequest:
     return InvalidRequest(f"Invalid value for '{param}': {must}.", param=param)
 
 
-def _invalid(error: ValidationError) -> InvalidRequest:
+def _invalid(error: ValidationError, body: dict[str, Any]) -> InvalidRequest:
     """The first fault, as one sentence. pydantic's messages say what was expected and never what was sent."""
-    fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in fault["loc"]).lstrip(".")
+    faults = error.errors(include_url=False, include_input=False, include_context=False)
+    fault, path = faults[0], _path(faults[0], body)
+    if len(path) < len(fault["loc"]):  # of a union: the form that the value comes nearest to
+        found = [(each, each_path) for each in faults if (each_path := _path(each, body))[: len(path)] == path]
+        fault, path = max(found, key=lambda pair: (len(pair[1]), not pair[0]["type"].endswith("_type")))
+    param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
     match fault["type"]:
         case "missing":
             return InvalidRequest(f"'{param}' is required.", param=param, code="missing_required_parameter")
@@ -250,3 +255,15 @@ def _invalid(error: ValidationError) -> InvalidRequest:
         case _:
             message = fault["msg"]
             return _invalid_value(param, message[0].lower() + message[1:])
+
+
+def _path(fault: ErrorDetails, value: Any) -> tuple[int | str, ...]:
+    """Where it is, as the client knows it: without the names of a union's forms, which pydantic puts between."""
+    path: list[int | str] = []
+    for step in fault["loc"]:
+        try:
+            value = value[step]
+        except (TypeError, LookupError):  # the name of a form, or of what is missing
+            continue
+        path.append(step)
+    return (*path, fault["loc"][-1]) if fault["type"] == "missing" else tuple(path)

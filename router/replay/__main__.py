@@ -15,7 +15,8 @@ from pdserve.slo import Slo
 from pdserve.trace import Trace, read_trace
 from router.policy import POLICIES, Policy, Speed
 from router.replay.outcome import Outcome
-from router.replay.run import REPORT_S, Outage, Setting, arrivals, replay_all
+from router.replay.run import replay_all
+from router.replay.setting import REPORT_S, Outage, Setting, arrivals
 from router.slo import CLASSES, STANDARD
 
 _STANDARD = CLASSES[STANDARD]

@@ -200,3 +200,31 @@ def test_samples_share_the_prompt(disaggregated: Stack) -> None:
     computed = disaggregated.with_role("prefill")[0].metric("pdserve_computed_tokens_total") - before
     prompt_tokens = answer["usage"]["prompt_tokens"]
     assert prompt_tokens <= computed <= prompt_tokens + 7 * 16
+
+
+def test_samples_hold_the_blocks_of_the_prompt_once(disaggregated: Stack) -> None:
+    """Eight decodes share its full blocks; each has the block of its end, and those of its output, to itself."""
+    prompt, num_output = passage(951, 80), 48
+    decode = disaggregated.with_role("decode")[0]
+    body = {"prompt": prompt, "n": 8, "max_tokens": num_output, "ignore_eos": True, **SAMPLED}
+    begun, held = set(), 0
+    with disaggregated.client.send(body | {"stream": True}) as connection, connection.getresponse() as response:
+        for line in response:
+            if not line.startswith(b"data: {"):
+                continue
+            begun |= {choice["index"] for choice in json.loads(line[6:])["choices"]}
+            held = max(held, decode.blocks("held")) if len(begun) == 8 else held
+    num_prompt = ask(disaggregated, "/v1/completions", body | {"max_tokens": 1})["usage"]["prompt_tokens"]
+    shared, own = num_prompt // 16, 8 * (2 + num_output // 16)
+    assert shared > own, "sharing would not show"
+    assert shared < held <= shared + own
+
+
+def test_a_sample_is_the_request_with_its_seed(disaggregated: Stack) -> None:
+    """So no sample writes into what another reads."""
+    body = {"prompt": PROMPT, "max_tokens": 20, "temperature": 1.0, "seed": 40, "logprobs": 1}
+    samples = ask(disaggregated, "/v1/completions", body | {"n": 8})["choices"]
+    assert len({sample["text"] for sample in samples}) > 4
+    for i in (0, 3, 7):
+        [alone] = ask(disaggregated, "/v1/completions", body | {"seed": 40 + i})["choices"]
+        assert_same(samples[i] | {"index": 0}, alone)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage
 from langchain_openai import ChatOpenAI, OpenAI
+from openai import DefaultAsyncHttpxClient
 from pydantic import BaseModel, SecretStr
 
 from tests.support.stack import Stack
@@ -54,9 +55,11 @@ def test_chat(chat: ChatOpenAI) -> None:
     assert answers[0].usage_metadata["output_tokens"] > 0
 
 
-async def test_chat_in_a_loop(chat: ChatOpenAI) -> None:
-    whole = (await chat.ainvoke(QUESTION)).text
-    assert whole == "".join([chunk.text async for chunk in chat.astream(QUESTION)])
+async def test_chat_in_a_loop(disaggregated: Stack) -> None:
+    async with DefaultAsyncHttpxClient() as http:  # its own would outlive the loop
+        chat = ChatOpenAI(**server(disaggregated), http_async_client=http)
+        whole = (await chat.ainvoke(QUESTION)).text
+        assert whole == "".join([chunk.text async for chunk in chat.astream(QUESTION)])
 
 
 def test_chat_with_logprobs(chat: ChatOpenAI) -> None:
@@ -103,9 +106,12 @@ def test_completions(completions: OpenAI) -> None:
     assert completions.bind(stop=["Rome"]).invoke(prompt) == " "
 
 
-async def test_completions_in_a_loop(completions: OpenAI) -> None:
+async def test_completions_in_a_loop(disaggregated: Stack) -> None:
     prompt = "The capital of Italy is"
-    assert await completions.ainvoke(prompt) == "".join([chunk async for chunk in completions.astream(prompt)])
+    async with DefaultAsyncHttpxClient() as http:
+        completions = OpenAI(**server(disaggregated), http_async_client=http)
+        whole = await completions.ainvoke(prompt)
+        assert whole == "".join([chunk async for chunk in completions.astream(prompt)])
 
 
 def test_batch_of_its_usual_size(disaggregated: Stack) -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from pdserve.errors import Overloaded, TenantOverQuota
 from pdserve.timeline import Timeline
-from router.admission import LONGEST_RETRY_S, Forecast, Mode, judge, no_place, refusal
-from router.predictor import Correction, Predictor
+from router.admission import LONGEST_RETRY_S, Confidence, Forecast, Mode, judge, no_place, refusal
+from router.predictor import Correction, Misses, Predictor
 from router.refusals import RefusalLedger
 from router.slo import CLASSES
 
@@ -49,6 +49,36 @@ def test_the_client_is_told_why_and_when_to_come_back() -> None:
     assert "9.6 s instead of 4 s" in error.message
     assert refusal(judge(STANDARD, forecast(decode_s=9.0), Mode.ENFORCE), STANDARD).code == "slo_tpot"
     assert judge(STANDARD, forecast(prompts_s=1e9), Mode.ENFORCE).retry_after_s == LONGEST_RETRY_S
+
+
+def test_the_more_are_refused_the_surer_one_has_to_be() -> None:
+    confidence = Confidence()
+    assert confidence.share == 0.5
+    shares = []
+    for refused in [False] * 64 + [True] * 64:
+        confidence.decided(refused)
+        shares.append(confidence.share)
+    assert shares == sorted(shares)
+    assert shares[63] == 0.5
+    assert shares[-33] == shares[-1] == pytest.approx(0.9)  # half of them refused: there is always another
+    for _ in range(64):
+        confidence.decided(False)
+    assert confidence.share == 0.5
+
+
+def test_the_margin_is_what_forecasts_were_off_by_in_as_many_as_wanted() -> None:
+    misses, seen = Misses(), forecast(prompts_s=1.5, compute_s=0.5)  # 2.1 s with what it has waited
+    assert misses.margin_s(seen, 0.9) == 0.0  # nothing is known yet
+    for late in range(10):
+        misses.note(seen, 2.1 + 0.1 * late)
+    assert misses.margin_s(seen, 0.5) == pytest.approx(0.5)
+    assert misses.margin_s(seen, 0.9) == pytest.approx(0.9)
+    # Four times as much before it errs twice as much; one behind nobody errs by its own alone.
+    assert misses.margin_s(forecast(prompts_s=7.5, compute_s=0.5), 0.9) == pytest.approx(1.8)
+    assert misses.margin_s(forecast(prompts_s=0.0, compute_s=0.5), 0.9) == pytest.approx(0.45)
+    for _ in range(64):
+        misses.note(seen, 0.5)
+    assert misses.margin_s(seen, 0.9) == 0.0  # sooner than foreseen is no reason to take what will be late
 
 
 def test_a_full_queue_is_503_and_a_greedy_tenant_429() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import multiprocessing
@@ -10,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
+from typing import get_args
 
 import torch
 
-from kvstore.transfer.transport import Completion
-from kvstore.transfer.ucx import UcxTransport
+from kvstore.errors import TransferError
+from kvstore.transfer.transport import Completion, Link, Outcome, Transport
 from pdserve.bench.gpu.drive import Setup, add, elapsed_s, finish_all, random_prompt, step, wait_for
 from pdserve.engine.engine import Engine
 from pdserve.kernels import choose
@@ -24,11 +26,15 @@ from pdserve.kernels.scattered import scattered_batch
 from pdserve.models.config import ModelConfig
 from pdserve.models.decoder import Decoder
 from pdserve.models.weights import weight_bytes
-from pdserve.worker.memory import block_memory
+from pdserve.worker.config import TransportName
+from pdserve.worker.data_plane import open_transport
+from pdserve.worker.memory import BlockMemory, block_memory
 
 _DECODES = ((1, 1024), (8, 1024), (32, 1024), (64, 1024), (32, 8192))  # sequences, context
 _PREFILLS = (2048, 8192)
 _STEPS = 32
+_PUSH_BLOCKS = 64  # of a pool, sent and received again and again
+_PUSH_DEADLINE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +66,8 @@ def decode(setup: Setup) -> dict[str, object]:
     token_bytes = 2 * config.num_layers * config.kv_size * dtype_bytes
     found: dict[str, object] = {}
     for count, context in _DECODES:
-        if count * (context + _STEPS + 64) > engine.config.num_blocks * engine.config.block_size:
-            found[f"{count}x{context}"] = "the pool is too small"
+        if (refusal := _no_room(engine, count, context + _STEPS + 64)) is not None:
+            found[f"{count}x{context}"] = refusal
             continue
         sequences = [
             add(engine, f"{count}/{context}/{i}", random_prompt(context, i), _STEPS + 40) for i in range(count)
@@ -88,8 +94,8 @@ def prefill(setup: Setup) -> dict[str, object]:
     body = weight_bytes(config, "bfloat16") // 2 - 2 * config.vocab_size * config.hidden_size
     found: dict[str, object] = {}
     for length in _PREFILLS:
-        if length + 16 > engine.config.num_blocks * engine.config.block_size:
-            found[str(length)] = "the pool is too small"
+        if (refusal := _no_room(engine, 1, length + 16)) is not None:
+            found[str(length)] = refusal
             continue
         numbers = itertools.count()
         run_s = elapsed_s(partial(_prefill_once, engine, length, numbers), setup.device, rounds=3)
@@ -132,38 +138,9 @@ def tier(setup: Setup) -> dict[str, object]:
 
 
 def push(setup: Setup) -> dict[str, object]:
-    """Blocks of Llama-3-8B from one process to another on the same device, over the transport that workers use."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    receiver = context.Process(target=_receive, args=(theirs, str(setup.device)))
-    receiver.start()
+    """Blocks of Llama-3-8B from one process to another on the same device, over each transport that workers have."""
     floor = Floors.measured(setup.device)
-    found: dict[str, object] = {}
-    try:
-        pool = _push_pool(setup.device)
-        memory, transport, done = block_memory(pool), UcxTransport(device=setup.device.type == "cuda"), _Count()
-        link = transport.open(done, same_host=True)
-        link.connect(ours.recv())
-        ours.send(link.address)
-        for count in (64, 512):
-            times_s = []
-            for round_number in range(4):
-                ours.send(count)
-                ours.recv()
-                began_s = time.perf_counter()
-                for block in range(count):
-                    link.send(round_number << 16 | block, memory.block(block % len(pool)))
-                ours.recv()
-                times_s.append(time.perf_counter() - began_s)
-            num_bytes = count * memory.block_bytes
-            found[f"{count * 16} tokens"] = _beside(min(times_s), 2 * num_bytes / floor.copy_bytes_per_s)
-        found["lanes"] = link.describe()
-        ours.send(0)
-        transport.close()
-    finally:
-        receiver.join(20)
-        receiver.kill()
-    return found
+    return {name: _push_by(name, setup.device, floor) for name in get_args(TransportName)}
 
 
 def transformers(setup: Setup) -> dict[str, object]:
@@ -195,6 +172,13 @@ def _config_of(engine: Engine) -> ModelConfig:
     return engine.runner.model.config
 
 
+def _no_room(engine: Engine, count: int, tokens: int) -> str | None:
+    """Why so many sequences of so many tokens cannot be; None if they can."""
+    if tokens > engine.config.max_model_len:
+        return "longer than this model allows"
+    return "the pool is too small" if count * tokens > engine.config.num_blocks * engine.config.block_size else None
+
+
 def _prefill_once(engine: Engine, length: int, numbers: Iterator[int]) -> None:
     number = next(numbers)
     add(engine, f"prefill {length}/{number}", random_prompt(length, number), 1)
@@ -212,34 +196,103 @@ def _beside(measured_s: float, floor_s: float) -> dict[str, float]:
 
 
 def _push_pool(device: torch.device) -> torch.Tensor:
-    return torch.ones(64, 8, 32, 2, 16, 128, dtype=torch.bfloat16, device=device)
+    return torch.ones(_PUSH_BLOCKS, 8, 32, 2, 16, 128, dtype=torch.bfloat16, device=device)
 
 
 class _Count:
-    """Completions of a link; the number that have come."""
+    """Completions of a link; the number that have come, and the first that was no success."""
 
     def __init__(self) -> None:
         self.number = 0
+        self.failure = ""
 
     def __call__(self, completion: Completion) -> None:
+        if completion.outcome is not Outcome.DONE:
+            self.failure = self.failure or completion.error or completion.outcome.value
         self.number += 1
 
-
-def _receive(pipe: Connection, device: str) -> None:
-    """The other process of `push`."""
-    pool = _push_pool(torch.device(device))
-    memory, transport, done = block_memory(pool), UcxTransport(device=pool.is_cuda), _Count()
-    link = transport.open(done, same_host=True)
-    pipe.send(link.address)
-    link.connect(pipe.recv())
-    round_number = total = 0
-    while count := pipe.recv():
-        for block in range(count):
-            link.receive(round_number % 4 << 16 | block, memory.block(block % len(pool)))
-        pipe.send("posted")
-        total += count
-        while done.number < total:
+    def wait(self, number: int) -> None:
+        until_s = time.monotonic() + _PUSH_DEADLINE_S
+        while self.number < number and not self.failure:
+            if time.monotonic() > until_s:
+                raise TransferError("a push did not end")
             time.sleep(0.0001)
-        pipe.send("landed")
-        round_number += 1
+        if self.failure:
+            raise TransferError(self.failure)
+
+
+def _push_by(name: TransportName, device: torch.device, floor: Floors) -> dict[str, object]:
+    """Both ends are processes of their own: no two transports bring their libraries into one."""
+    context = multiprocessing.get_context("spawn")
+    result, told = context.Pipe(duplex=False)
+    sender_end, receiver_end = context.Pipe()
+    ends = [
+        context.Process(target=_send, args=(name, sender_end, told, str(device))),
+        context.Process(target=_receive, args=(name, receiver_end, str(device))),
+    ]
+    for each in ends:
+        each.start()
+    try:
+        if not result.poll(3 * _PUSH_DEADLINE_S):
+            return {"error": "no answer"}
+        answer = result.recv()
+    finally:
+        for each in ends:
+            each.join(20)
+            each.kill()
+    if isinstance(answer, str):
+        return {"error": answer}
+    found: dict[str, object] = {"lanes": answer["lanes"]}
+    for count, push_s in answer["times_s"].items():
+        floor_s = 2 * count * answer["block_bytes"] / floor.copy_bytes_per_s
+        found[f"{count * 16} tokens"] = _beside(push_s, floor_s)
+    return found
+
+
+def _end(name: TransportName, device: str, done: _Count) -> tuple[BlockMemory, Transport, Link]:
+    pool = _push_pool(torch.device(device))
+    memory = block_memory(pool)
+    transport = open_transport(name, memory, memory.scratch(1 << 20), pool.device)
+    return memory, transport, transport.open(done, same_host=True)
+
+
+def _send(name: TransportName, peer: Connection, result: Connection, device: str) -> None:
+    try:
+        done, total = _Count(), 0
+        memory, transport, link = _end(name, device, done)
+        link.connect(peer.recv())
+        peer.send(link.address)
+        times_s: dict[int, float] = {}
+        for count in (64, 512):
+            for _ in range(4):
+                peer.send(count)
+                peer.recv()
+                began_s = time.perf_counter()
+                for block in range(count):
+                    link.send(total + block, memory.block(block % _PUSH_BLOCKS))
+                peer.recv()
+                times_s[count] = min(times_s.get(count, float("inf")), time.perf_counter() - began_s)
+                total += count
+                done.wait(total)
+        peer.send(0)
+        result.send({"lanes": link.describe(), "times_s": times_s, "block_bytes": memory.block_bytes})
+        transport.close()
+    except Exception as error:
+        result.send(f"{type(error).__name__}: {error}")
+        peer.close()
+
+
+def _receive(name: TransportName, peer: Connection, device: str) -> None:
+    done, total = _Count(), 0
+    memory, transport, link = _end(name, device, done)
+    peer.send(link.address)
+    with contextlib.suppress(EOFError):  # the sender tells what went wrong
+        link.connect(peer.recv())
+        while count := peer.recv():
+            for block in range(count):
+                link.receive(total + block, memory.block(block % _PUSH_BLOCKS))
+            peer.send("posted")
+            total += count
+            done.wait(total)
+            peer.send("landed")
     transport.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -131,6 +132,27 @@ async def test_a_peer_killed_in_the_middle_of_a_fetch(tmp_path: Path, redis: Red
         for node in (here, there):
             with contextlib.suppress(ProcessLookupError):
                 node.kill()
+
+
+async def test_the_memory_of_a_dead_node_is_let_go(node: NodeProcess, client: StoreClient) -> None:
+    """Else its next life finds no room for its own beside it, and stays without a host tier."""
+    keys = chain(1, 4)
+    await save(client, keys)
+    assert read(await client.load(keys, DEADLINE_S)) == ["host"] * 4
+    arena = next(
+        line.split()[-1]
+        for line in Path(f"/proc/{node.process.pid}/maps").read_text().splitlines()
+        if "/dev/shm/" in line
+    )
+    assert arena in Path("/proc/self/maps").read_text()
+    node.process.send_signal(signal.SIGSTOP)
+    assert await client.lookup(chain(9, 1)) == []
+    assert not client.attached
+    assert arena in Path("/proc/self/maps").read_text(), "one that is late may go on"
+    node.kill()
+    async with asyncio.timeout(DEADLINE_S):
+        while arena in Path("/proc/self/maps").read_text():
+            await asyncio.sleep(0.02)
 
 
 async def test_a_node_killed_again_and_again_while_it_is_saved_to(tmp_path: Path) -> None:

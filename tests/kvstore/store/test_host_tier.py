@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
@@ -124,6 +125,18 @@ def test_a_tenant_evicts_its_own_blocks_only() -> None:
     assert [tier.match(keys) for keys in theirs] == [1, 1]
     assert [tier.match(keys) for keys in mine] == [0, 0, 1, 1]
     assert tier.tenant_bytes() == {"a": 2 * BLOCK_BYTES, "b": 2 * BLOCK_BYTES}
+
+
+@pytest.mark.parametrize("tenant_bytes", [0, 2 * BLOCK_BYTES])
+def test_what_is_evicted_by_one_order_is_forgotten_by_the_other(tenant_bytes: int) -> None:
+    """Without a quota nobody asks for a tenant's own order, under quotas nobody for that of all."""
+    tier = HostTier(SLOTS, BLOCK_BYTES, tenant_bytes)
+    for seed in range(2000):
+        assert save(tier, chain(2 * seed, 1), "ab"[seed % 2])
+    orders = [tier._candidates._all, *tier._candidates._of_tenant.values()]
+    assert len(tier) == (4 if tenant_bytes else SLOTS)
+    assert max(map(len, orders)) <= 64
+    assert tier.begin("w", chain(9999, 1)[0], None, "a") is not None
 
 
 def test_pins() -> None:

@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pdserve.kernels.base import Batch, Kernels
-from pdserve.kernels.flashinfer import FlashInferKernels
+from pdserve.kernels.flashinfer import FlashInferKernels, _missing_to_build
 from pdserve.kernels.paging import pages_of
 from pdserve.kernels.reference import ReferenceKernels
 from pdserve.kernels.scattered import scattered_batch
@@ -156,3 +157,21 @@ def test_every_call_binds_to_the_real_signatures(library: Any) -> None:
         args = (None, *call.args) if call.owner else call.args
         bound = signature(library, call).bind(*args, **call.kwargs)
         assert not set(bound.arguments) & {"args", "kwargs", "deprecated_positional_args"}, call
+
+
+def test_a_machine_that_cannot_compile_is_told_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def put(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(0o755)
+
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    missing = partial(_missing_to_build, tmp_path / "flashinfer")
+    assert missing() == "nvcc (set CUDA_HOME)"
+    put(tmp_path / "cuda/bin/nvcc")
+    assert missing() == "ninja"
+    put(tmp_path / "bin/ninja")
+    assert missing() is None
+    monkeypatch.setenv("PATH", "")
+    put(tmp_path / "flashinfer/data/aot/decode/decode.so")
+    assert missing() is None

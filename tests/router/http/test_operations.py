@@ -55,6 +55,7 @@ async def test_prefill_goes_on_alone_when_decode_is_drained() -> None:
     fabric = Fabric()
     stubs = StubWorker(StubSpec("p", PREFILL), fabric), StubWorker(StubSpec("d", DECODE), fabric)
     async with StubCluster(*stubs) as cluster:
+        await until(lambda: cluster.fleet.ready)
         Operations(cluster.fleet).drain("d", True)
         await assert_exact(generation := cluster.start(GREEDY))
         assert generation.workers == ["p"]

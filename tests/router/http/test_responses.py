@@ -29,6 +29,33 @@ async def test_whole(client: httpx.AsyncClient, dispatcher: Any, model: ServedMo
     assert request.prompt_token_ids == tuple(model.tokenizer.encode(prompt, add_special=False))
 
 
+async def test_response_repeats_what_was_asked(client: httpx.AsyncClient) -> None:
+    asked = {
+        "instructions": "be brief",
+        "metadata": {"a": "b"},
+        "text": {"format": {"type": "json_object"}},
+        "parallel_tool_calls": False,
+        "tool_choice": "none",
+        "tools": [{"type": "function", "name": "f", "description": None, "parameters": None, "strict": True}],
+        "user": "me",
+    }
+    answer = (await client.post("/v1/responses", json=BODY | asked)).json()
+    assert {name: answer[name] for name in asked} == asked
+    plain = (await client.post("/v1/responses", json=BODY)).json()
+    assert (plain["tools"], plain["tool_choice"], plain["metadata"]) == ([], "auto", {})
+    assert plain["text"] == {"format": {"type": "text"}}
+
+
+async def test_result_of_a_call_in_parts(client: httpx.AsyncClient, dispatcher: Any, model: ServedModel) -> None:
+    parts = [{"type": "input_text", "text": "one"}, {"type": "input_text", "text": "two"}]
+    items = [
+        {"role": "user", "content": "hey"},
+        {"type": "function_call_output", "call_id": "c", "output": parts},
+    ]
+    assert (await client.post("/v1/responses", json=BODY | {"input": items})).status_code == 200
+    assert "one\ntwo" in model.tokenizer.decode(dispatcher.started[0].request.prompt_token_ids)
+
+
 async def test_events(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/responses", json=BODY | {"stream": True})
     blocks = [block.splitlines() for block in response.text.strip().split("\n\n")]
@@ -62,7 +89,12 @@ async def test_cut_answer_is_incomplete(client: httpx.AsyncClient, dispatcher: A
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
         ({"frobnicate": 1}, "frobnicate"),
-        ({"max_output_tokens": 0}, "max_completion_tokens"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"input": [{"role": "user", "content": 3}]}, "input[0].content"),
+        ({"input": [{"role": "user"}]}, "input[0].content"),
+        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
+        ({"input": [{"type": "function_call_output", "call_id": "c", "output": 3}]}, "input[0].output"),
+        ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
     ],
 )
 async def test_what_is_not_there_is_named(client: httpx.AsyncClient, change: dict[str, Any], param: str) -> None:

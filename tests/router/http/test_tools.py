@@ -165,6 +165,11 @@ async def test_schema_of_a_tool_with_a_fault_is_named(ask: Any) -> None:
 async def test_wrong_uses_are_named(ask: Any) -> None:
     for body, param in (
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "maybe"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": 3}}}, "tool_choice.function.name"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {}}}, "tool_choice.function.name"),
+        ({"tools": TOOLS, "tool_choice": {"type": "custom", "function": {"name": "now"}}}, "tool_choice.type"),
+        ({"tools": TOOLS, "tool_choice": ["now"]}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
     ):
         response = await ask("x", **body)

@@ -10,7 +10,8 @@ from pdserve.slo import Slo
 from pdserve.trace import read_trace
 from router.policy import POLICIES, Speed
 from router.replay.outcome import Outcome
-from router.replay.run import Setting, arrivals, replay_all
+from router.replay.run import replay_all
+from router.replay.setting import Setting, arrivals
 
 TOKEN_BYTES = 100_000
 

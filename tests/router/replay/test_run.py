@@ -11,7 +11,8 @@ from kvstore.keys import BlockKey
 from pdserve.slo import Slo
 from router.hot_prefixes import HotPrefixes
 from router.policy import POLICIES, Speed
-from router.replay.run import Arrival, Outage, Replay, Setting
+from router.replay.run import Replay
+from router.replay.setting import Arrival, Outage, Setting
 from router.replay.view import RouterView
 from router.replay.worker import Touched
 
@@ -97,17 +98,36 @@ def test_nobody_is_there() -> None:
     assert (outcome.requests, outcome.failed, outcome.good_ratio) == (2, 1, 0.5)
 
 
+@pytest.mark.parametrize("rate", [8.0, 12.0])
 @pytest.mark.parametrize("seed", [3, 4])
-def test_several_routers_lose_little_against_one(seed: int) -> None:
-    """At a load near what the workers serve: 0.01 of the hit ratio, 0.08 of the good ratio, 0.15 of max:mean work."""
-    trace = skewed(12.0, 60.0, seed)
+def test_several_routers_lose_little_against_one(seed: int, rate: float) -> None:
+    """Below and near what the workers serve: 0.01 of the hit ratio, 0.03 of the good ratio, 0.1 of max:mean work."""
+    trace = skewed(rate, 60.0, seed)
     setting = replace(SETTING, workers=8, tokens_per_worker=4_000 * BLOCK)
     one, *others = (Replay(POLICIES["cost"], replace(setting, routers=routers)).run(trace) for routers in (1, 2, 4))
     assert one.good_ratio > 0.5
     for several in others:
         assert several.hit_ratio >= one.hit_ratio - 0.01
-        assert several.good_ratio >= one.good_ratio - 0.08
-        assert several.imbalance <= one.imbalance + 0.15
+        assert several.good_ratio >= one.good_ratio - 0.03
+        assert several.imbalance <= one.imbalance + 0.1
+
+
+def test_a_router_hears_at_once_what_another_sent_and_forgets_it_with_the_worker() -> None:
+    view = RouterView(HotPrefixes(0, 1.0), report_s=10.0)
+    view.joined(0, SETTING.speed)
+
+    def seen() -> tuple[float, ...]:
+        return tuple(view.columns._loads[:3, 0])  # waiting and recent tokens, sequences
+
+    view.hears_sent(0, 500, 1.0)
+    view.catch_up(1.005)
+    assert seen() == (0.0, 0.0, 0.0)
+    view.catch_up(1.011)
+    assert seen() == (500.0, 500.0, 1.0)
+    view.hears_sent(0, 500, 2.0)
+    view.lost(0)
+    view.catch_up(9.0)
+    assert (seen()[0], seen()[2]) == (0.0, 0.0)
 
 
 def test_a_router_learns_of_anothers_blocks_when_they_are_computed_and_reported() -> None:

@@ -10,7 +10,8 @@ import pytest
 from pdserve.trace import read_trace
 from router.policy import POLICIES, Speed
 from router.replay.outcome import Outcome
-from router.replay.run import Replay, Setting, arrivals
+from router.replay.run import Replay
+from router.replay.setting import Setting, arrivals
 from router.slo import CLASSES, STANDARD
 
 TRACES = Path(__file__).parents[4] / "shared" / "traces"
