@@ -63,7 +63,7 @@ class Watch:
     def _look(self) -> None:
         while not self._ended.wait(0.02):
             workers = json.loads(fetch(f"{self._server.url}/v1/pools"))["workers"]
-            self.held_blocks = max(self.held_blocks, sum(worker["by_state"]["held"] for worker in workers))
+            self.held_blocks = max(self.held_blocks, sum(worker["by_state"].get("held", 0) for worker in workers))
 
 
 def measure(server: Deployment, bodies: list[dict[str, Any]]) -> dict[str, float]:
