@@ -37,6 +37,12 @@ class Chunk:
         """After it every token has its KV, and the next one is sampled."""
         return self.num_tokens == self.sequence.num_uncomputed
 
+    def completes(self, index: int, key: BlockKey) -> bool:
+        """It ends the computing of the block `key`, which is the one at `index` of its chain."""
+        sequence, block_size = self.sequence, self.sequence.block_size
+        begin, end = sequence.num_computed, sequence.num_computed + self.num_tokens
+        return begin < (index + 1) * block_size <= end and sequence.full_block_keys()[index] == key
+
 
 @dataclass(frozen=True, slots=True)
 class Committed:
@@ -167,7 +173,7 @@ class Scheduler:
                 budget -= self._add_chunk(chunks, sequence, budget)
         while budget > 0 and self.waiting and len(self.running) + len(self.arriving) < self._config.max_sequences:
             sequence = self.waiting[0]
-            if not self._admit(sequence, now_s):
+            if self._computes_for(sequence, chunks) or not self._admit(sequence, now_s):
                 break
             taken = self._add_chunk(chunks, sequence, budget)
             budget -= taken
@@ -234,13 +240,27 @@ class Scheduler:
         chunks.append(Chunk(sequence, num_tokens))
         return num_tokens
 
+    def _usable_keys(self, sequence: Sequence) -> list[BlockKey]:
+        """Of the blocks that it need not compute if they are here."""
+        if sequence.tells_prompt_logprobs:
+            return []
+        # The last token is always computed: its logits are what the next one is sampled from.
+        return sequence.full_block_keys()[: (len(sequence) - 1) // self._config.block_size]
+
+    def _computes_for(self, sequence: Sequence, chunks: Iterable[Chunk]) -> bool:
+        """Whether the next block that it lacks is one of a chunk's: after the step it is there, so that the samples of
+        a prompt, or requests that begin alike, compute it once."""
+        prompts = [chunk for chunk in chunks if not chunk.sequence.decoding]
+        if not prompts:
+            return False
+        keys = self._usable_keys(sequence)
+        held = self._pool.match(keys)
+        return held < len(keys) and any(chunk.completes(held, keys[held]) for chunk in prompts)
+
     def _admit(self, sequence: Sequence, now_s: float) -> bool:
         """Move a waiting sequence to running, with the prefix it finds; False if there is no room for a first chunk."""
-        keys = sequence.full_block_keys()
-        # The last token is always computed: its logits are what the next one is sampled from.
-        usable = [] if sequence.tells_prompt_logprobs else keys[: (len(sequence) - 1) // self._config.block_size]
         self._pool.open(sequence.name, HoldKind.COMPUTE, now_s)
-        sequence.add_blocks(self._pool.acquire(sequence.name, usable))
+        sequence.add_blocks(self._pool.acquire(sequence.name, self._usable_keys(sequence)))
         if self._pool.num_available < 1 + len(self.running) and self.busy:
             self._take_back(sequence)
             return False

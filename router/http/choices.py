@@ -22,14 +22,12 @@ class Branch:
     """One choice as it is generated; iterate once it has started.
 
     Attributes:
-        began: it has tokens, so the blocks of its prompt are computed and can be shared.
         num_calls: to tools, so far.
     """
 
     def __init__(self, prompt: Prompt, answer: Answer, start: Callable[[], Generation]) -> None:
         self.prompt = prompt
         self.answer = answer
-        self.began = asyncio.Event()
         self.num_calls = 0
         self._start = start
         self._generation: Generation | None = None
@@ -62,7 +60,6 @@ class Branch:
         """Raises a ServeError if the request fails."""
         async for tokens in self.generation:
             piece = self.answer.push(tokens)
-            self.began.set()
             if piece.tool_calls:
                 self.num_calls += len(piece.tool_calls)
             yield piece
@@ -124,24 +121,17 @@ class Choices:
 
     async def run(self, deliver: Callable[[int, Branch], Awaitable[None]]) -> None:
         """Each branch goes through `deliver`. The first failure ends all, and is raised."""
-        for leader in self.leaders:
-            leader.start()
+        for branch in self.branches:  # workers compute the prompt that they have in common once
+            branch.start()
         if len(self.branches) == 1:
             await deliver(0, self.branches[0])
             return
         try:
             async with asyncio.TaskGroup() as group:
                 for index, branch in enumerate(self.branches):
-                    group.create_task(self._follow(index, branch, deliver))
+                    group.create_task(deliver(index, branch))
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from failures
-
-    async def _follow(self, index: int, branch: Branch, deliver: Callable[[int, Branch], Awaitable[None]]) -> None:
-        leader = self.branches[index - index % self._call.best_of]
-        if branch is not leader:
-            await leader.began.wait()
-            branch.start()
-        await deliver(index, branch)
 
     def best(self) -> list[Branch]:
         """The `n` likeliest of each prompt, most likely first when some are left out."""

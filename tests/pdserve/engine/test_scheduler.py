@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from kvstore.keys import root_key
@@ -106,6 +108,8 @@ def test_other_tenant_finds_nothing() -> None:
 def test_blocks_computed_twice_at_the_same_time_are_shared_afterwards() -> None:
     engine = tiny_engine(32, tokens=32)
     twins = [make_sequence(name, prompt(0, 9), max_tokens=4) for name in "ab"]
+    for twin in twins:
+        twin.sampling = replace(twin.sampling, prompt_logprobs=0)  # each is to compute its whole prompt
     add(engine, *twins)
     step(engine)
     assert twins[0].block_ids[:2] == twins[1].block_ids[:2]
@@ -114,6 +118,29 @@ def test_blocks_computed_twice_at_the_same_time_are_shared_afterwards() -> None:
     run_to_end(engine)
     assert output_of(twins[0]) == output_of(twins[1]) == expected_of(twins[0], engine)
     assert_idle(engine)
+
+
+def test_a_prompt_that_others_begin_with_is_computed_once() -> None:
+    engine = tiny_engine(32, tokens=64)
+    first, *others = sequences = [make_sequence(name, prompt(0, 9), max_tokens=4) for name in "abcd"]
+    add(engine, *sequences)
+    assert chunks(engine) == {"a": 9}
+    assert chunks(engine) == {"a": 1, "b": 1, "c": 1, "d": 1}
+    assert all(other.block_ids[:2] == first.block_ids[:2] for other in others)
+    run_to_end(engine)
+    assert all(output_of(each) == expected_of(each, engine) for each in sequences)
+    assert_idle(engine)
+
+
+def test_a_prompt_waits_only_for_the_block_that_it_needs_next() -> None:
+    engine = tiny_engine(32, tokens=64)
+    add(
+        engine,
+        make_sequence("a", prompt(0, 9)),
+        make_sequence("b", [60, *prompt(0, 8)]),
+        make_sequence("c", prompt(0, 3)),
+    )
+    assert chunks(engine) == {"a": 9, "b": 9, "c": 3}
 
 
 def test_sequences_that_share_a_prefix_of_most_of_the_pool_run_together() -> None:

@@ -57,18 +57,14 @@ async def test_prompts_of_a_batch_keep_their_order_and_seed(client: httpx.AsyncC
     assert answer["usage"]["prompt_tokens"] == 1 + 2 + 3
 
 
-async def test_other_samples_wait_for_the_first_ones_tokens(client: httpx.AsyncClient, dispatcher: Any) -> None:
-    """They share its blocks, which are there when it has a token."""
+async def test_samples_start_together_and_one_failure_ends_them(client: httpx.AsyncClient, dispatcher: Any) -> None:
     dispatcher.script = [None]
     sending = asyncio.create_task(client.post("/v1/completions", json=TEXT | {"n": 4}))
     await asyncio.sleep(0.05)
-    assert len(dispatcher.started) == 1
-    dispatcher.script = [Tokens((39,), FinishReason.LENGTH)]
-    dispatcher.started[0]._script[:] = [Tokens((39,), FinishReason.LENGTH)]
+    assert len(dispatcher.started) == 4
     dispatcher.started[0].abort()
-    response = await sending
-    assert response.status_code == 502  # the first was aborted, which ends all
-    assert len(dispatcher.started) == 1
+    assert (await sending).status_code == 502
+    assert all(generation.aborted.is_set() for generation in dispatcher.started)
 
 
 @pytest.mark.parametrize("stream", [True, False])
