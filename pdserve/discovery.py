@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
+from kvstore.background import keep_running
 from pdserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ class Lease:
         self._news.set()
 
     async def __aenter__(self) -> Lease:
-        self._task = asyncio.create_task(self._renew_forever(), name=f"lease {self._endpoint.endpoint_id}")
+        self._task = keep_running(self._renew_forever, f"lease {self._endpoint.endpoint_id}")
         return self
 
     async def __aexit__(self, *_: object) -> None:

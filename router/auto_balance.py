@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from kvstore.background import keep_running
 from pdserve.errors import ServeError
 from router.balance import Advice, Balancer, WorkerView, capacity_rps
 from router.demand import DemandMeter
@@ -40,7 +41,7 @@ class AutoBalance:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._run(), name="balance")
+        self._task = keep_running(self._run, "balance")
 
     async def close(self) -> None:
         if self._task is not None:

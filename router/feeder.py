@@ -124,7 +124,7 @@ class Feeder:
             return placed
         finally:
             self._queue.remove(item)
-            if placed is None and item.answer.done():
+            if placed is None and item.answer.done() and item.answer.exception() is None:
                 item.answer.result().claim.release()  # cancelled in the moment of its turn
 
     # --- what is foreseen ---
@@ -247,7 +247,12 @@ class Feeder:
             for item in order[:_LOOKS]:
                 if not free:
                     return
-                decision = fresh.pop(item, None) or item.look()
+                try:
+                    decision = fresh.pop(item, None) or item.look()
+                except Exception as error:  # a policy of one's own: its request fails, and no other
+                    self._queue.remove(item)
+                    item.answer.set_exception(error)
+                    continue
                 self._note_look(item, decision, now_s)
                 member = self._fleet.member(decision.chosen.worker_id) if decision.chosen is not None else None
                 # One that is not for prompts may run this one whole.

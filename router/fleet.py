@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Protocol
 
+from kvstore.background import keep_running
 from kvstore.control_plane import IN_THE_CLEAR, ControlPlane
 from kvstore.keys import BlockKey, root_key
 from pdserve.discovery import Discovery
@@ -84,7 +85,7 @@ class Fleet:
 
     def start(self, listener: RequestListener) -> None:
         self._listener = listener
-        self._task = asyncio.create_task(self._discover(), name="fleet discovery")
+        self._task = keep_running(self._discover, "fleet discovery")
 
     async def close(self) -> None:
         """End all sessions, which aborts their requests on the workers."""

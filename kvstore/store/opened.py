@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvstore.background import keep_running
 from kvstore.errors import Unavailable
 from kvstore.host import host_id
 from kvstore.store.arena import Arena
@@ -108,11 +109,11 @@ class NodeState:
         store = TieredStore(host, slots, disk, config.policy, config.limits, self.metrics, directory)
         peers = await self._open_peers(geometry, store)
         opened = OpenStore(geometry, arena, store, SessionTable(host, first), peers, [])
-        opened.tasks.append(asyncio.create_task(_sweep(store), name="store sweep"))
+        opened.tasks.append(keep_running(lambda: _sweep(store), "store sweep"))
         if store.write_behind is not None:
-            opened.tasks.append(asyncio.create_task(store.write_behind.run(), name="write-behind"))
+            opened.tasks.append(keep_running(store.write_behind.run, "write-behind"))
         if peers is not None:
-            opened.tasks.append(asyncio.create_task(peers.locations.run(store.held), name="index"))
+            opened.tasks.append(keep_running(lambda: peers.locations.run(store.held), "index"))
         log.info(
             "open for blocks of %d bytes: %d slots, %d blocks on disk",
             geometry.block_bytes,

@@ -15,6 +15,7 @@ from contextlib import aclosing
 import grpc
 import grpc.aio
 
+from kvstore.background import keep_running
 from kvstore.control_plane import IN_THE_CLEAR, ControlPlane
 from pdserve.client.channels import Channels
 from pdserve.client.errors import CallLost, CallTimeout, HandlerFailed, NoInstances, NotStarted
@@ -54,7 +55,7 @@ class Client:
 
     async def __aenter__(self) -> Client:
         await self._instances.poll()
-        self._task = asyncio.create_task(self._poll_forever(), name=f"instances of {self._endpoint}")
+        self._task = keep_running(self._poll_forever, f"instances of {self._endpoint}")
         return self
 
     async def __aexit__(self, *_: object) -> None:

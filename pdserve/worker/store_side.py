@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+from kvstore.background import keep_running
 from kvstore.keys import BlockKey
 from kvstore.store.client import StoreClient
 from kvstore.store.tier import Tier
@@ -38,7 +39,7 @@ class StoreSide:
         self._planner = FetchPlanner(block_size, memory.block_bytes)
         self._loader = Loader(client, engine, memory, metrics, self._planner)
         self._saver = Saver(client, engine, memory, metrics, num_blocks)
-        self._saving = asyncio.create_task(self._saver.run(), name="write-behind")
+        self._saving = keep_running(self._saver.run, "write-behind")
         self._tasks: set[asyncio.Task[None]] = set()
         self._prefetching = 0
         self._most_prefetched = num_blocks // 4  # blocks: the rest is for what runs

@@ -1,10 +1,11 @@
-"""The choices of one request: one generation each, all of a prompt's but the first begun when its KV is there."""
+"""The choices of one request: one generation each, begun together. Workers compute a prompt that they share once."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
+from typing import Any
 
 from pdserve.errors import InternalError
 from pdserve.request import MAX_SEED, FinishReason, Request
@@ -119,9 +120,9 @@ class Choices:
         """The first branch of each prompt."""
         return self.branches[:: self._call.best_of]
 
-    async def run(self, deliver: Callable[[int, Branch], Awaitable[None]]) -> None:
+    async def run(self, deliver: Callable[[int, Branch], Coroutine[Any, Any, None]]) -> None:
         """Each branch goes through `deliver`. The first failure ends all, and is raised."""
-        for branch in self.branches:  # workers compute the prompt that they have in common once
+        for branch in self.branches:
             branch.start()
         if len(self.branches) == 1:
             await deliver(0, self.branches[0])

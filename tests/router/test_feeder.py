@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from pdserve.errors import DeadlineExceeded, Overloaded
+from pdserve.errors import DeadlineExceeded, InternalError, Overloaded
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.request import FinishReason
 from router.admission import Mode
 from router.bench.stub_worker import Fabric, StubSession, StubSpec, StubWorker
 from router.explain import Explainer
 from router.feeder import Depth
+from router.placement import Placer
+from router.policy import Decision, Need
 from router.routed import RoutedGeneration
 from router.slo import CLASSES, SloClass
 from tests.support.stub_cluster import (
@@ -360,3 +363,25 @@ async def _end_of(generation: RoutedGeneration, note: Callable[[str], None]) -> 
         note(finish.value)
     except Overloaded as error:
         note(str(error.code))
+
+
+async def test_a_policy_that_raises_fails_its_own_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, armed, preview = mixed(), False, Placer.preview
+
+    def previews(placement: Placer, need: Need, keys: Any) -> Decision:
+        if armed and need.tokens == LONG + 1:
+            raise ZeroDivisionError
+        return preview(placement, need, keys)
+
+    monkeypatch.setattr(Placer, "preview", previews)
+    async with StubCluster(worker, limits=PATIENT) as cluster:
+        good = [await fill(cluster, worker)]
+        bad = cluster.start(GREEDY, prompt_tokens=LONG + 1)
+        good.append(cluster.start(GREEDY, prompt_tokens=LONG, first_token=1))
+        await waiting(cluster, 2)
+        armed = True
+        worker.open()
+        await asyncio.gather(*(assert_exact(each) for each in good))
+        with pytest.raises(InternalError):
+            await collect(bad)
+        await until(lambda: not any(cluster.dispatcher.feeder.depths().values()))
