@@ -22,6 +22,7 @@ from pdserve.engine.config import EngineConfig
 from pdserve.engine.engine import Engine
 from pdserve.engine.runner import Runner
 from pdserve.engine.sequence import Sequence
+from pdserve.engine.torch_sampler import TorchSampler
 from pdserve.kernels.reference import ReferenceKernels
 from pdserve.models.config import load_config
 from pdserve.models.decoder import Decoder
@@ -67,7 +68,9 @@ def make_engine(decoder: Decoder) -> Engine:
         max_sequences=8,
         max_model_len=LENGTH,
     )
-    return Engine(limits, BlockPool(num_blocks, BLOCK_SIZE), Runner(decoder, torch.full(shape, float("nan"))))
+    return Engine(
+        limits, BlockPool(num_blocks, BLOCK_SIZE), Runner(decoder, torch.full(shape, float("nan")), TorchSampler())
+    )
 
 
 def sequence_of(name: str, prompt: list[int], num_output: int, *, told: int, of_prompt: bool) -> Sequence:
