@@ -19,6 +19,8 @@ START_S = 30.0  # of the process, which reads the tokeniser
 MAX_WAITING = 32
 _REMEMBERED = 256
 _EASY = Grammar("regex", "a")
+# It has ended: a pipe without its other end (RuntimeError is uvloop's word for that), or half an answer.
+_LOST = (OSError, RuntimeError, ValueError)
 
 
 class GrammarCheck:
@@ -57,26 +59,34 @@ class GrammarCheck:
             await process.wait()
 
     async def _compile(self, grammar: Grammar) -> str | None:
+        """A process that is found dead, or dies over it, is replaced once."""
         try:
-            if self._process is not None and self._process.returncode is not None:
-                self._process = None  # it was ended between two grammars, for memory perhaps
-            if self._process is None:
-                self._process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-m", "pdserve.grammars", *self._arguments),
-                    stdin=asyncio.subprocess.PIPE,
-                    stdout=asyncio.subprocess.PIPE,
-                )
-                await self._ask(_EASY, START_S)
-            return await self._ask(grammar, COMPILE_S)
+            try:
+                return await self._ask_process(grammar)
+            except _LOST:
+                await self.close()
+                return await self._ask_process(grammar)
         except TimeoutError:
             await self.close()
             return f"The grammar takes longer than {COMPILE_S:g} s to compile."
-        except (OSError, ValueError) as error:
+        except _LOST as error:
             await self.close()
             raise InternalError("The grammar could not be checked.") from error
         except asyncio.CancelledError:
             await self.close()  # its answer would be taken for the next one's
             raise
+
+    async def _ask_process(self, grammar: Grammar) -> str | None:
+        if self._process is not None and self._process.returncode is not None:
+            self._process = None  # it was ended between two grammars, for memory perhaps
+        if self._process is None:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "pdserve.grammars", *self._arguments),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+            )
+            await self._ask(_EASY, START_S)
+        return await self._ask(grammar, COMPILE_S)
 
     async def _ask(self, grammar: Grammar, timeout_s: float) -> str | None:
         assert self._process is not None

@@ -70,6 +70,20 @@ async def test_process_that_dies_over_a_grammar_is_replaced(
     await check.check(Grammar("regex", "b"), "tools")
 
 
+async def test_process_that_did_not_live_to_be_asked_is_started_again(
+    check: GrammarCheck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, lost = check._ask, iter((RuntimeError("the handler is closed"),))
+
+    async def loses(grammar: Grammar, timeout_s: float) -> str | None:
+        if (error := next(lost, None)) is not None:
+            raise error
+        return await ask(grammar, timeout_s)
+
+    monkeypatch.setattr(check, "_ask", loses)
+    await check.check(Grammar("regex", "a"), "tools")
+
+
 async def test_those_who_wait_are_bounded(check: GrammarCheck, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar_check, "MAX_WAITING", 2)
     found = await asyncio.gather(
