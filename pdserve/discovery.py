@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from kvstore.background import keep_running
+from kvstore.records import read_record
 from pdserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,14 +72,7 @@ class Endpoint:
     @classmethod
     def from_json(cls, text: str | bytes) -> Endpoint:
         """Raises ValueError for anything that is not such a record."""
-        if len(text) > MAX_RECORD_BYTES:
-            raise ValueError("an endpoint record is too long")
-        try:
-            value = json.loads(text)
-        except RecursionError:
-            raise ValueError("an endpoint record is nested") from None
-        if not isinstance(value, dict):
-            raise ValueError("an endpoint record is a JSON object")
+        value = read_record(text, MAX_RECORD_BYTES, "an endpoint record")
         names = ("namespace", "component", "endpoint_id", "address", "role", "admin_address")
         strings = {name: value.get(name, "") for name in names}
         numbers = {name: value.get(name, 0) for name in ("incarnation", "protocol_version")}

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from kvstore.errors import Unavailable
 from kvstore.keys import BlockKey
+from kvstore.records import read_record
 from kvstore.store.breaker import Breaker, BreakerState
 from kvstore.store.tier import Tier
 
@@ -58,13 +59,8 @@ class NodeRecord:
     @classmethod
     def from_json(cls, text: bytes, incarnation: int) -> NodeRecord:
         """Raises ValueError for anything that is not the record of that life."""
-        if len(text) > _MAX_RECORD_BYTES:
-            raise ValueError("a node record is too long")
-        try:
-            value = json.loads(text)
-        except RecursionError:
-            raise ValueError("a node record is nested") from None
-        if not isinstance(value, dict) or value.get("incarnation") != incarnation:
+        value = read_record(text, _MAX_RECORD_BYTES, "a node record")
+        if value.get("incarnation") != incarnation:
             raise ValueError("a node record is of another life")
         node_id, address, host_id = (value.get(name) for name in ("node_id", "address", "host_id"))
         if not (isinstance(node_id, str) and isinstance(address, str) and isinstance(host_id, str)):
