@@ -27,7 +27,7 @@ define need
 endef
 
 # Status 5 is that PYTEST="-k ..." chose none of these.
-pytest = $(BIN)/pytest -q $(1) $(PYTEST) || [ $$? = 5 ]
+pytest = $(BIN)/python -m pytest -q $(1) $(PYTEST) || [ $$? = 5 ]
 
 .PHONY: help
 help: ## this list

@@ -23,7 +23,7 @@ def by_nixl(make_stack: MakeStack) -> Iterator[Stack]:
         pytest.skip("NIXL is not there: make nixl")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(NIXL)))))
-        with make_stack("--transport", "nixl", "--max-batched-tokens", "256", prefill=1, decode=2) as stack:
+        with make_stack("--transport", "nixl", "--max-batched-tokens", "256", fresh=True, prefill=1, decode=2) as stack:
             yield stack
 
 

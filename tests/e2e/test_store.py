@@ -154,7 +154,7 @@ def test_second_machine_finds_what_only_the_first_has_seen(make_stack: MakeStack
 
     with (
         make_stack(store=node("a", "127.0.0.1"), mixed=1) as here,
-        make_stack(store=node("b", "127.0.0.2"), mixed=1) as there,
+        make_stack(store=node("b", "127.0.0.2"), fresh=True, mixed=1) as there,
     ):
         prompt = passage(5, 60)
         first = asking(here).complete(prompt)
