@@ -9,6 +9,7 @@ import http.client
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -107,11 +108,12 @@ def busy(stack: Stack, role: str, state: str) -> WorkerProcess:
 def test_prefill_killed_with_requests_queued(stack: Stack, client: ApiClient, undisturbed: Ask, encode: Encode) -> None:
     # Three for each prefill worker: it computes one, and at least one of the others waits in the router.
     bodies = [{"prompt": passage_tokens(encode, 500 + n, 500)} for n in range(3 * len(stack.with_role("prefill")))]
-    expected = [each.result() for each in [undisturbed(body) for body in bodies]]  # first: its bound is near
-    requests = Background(client, bodies)
+    expected = [undisturbed(body) for body in bodies]
+    # The last of them waits until the worker that is left has computed all the others.
+    requests = Background(replace(client, timeout_s=len(bodies) * BOUND_S), bodies)
     wait_for(lambda: stack.queued() > 0, BOUND_S, lambda: "nothing is queued")
     stack.with_role("prefill")[0].kill()
-    assert requests.texts() == expected
+    assert requests.texts() == [each.result() for each in expected]
 
 
 @in_both
