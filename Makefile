@@ -54,7 +54,7 @@ lint: $(VENV)/.dev ## ruff: rules and format
 
 .PHONY: types
 types: $(VENV)/.dev ## mypy --strict
-	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/mypy --no-error-summary --num-workers 2
 
 .PHONY: loadtest
 loadtest: $(VENV)/.loadtest ## mixed against disaggregated on this machine, under 10 minutes; loadtest-report/report.html (LOADTEST="--rate 2" adds options)
