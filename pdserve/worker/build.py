@@ -31,6 +31,9 @@ from pdserve.worker.device_memory import DeviceMemory, check_weights_fit
 Progress = Callable[[str], None]
 
 CPU_KV_BYTES = 1 << 30  # of the pool, if nobody says
+# They map all weights and make every first call. The largest chunk would take a start 0.6 s more (1.3 s in float32),
+# and the first of them that is asked for 0.02 s less.
+_CPU_WARM_UP_TOKENS = 32
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -73,8 +76,10 @@ def build_engine(config: WorkerConfig, progress: Progress) -> Built:
     else:
         engine = device_engine(decoder, geometry, limits, sampler)
     progress("warming up")
-    engine.warm_up()
-    if device.type != "cpu":
+    if device.type == "cpu":
+        engine.warm_up(_CPU_WARM_UP_TOKENS)
+    else:
+        engine.warm_up()
         capture_graphs(engine, decoder, progress)
     return Built(engine, geometry, geometry.fingerprint(decoder.kv_identity), model.eos_token_ids, model.vocab_size)
 

@@ -17,11 +17,18 @@ MakeStack = Callable[..., Stack]
 
 @pytest.fixture(scope="session")
 def make_stack(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeStack:
-    """Makes a stack, to be entered: keywords are numbers of workers by role; further options are the workers'."""
+    """Makes a stack, to be entered: further keywords are numbers of workers by role, options the workers'."""
 
-    def make(*options: str, store: tuple[str, ...] | None = None, router: tuple[str, ...] = (), **roles: int) -> Stack:
+    def make(
+        *options: str,
+        store: tuple[str, ...] | None = None,
+        router: tuple[str, ...] = (),
+        fresh: bool = False,
+        **roles: int,
+    ) -> Stack:
         worker_options = ("--dtype", "float32", *options)
-        return Stack(default_model, tmp_path_factory.mktemp("stack"), roles, worker_options, store, router)
+        folder = tmp_path_factory.mktemp("stack")
+        return Stack(default_model, folder, roles, worker_options, store, router, fresh=fresh)
 
     return make
 

@@ -17,14 +17,17 @@ REACHED_S = 20.0  # until a phase is reached, on a busy machine
 WHOLE_S = 2.0
 
 
+@pytest.fixture(scope="module")
+def before(disaggregated: Stack, encode: Encode) -> Answer:
+    return disaggregated.client.complete(passage_tokens(encode, 400, 40))
+
+
 @pytest.fixture
-def stack(disaggregated: Stack, encode: Encode) -> Iterator[Stack]:
+def stack(disaggregated: Stack, encode: Encode, before: Answer) -> Iterator[Stack]:
     """What is asked afterwards is answered as before."""
-    prompt = passage_tokens(encode, 400, 40)
-    before = disaggregated.client.complete(prompt)
     yield disaggregated
     disaggregated.assert_pools_whole(WHOLE_S)
-    after = disaggregated.client.complete(prompt)
+    after = disaggregated.client.complete(passage_tokens(encode, 400, 40))
     assert (after.text, after.finish_reason) == (before.text, before.finish_reason)
 
 

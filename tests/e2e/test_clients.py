@@ -12,7 +12,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.support.api_client import Answer
+from tests.support.at_once import at_once
 from tests.support.documented import blocks
 from tests.support.stack import Stack, get_json, metric, scrape
 
@@ -120,9 +120,8 @@ def test_a_bad_request_never_reaches_a_worker(client: openai.OpenAI, disaggregat
 @pytest.mark.parametrize("prompt", [EMOJI, CHINESE], ids=["emoji", "chinese"])
 def test_streamed_utf8_is_never_cut(disaggregated: Stack, prompt: str) -> None:
     body = {"prompt": prompt, "max_tokens": 40}
-    whole = disaggregated.client.ask(body)
     with disaggregated.client.stream(body) as stream:
-        pieces = list(stream)
+        pieces, whole = at_once(lambda: list(stream), lambda: disaggregated.client.ask(body))
     assert "".join(pieces) == whole.text
     assert not any("\ufffd" in piece for piece in pieces[:-1])
     assert any(len(character.encode()) >= 3 for character in whole.text), "no character that could be cut"
@@ -133,9 +132,8 @@ def test_a_stop_string_ends_the_answer_and_is_not_in_it(disaggregated: Stack) ->
     text = disaggregated.client.ask(body).text
     stop = text[len(text) // 2 :][:5]  # wherever its tokens begin and end
     expected = text[: text.index(stop)]
-    stopped: Answer = disaggregated.client.ask({**body, "stop": [stop]})
     with disaggregated.client.stream({**body, "stop": [stop, "never said"]}) as stream:
-        streamed = "".join(stream)
+        streamed, stopped = at_once(lambda: "".join(stream), lambda: disaggregated.client.ask({**body, "stop": [stop]}))
     assert stopped.text == streamed == expected
     assert stopped.finish_reason == stream.finish_reason == "stop"
     disaggregated.assert_pools_whole(2.0)

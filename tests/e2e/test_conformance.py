@@ -7,10 +7,12 @@ import math
 import re
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 
+from tests.support.at_once import at_once
 from tests.support.passages import passage
 from tests.support.stack import Stack
 
@@ -159,11 +161,12 @@ def assert_same(one: Any, other: Any) -> None:
 @pytest.mark.parametrize("name", [*COMPLETIONS, *CHATS])
 def test_same_response_in_every_mode(disaggregated: Stack, mixed: Stack, name: str) -> None:
     path, body = body_of(name)
-    whole = ask(mixed, path, body)
-    assert_same(ask(disaggregated, path, body), whole)
+    stacks = (mixed, disaggregated)
+    whole, other = at_once(*(partial(ask, stack, path, body) for stack in stacks))
+    assert_same(other, whole)
     if name not in STREAMED_NOT:
-        for stack in (mixed, disaggregated):
-            assert_same(streamed(stack, path, body), in_short(whole))
+        for stream in at_once(*(partial(streamed, stack, path, body) for stack in stacks)):
+            assert_same(stream, in_short(whole))
 
 
 def test_logprobs_of_a_whole_text_are_those_of_its_parts(disaggregated: Stack) -> None:
@@ -181,9 +184,8 @@ def test_logprobs_of_a_whole_text_are_those_of_its_parts(disaggregated: Stack) -
 
 def test_structured_answers_are_what_was_asked_for(disaggregated: Stack) -> None:
     path, body = body_of("json_schema")
-    for seed in range(4):
-        text = ask(disaggregated, path, body | {"seed": seed})["choices"][0]["message"]["content"]
-        found = json.loads(text)
+    for answer in at_once(*(partial(ask, disaggregated, path, body | {"seed": seed}) for seed in range(4))):
+        found = json.loads(answer["choices"][0]["message"]["content"])
         assert set(found) == {"fruit", "count"}
         assert len(found["fruit"]) <= 12
         assert isinstance(found["count"], int)

@@ -17,7 +17,8 @@ from tests.support.api_client import Answer
 from tests.support.passages import Encode, passage, passage_tokens
 from tests.support.stack import Stack
 
-pytestmark = pytest.mark.e2e
+# Minutes of two cores, all of them in the test that is the first to wait.
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
 BLOCK_SIZE = 16
 OUTPUT_TOKENS = BLOCK_SIZE  # so that every answer goes on from one block into the next

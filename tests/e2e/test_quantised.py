@@ -6,6 +6,7 @@ The default model in 8 and in 4 bits, and as its GGUF file has it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pdserve.errors import ConfigError
 from pdserve.models import default_model as fetching
 from pdserve.models.source import resolve_model
 from tests.e2e.test_conformance import SCHEMA, ask, assert_same, in_short, streamed
+from tests.support.at_once import at_once
 from tests.support.passages import passage
 from tests.support.stack import Stack
 
@@ -60,8 +62,8 @@ def stacks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_same_answer_disaggregated_and_mixed(stacks: tuple[Stack, Stack]) -> None:
     apart, mixed = stacks
     for path, body in BODIES.values():
-        whole = ask(mixed, path, body)
-        assert_same(ask(apart, path, body), whole)
+        whole, other = at_once(*(partial(ask, stack, path, body) for stack in (mixed, apart)))
+        assert_same(other, whole)
         assert_same(streamed(apart, path, body), in_short(whole))
     assert apart.with_role("decode")[0].metric("pdserve_transfer_bytes_total", direction="received") > 0
     apart.assert_pools_whole()

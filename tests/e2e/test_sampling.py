@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 
 from tests.e2e.conftest import MakeStack
 from tests.support.api_client import Answer
+from tests.support.at_once import at_once
 from tests.support.passages import passage
 from tests.support.stack import Stack
 
@@ -60,9 +62,12 @@ def test_the_seed_decides(mixed: Stack) -> None:
 
 def test_almost_no_choice_is_greedy(disaggregated: Stack) -> None:
     prompt = passage(301, 3)
-    greedy = disaggregated.client.complete(prompt)
-    one_candidate = disaggregated.client.complete(prompt, temperature=2.0, top_k=1, seed=5)
-    no_mass = disaggregated.client.complete(prompt, temperature=1.0, top_p=0.0, seed=6)
+    complete = partial(disaggregated.client.complete, prompt)
+    greedy, one_candidate, no_mass = at_once(
+        complete,
+        partial(complete, temperature=2.0, top_k=1, seed=5),
+        partial(complete, temperature=1.0, top_p=0.0, seed=6),
+    )
     assert greedy.text == one_candidate.text == no_mass.text
 
 
@@ -75,7 +80,8 @@ def test_drafts_change_no_token(make_stack: MakeStack, mixed: Stack) -> None:
     for seed, body in enumerate(bodies):
         body["seed"] = seed
     with make_stack("--speculate-tokens", "6", mixed=1) as stack:
-        assert texts(ask_all(stack, bodies, 4)) == texts(ask_all(mixed, bodies, 4))
+        drafting, plain = at_once(*(partial(ask_all, each, bodies, 4) for each in (stack, mixed)))
+        assert texts(drafting) == texts(plain)
         worker = stack.workers["mixed-0"]
         drafted = worker.metric("pdserve_drafted_tokens_total")
         accepted = worker.metric("pdserve_accepted_draft_tokens_total")

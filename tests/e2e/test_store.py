@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from tests.e2e.conftest import MakeStack
 from tests.kvstore.store.redis_process import RedisProcess, start_redis
 from tests.support.api_client import Answer, ApiClient
+from tests.support.at_once import at_once
 from tests.support.passages import Encode, passage
 from tests.support.stack import Stack, get_json, metric, wait_for
 
@@ -120,7 +122,8 @@ def test_answers_go_on_when_the_store_is_killed_or_frozen(pair: Stack, mixed: St
     pair.end_store(signal.SIGKILL)
     texts.append(pair.client.complete(passage(16, 40)).text)
     pair.start_store()
-    assert texts == [mixed.client.complete(prompt).text for prompt in [*prompts, passage(16, 40)]]
+    expected = at_once(*(partial(mixed.client.complete, prompt) for prompt in [*prompts, passage(16, 40)]))
+    assert texts == [answer.text for answer in expected]
     pair.assert_pools_whole()
 
 
@@ -154,7 +157,7 @@ def test_second_machine_finds_what_only_the_first_has_seen(make_stack: MakeStack
 
     with (
         make_stack(store=node("a", "127.0.0.1"), mixed=1) as here,
-        make_stack(store=node("b", "127.0.0.2"), mixed=1) as there,
+        make_stack(store=node("b", "127.0.0.2"), fresh=True, mixed=1) as there,
     ):
         prompt = passage(5, 60)
         first = asking(here).complete(prompt)
@@ -171,9 +174,9 @@ def test_prompt_waits_in_the_store_while_decode_has_no_room(make_stack: MakeStac
     decode_room = ("--kv-bytes", str(64 * 720 * 1024), "--max-model-len", "1000")
     with make_stack(*decode_room, store=HOST, prefill=1, decode=1) as stack:
         prompts = [passage(seed, 45) for seed in (7, 8)]
-        with ThreadPoolExecutor(2) as pool:
-            answers = [pool.submit(asking(stack).complete, prompt, max_tokens=200) for prompt in prompts]
-            texts = [answer.result().text for answer in answers]
-        assert texts == [mixed.client.complete(prompt, max_tokens=200).text for prompt in prompts]
+        clients = [client for client in (asking(stack), mixed.client) for _ in prompts]
+        calls = zip(clients, prompts * 2, strict=True)
+        answers = at_once(*(partial(client.complete, prompt, max_tokens=200) for client, prompt in calls))
+        assert [answer.text for answer in answers[:2]] == [answer.text for answer in answers[2:]]
         assert stack.events("spills") >= 1
         stack.assert_pools_whole()

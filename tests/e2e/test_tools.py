@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from typing import Any
 
 import openai
 import pytest
 
 from tests.e2e.test_conformance import ask, assert_same, post
+from tests.support.at_once import at_once
 from tests.support.stack import Stack
 from tests.support.tool_model import ASK, CITY, CLOCK, SHOWN, STRICT, TOOLS, assert_holds
 
@@ -58,10 +60,13 @@ def streamed_choices(stack: Stack, body: dict[str, Any]) -> dict[int, dict[str, 
 @pytest.mark.parametrize("name", BODIES)
 def test_same_calls_in_every_mode(with_tools: Stack, mixed_with_tools: Stack, name: str) -> None:
     body = DEFAULTS | BODIES[name]
-    whole = [without_ids(ask(each, "/v1/chat/completions", body)["choices"]) for each in (mixed_with_tools, with_tools)]
+    stacks = (mixed_with_tools, with_tools)
+    answers = at_once(*(partial(ask, each, "/v1/chat/completions", body) for each in stacks))
+    streams = at_once(*(partial(streamed_choices, each, body) for each in stacks))
+    whole = [without_ids(answer["choices"]) for answer in answers]
     assert_same(whole[1], whole[0])
-    for each in (mixed_with_tools, with_tools):
-        for choice, streamed in zip(whole[0], streamed_choices(each, body).values(), strict=True):
+    for stream in streams:
+        for choice, streamed in zip(whole[0], stream.values(), strict=True):
             message = choice["message"]
             assert streamed["content"] == (message["content"] or "")
             assert streamed["calls"] == [call["function"] for call in message.get("tool_calls", [])]

@@ -18,7 +18,7 @@ END_S = 20.0  # on a busy machine; `pdserve up` waits 3 s
 
 def test_in_the_middle_of_a_step_that_takes_longer_than_ending(make_stack: MakeStack, encode: Encode) -> None:
     """The whole prompt is one step, of seconds."""
-    with make_stack("--max-batched-tokens", "4096", mixed=1) as stack:
+    with make_stack("--max-batched-tokens", "4096", fresh=True, mixed=1) as stack:
         [worker] = stack.living
         with stack.client.send({"prompt": passage_tokens(encode, 700, 4000)}):
             asked = f"{stack.url}/metrics"

@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from tests.support.api_client import ApiClient
+from tests.support.forked_worker import ForkedWorker
 
 READY_S = 90.0
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "UCX_WARN_UNUSED_ENV_VARS": "n"}
@@ -33,7 +34,7 @@ class WorkerProcess:
     """Addresses are those of its first start, which it keeps when it is revived."""
 
     worker_id: str
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | ForkedWorker
     address: str = ""
     admin_address: str = ""
 
@@ -86,6 +87,7 @@ class Stack:
     store_options: tuple[str, ...] | None = None  # of the store node that all workers use; None: there is none
     router_options: tuple[str, ...] = ()
     admin_key: str | None = None  # of the router, if one is among its options
+    fresh: bool = False  # workers start as they do for a user, with this process's environment, not by a fork
     workers: dict[str, WorkerProcess] = field(default_factory=dict)
     store: StoreProcess | None = None
     router: subprocess.Popen[bytes] | None = None
@@ -120,7 +122,7 @@ class Stack:
         return self
 
     def __exit__(self, *_: object) -> None:
-        processes = [worker.process for worker in self.workers.values()]
+        processes: list[subprocess.Popen[bytes] | ForkedWorker] = [worker.process for worker in self.workers.values()]
         processes += [self.router] if self.router else []
         processes += [self.store.process] if self.store else []
         for process in processes:
@@ -245,13 +247,18 @@ class Stack:
         """Returns the end to read of its ready pipe."""
         before = self.workers.get(worker_id)
         role = worker_id.partition("-")[0]
-        read_fd, write_fd = os.pipe()
-        arguments = ["pdserve.worker", "--role", role, "--worker-id", worker_id, "--model", str(self.model)]
+        arguments = ["--role", role, "--worker-id", worker_id, "--model", str(self.model)]
         if before is not None:
             arguments += ["--port", before.address.rpartition(":")[2]]
         if self.store_options is not None:
             arguments += ["--store", str(self._store_socket)]
-        arguments += [*self.worker_options, "--ready-fd", str(write_fd)]
+        arguments += self.worker_options
+        if not self.fresh:
+            forked = ForkedWorker(arguments, self.log_dir / f"{worker_id}.log")
+            self.workers[worker_id] = WorkerProcess(worker_id, forked)
+            return forked.ready_fd
+        read_fd, write_fd = os.pipe()
+        arguments = ["pdserve.worker", *arguments, "--ready-fd", str(write_fd)]
         process = self._spawn(worker_id, arguments, pass_fds=(write_fd,))
         os.close(write_fd)
         self.workers[worker_id] = WorkerProcess(worker_id, process)

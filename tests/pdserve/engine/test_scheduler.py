@@ -293,10 +293,11 @@ def test_limits_that_cannot_work_are_refused(change: dict[str, int]) -> None:
         EngineConfig(**{**good, **change})
 
 
-def test_warm_up_leaves_no_trace() -> None:
+@pytest.mark.parametrize("most_tokens", [None, 1, 5, 1000])
+def test_warm_up_leaves_no_trace(most_tokens: int | None) -> None:
     for max_model_len in (1, 2, 3, 32):
         engine = tiny_engine(8, max_model_len=max_model_len)
-        engine.warm_up()
+        engine.warm_up(most_tokens)
         assert_idle(engine)
         assert engine.pool.visible_keys() == []
         assert engine.pool.drain_events().stored == ()
