@@ -15,14 +15,16 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import torch
 
-from pdserve.bench.gpu import correctness, speed
+from pdserve.bench.gpu import correctness, goodput, speed
 from pdserve.bench.gpu.drive import Setup
 from pdserve.bench.gpu.shapes import SHAPES
 from pdserve.devices import resolve_device
 from pdserve.errors import ConfigError
+from pdserve.worker.config import TransportName
 
 PARTS: dict[str, Callable[[Setup], dict[str, object]]] = {
     "kernels": correctness.kernels,
@@ -36,6 +38,8 @@ PARTS: dict[str, Callable[[Setup], dict[str, object]]] = {
     "tier": speed.tier,
     "push": speed.push,
     "transformers": speed.transformers,
+    "goodput": goodput.goodput,
+    "goodput-long": goodput.goodput_long,
 }
 
 
@@ -45,6 +49,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cpu runs the parts' own code, for tests")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--kv-bytes", type=int, help="of each pool; default: what the device has")
+    parser.add_argument(
+        "--transport", choices=get_args(TransportName), default="ucx", help="of goodput's workers; push tries each"
+    )
     parser.add_argument("--json", type=Path, default=Path("bench-results/gpu.json"))
     args = parser.parse_args()
     unknown = sorted(set(args.parts) - set(PARTS))
@@ -55,7 +62,7 @@ def main() -> None:
     except ConfigError as error:
         sys.exit(f"gpu-check needs a GPU: {error}")
     with tempfile.TemporaryDirectory() as scratch:
-        setup = Setup(device, args.shape, Path(scratch), args.kv_bytes)
+        setup = Setup(device, args.shape, Path(scratch), args.kv_bytes, args.transport)
         if not run(setup, args.parts or list(PARTS), args.json):
             sys.exit(1)
 
@@ -93,6 +100,7 @@ def _setting(setup: Setup) -> dict[str, object]:
         "python": platform.python_version(),
         "shape": setup.shape,
         "kv_bytes": setup.kv_bytes,
+        "transport": setup.transport,
     }
 
 

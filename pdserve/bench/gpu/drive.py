@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 
 from kvstore.keys import root_key
+from kvstore.layout import KvDtype
 from pdserve.bench.gpu.shapes import write_shape
 from pdserve.engine.engine import Engine
 from pdserve.engine.sequence import Sequence
 from pdserve.request import SamplingParams
 from pdserve.worker.build import Built, build_engine
-from pdserve.worker.config import Role, WorkerConfig
+from pdserve.worker.config import Role, TransportName, WorkerConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,11 @@ class Setup:
     shape: str
     scratch: Path  # a folder of ours
     kv_bytes: int | None = None  # None: what the device has
+    transport: TransportName = "ucx"  # between workers
+
+    @property
+    def dtype(self) -> KvDtype:
+        return "float32" if self.device.type == "cpu" else "bfloat16"
 
     def build(self, kernels: str = "auto", *, share: float = 0.9, max_batched_tokens: int = 8192) -> Built:
         """With random weights, the same for every call."""
@@ -36,7 +42,7 @@ class Setup:
             worker_id="bench",
             model=write_shape(self.shape, self.scratch / self.shape),
             device=str(self.device),
-            dtype="float32" if self.device.type == "cpu" else "bfloat16",
+            dtype=self.dtype,
             kv_bytes=self.kv_bytes,
             gpu_memory_utilization=share,
             max_batched_tokens=max_batched_tokens,

@@ -18,6 +18,7 @@ import torch
 from kvstore.errors import TransferError
 from kvstore.transfer.transport import Completion, Link, Outcome, Transport
 from pdserve.bench.gpu.drive import Setup, add, elapsed_s, finish_all, random_prompt, step, wait_for
+from pdserve.bench.gpu.shapes import SHAPES
 from pdserve.engine.engine import Engine
 from pdserve.kernels import choose
 from pdserve.kernels.base import Batch
@@ -69,19 +70,7 @@ def decode(setup: Setup) -> dict[str, object]:
         if (refusal := _no_room(engine, count, context + _STEPS + 64)) is not None:
             found[f"{count}x{context}"] = refusal
             continue
-        sequences = [
-            add(engine, f"{count}/{context}/{i}", random_prompt(context, i), _STEPS + 40) for i in range(count)
-        ]
-        while not all(sequence.decoding for sequence in sequences):
-            step(engine, look_ahead=False)
-        for _ in range(4):
-            step(engine)
-        wait_for(setup.device)
-        began_s = time.perf_counter()
-        for _ in range(_STEPS):
-            step(engine)
-        step_s = (time.perf_counter() - began_s) / _STEPS
-        finish_all(engine)
+        step_s = _decode_step_s(engine, setup.device, count, context)
         weights_s = max(read_bytes / floor.copy_bytes_per_s, read_bytes * count / floor.flops_per_s)
         floor_s = weights_s + count * context * token_bytes / floor.copy_bytes_per_s
         found[f"{count}x{context}"] = _beside(step_s, floor_s)
@@ -144,15 +133,21 @@ def push(setup: Setup) -> dict[str, object]:
 
 
 def transformers(setup: Setup) -> dict[str, object]:
-    """A decode step of the same shape in transformers, batch 1, context 1024."""
+    """A decode step of the same shape in transformers and here, batch 1, context 1024."""
     if importlib.util.find_spec("transformers") is None:
         return {"skipped": "transformers is not installed"}
+    theirs_s = _transformers_step_s(setup)
+    if setup.device.type == "cuda":
+        torch.cuda.empty_cache()
+    ours_s = _decode_step_s(setup.build().engine, setup.device, 1, 1024)
+    return {"step_ms": theirs_s * 1e3, "ours_ms": ours_s * 1e3, "ratio": theirs_s / ours_s}
+
+
+def _transformers_step_s(setup: Setup) -> float:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from pdserve.bench.gpu.shapes import SHAPES
-
     values = {name: value for name, value in SHAPES[setup.shape].items() if name != "architectures"}
-    config = AutoConfig.for_model("llama", **values)
+    config = AutoConfig.for_model(**values)
     with torch.device(setup.device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train(False)  # type: ignore[no-untyped-call]
     prompt = torch.tensor([random_prompt(1024, 0)], device=setup.device)
@@ -164,12 +159,28 @@ def transformers(setup: Setup) -> dict[str, object]:
             rounds=3,
         )
 
-    return {"step_ms": (generate(_STEPS + 1) - generate(1)) / _STEPS * 1e3}
+    return (generate(_STEPS + 1) - generate(1)) / _STEPS
 
 
 def _config_of(engine: Engine) -> ModelConfig:
     assert isinstance(engine.runner.model, Decoder)
     return engine.runner.model.config
+
+
+def _decode_step_s(engine: Engine, device: torch.device, count: int, context: int) -> float:
+    """Of `count` sequences of `context` tokens, as the worker runs it."""
+    sequences = [add(engine, f"{count}/{context}/{i}", random_prompt(context, i), _STEPS + 40) for i in range(count)]
+    while not all(sequence.decoding for sequence in sequences):
+        step(engine, look_ahead=False)
+    for _ in range(4):
+        step(engine)
+    wait_for(device)
+    began_s = time.perf_counter()
+    for _ in range(_STEPS):
+        step(engine)
+    step_s = (time.perf_counter() - began_s) / _STEPS
+    finish_all(engine)
+    return step_s
 
 
 def _no_room(engine: Engine, count: int, tokens: int) -> str | None:
