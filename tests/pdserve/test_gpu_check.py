@@ -14,7 +14,10 @@ from pdserve.bench.gpu import correctness, goodput
 from pdserve.bench.gpu.__main__ import PARTS, run
 from pdserve.bench.gpu.drive import Setup
 from pdserve.engine.sampler import Sampled
+from pdserve.kernels import flashinfer
+from pdserve.kernels.flashinfer import FlashInferKernels
 from pdserve.kernels.sdpa import SdpaKernels
+from tests.support.fake_flashinfer import FakeFlashInfer
 
 
 @pytest.fixture
@@ -47,6 +50,28 @@ def test_speed_is_set_beside_floors_and_transformers(setup: Setup, tmp_path: Pat
         result["transformers"]["step_ms"] / result["transformers"]["ours_ms"]
     )
     assert "do not read through strides" in result["layout"]["skipped"]
+
+
+def test_backends_are_timed_over_the_same_batch(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def load(device: torch.device, head_dim: int, dtype: torch.dtype, prefill: str) -> FlashInferKernels:
+        asked.append(prefill)
+        return FlashInferKernels(FakeFlashInfer(), device, prefill)
+
+    assert PARTS["backends"](setup) == {"skipped": "it runs on CUDA"}
+    monkeypatch.setattr(flashinfer, "load", load)
+    found = PARTS["backends"](setup)["64"]
+    assert isinstance(found, dict)
+    assert asked == ["fa2", "fa3"]
+    assert found["fa3_over_fa2"] == pytest.approx(found["fa3_ms"] / found["fa2_ms"])
+
+
+def test_without_the_default_model_its_text_is_skipped(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(correctness, "cache_folder", lambda: tmp_path)
+    assert "pdserve up` fetches it" in str(PARTS["text-default"](setup)["skipped"])
 
 
 def test_a_load_that_cannot_be_made_is_told(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:

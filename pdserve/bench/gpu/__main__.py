@@ -20,7 +20,7 @@ from typing import get_args
 import torch
 
 from pdserve.bench.gpu import correctness, goodput, speed
-from pdserve.bench.gpu.drive import Setup
+from pdserve.bench.gpu.drive import Setup, give_back
 from pdserve.bench.gpu.shapes import SHAPES
 from pdserve.devices import resolve_device
 from pdserve.errors import ConfigError
@@ -30,9 +30,11 @@ PARTS: dict[str, Callable[[Setup], dict[str, object]]] = {
     "kernels": correctness.kernels,
     "sampler": correctness.sampler,
     "text": correctness.text,
+    "text-default": correctness.text_default,
     "disaggregated": correctness.disaggregated,
     "floors": speed.floors,
     "layout": speed.layout,
+    "backends": speed.backends,
     "decode": speed.decode,
     "prefill": speed.prefill,
     "tier": speed.tier,
@@ -79,8 +81,7 @@ def run(setup: Setup, parts: list[str], path: Path) -> bool:
         except Exception as error:
             traceback.print_exc()
             found, right = {"error": f"{type(error).__name__}: {error}"}, False
-        if setup.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(setup.device)
         result[name] = {**found, "took_s": round(time.monotonic() - began_s, 1)}
         print(json.dumps({name: result[name]}), flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -107,8 +107,10 @@ def _run(command: Sequence[str], folder: Path) -> None:
 
 def _brief(result: Mapping[str, Any]) -> dict[str, object]:
     """Of one way to share the work: the highest rate that held, and what was seen at each."""
-    shown = ("rate_rps", "requests", "failed", "errors", "good_share", "ttft_share", "tpot_share")
-    shown += ("output_tokens_per_s", "longest_gaps_s", "stages_s", "handoff_s")
+    shown = [
+        *("rate_rps", "requests", "failed", "errors", "good_share", "ttft_share", "tpot_share"),
+        *("output_tokens_per_s", "longest_gaps_s", "stages_s", "handoff_s"),
+    ]
     points = [
         {name: point[name] for name in shown}
         | {f"{name}_p50_s": point[name]["p50_s"] for name in ("ttft", "tpot")}
