@@ -34,6 +34,7 @@ def test_parts_run_and_are_kept_in_one_file(setup: Setup, tmp_path: Path) -> Non
     assert result["text"]["the_likeliest"] == 144
     assert result["disaggregated"]["equal"] is True
     assert result["setting"]["shape"] == "tiny"
+    assert result["setting"]["packages"]["numpy"]
 
 
 def test_speed_is_set_beside_floors_and_transformers(setup: Setup, tmp_path: Path) -> None:

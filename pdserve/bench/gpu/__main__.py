@@ -7,6 +7,8 @@ less than 10 minutes, and a file that is there keeps the parts of the calls befo
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.metadata
 import json
 import platform
 import sys
@@ -25,6 +27,10 @@ from pdserve.bench.gpu.shapes import SHAPES
 from pdserve.devices import resolve_device
 from pdserve.errors import ConfigError
 from pdserve.worker.config import TransportName
+
+_DRIVER = Path("/proc/driver/nvidia/version")
+_PACKAGES = ("flashinfer-python", "apache-tvm-ffi", "triton", "numpy", "transformers")
+_PACKAGES += ("ucxx-cu12", "ucxx-cu13", "libucx-cu12", "libucx-cu13", "nixl-cu12", "nixl-cu13")
 
 PARTS: dict[str, Callable[[Setup], dict[str, object]]] = {
     "kernels": correctness.kernels,
@@ -96,13 +102,24 @@ def _setting(setup: Setup) -> dict[str, object]:
         "device": properties.name if properties is not None else platform.processor() or platform.machine(),
         "memory_bytes": properties.total_memory if properties is not None else None,
         "capability": list(torch.cuda.get_device_capability(setup.device)) if cuda else None,
+        "driver": _DRIVER.read_text().partition("\n")[0] if _DRIVER.exists() else None,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "packages": _versions(),
         "shape": setup.shape,
         "kv_bytes": setup.kv_bytes,
         "transport": setup.transport,
     }
+
+
+def _versions() -> dict[str, str]:
+    """Of what is installed of `_PACKAGES`."""
+    found = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def _transformers_step_s(setup: Setup) -> float:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = {name: value for name, value in SHAPES[setup.shape].items() if name != "architectures"}
-    config = AutoConfig.for_model(**values)
+    config = AutoConfig.for_model(str(values.pop("model_type")), **values)
     with torch.device(setup.device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train(False)  # type: ignore[no-untyped-call]
     prompt = torch.tensor([random_prompt(1024, 0)], device=setup.device)
