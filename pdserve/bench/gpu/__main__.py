@@ -29,8 +29,10 @@ from pdserve.errors import ConfigError
 from pdserve.worker.config import TransportName
 
 _DRIVER = Path("/proc/driver/nvidia/version")
-_PACKAGES = ("flashinfer-python", "apache-tvm-ffi", "triton", "numpy", "transformers")
-_PACKAGES += ("ucxx-cu12", "ucxx-cu13", "libucx-cu12", "libucx-cu13", "nixl-cu12", "nixl-cu13")
+_PACKAGES = (
+    *("flashinfer-python", "apache-tvm-ffi", "triton", "numpy", "transformers"),
+    *("ucxx-cu12", "ucxx-cu13", "libucx-cu12", "libucx-cu13", "nixl-cu12", "nixl-cu13"),
+)
 
 PARTS: dict[str, Callable[[Setup], dict[str, object]]] = {
     "kernels": correctness.kernels,
