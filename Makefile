@@ -146,7 +146,7 @@ $(TOOLS)/.nixl: $(VENV)/.made requirements/nixl.txt tests/support/unpack_wheels.
 	@touch $@
 
 .PHONY: gpu-check
-gpu-check: $(VENV)/.serve ## on a GPU: correctness, then speed against floors measured in the same run (GPU="kernels decode" chooses parts)
+gpu-check: $(VENV)/.loadtest ## on a GPU: correctness, then speed against floors measured in the same run (GPU="kernels decode" chooses parts)
 	@$(BIN)/pdserve bench gpu $(GPU)
 
 .PHONY: clean

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from loadtest.replay import Replay
-from loadtest.workload import Chat, Synthetic, Workload
+from loadtest.workload import Chat, ShareGpt, Synthetic, Workload
 from pdserve.trace import read_trace
 
-KINDS = ("synthetic", "chat", "replay")
+KINDS = ("synthetic", "sharegpt", "chat", "replay")
 
 
 def add_workload_options(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +30,8 @@ def workload_of(kind: str, args: argparse.Namespace) -> Workload:
     """Of one of `KINDS`. Raises ValueError or OSError."""
     if kind == "chat":
         return Chat(turns=args.turns, output_tokens=args.output_tokens)
+    if kind == "sharegpt":
+        return ShareGpt()
     if kind == "synthetic":
         return Synthetic(args.prompt_tokens, args.output_tokens, args.cv, args.shared_tokens)
     if args.trace is None:

@@ -12,10 +12,11 @@ import asyncio
 import contextlib
 import itertools
 import os
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -99,13 +100,17 @@ def _counted_since(before: Count | None, target: Target) -> Count | None:
 
 
 @contextlib.contextmanager
-def open_target(text: str, model: str | None, log_dir: Path) -> Iterator[tuple[str, Target]]:
-    """The name and the target of `mixed`, `disaggregated` or `NAME=URL`, ready while entered."""
+def open_target(text: str, model: str | None, log_dir: Path, up: Sequence[str] = ()) -> Iterator[tuple[str, Target]]:
+    """The name and the target of `mixed`, `disaggregated` or `NAME=URL`, ready while entered.
+
+    Args:
+        up: further options of `pdserve up` for the first two.
+    """
     name, _, url = text.partition("=")
     if url:
         yield name, _found(url, model)
     elif text in TOPOLOGIES:
-        with deployed(TOPOLOGIES[text], log_dir / f"{text}.log") as deployment:
+        with deployed((*TOPOLOGIES[text], *up), log_dir / f"{text}.log") as deployment:
             yield text, _found(deployment.url, None)
     else:
         raise SystemExit(f"{text!r} is none of {', '.join(TOPOLOGIES)} and no NAME=URL")
@@ -115,8 +120,8 @@ def _name(text: str) -> str:
     return text.partition("=")[0]
 
 
-def _described(text: str) -> str:
-    return f"pdserve up {' '.join(TOPOLOGIES[text])}" if text in TOPOLOGIES else text.partition("=")[2]
+def _described(text: str, up: Sequence[str]) -> str:
+    return shlex.join(("pdserve", "up", *TOPOLOGIES[text], *up)) if text in TOPOLOGIES else text.partition("=")[2]
 
 
 def _found(url: str, model: str | None) -> Target:
@@ -126,11 +131,13 @@ def _found(url: str, model: str | None) -> Target:
         raise SystemExit(str(error)) from error
 
 
-def sweep(targets: list[str], plan: Plan, slo: Slo | None, model: str | None, out: Path) -> Sweep:
-    """Measures every target in turn; `slo` None sets it from the first."""
+def sweep(
+    targets: list[str], plan: Plan, slo: Slo | None, model: str | None, out: Path, up: Sequence[str] = ()
+) -> Sweep:
+    """Measures every target in turn; `slo` None sets it from the first, `up` is as of `open_target`."""
     origin, results, environ = "given", [], environment()
     for text in targets:
-        with open_target(text, model, out) as (name, target):
+        with open_target(text, model, out, up) as (name, target):
             print(f"{name}: {plan.workload.name}", flush=True)
             alone = measure_alone(target, plan)
             if slo is None:
@@ -139,7 +146,7 @@ def sweep(targets: list[str], plan: Plan, slo: Slo | None, model: str | None, ou
             results.append(measure(name, target, alone, plan, slo))
     assert slo is not None
     settings = {
-        **{_name(text): _described(text) for text in targets},
+        **{_name(text): _described(text, up) for text in targets},
         "a rate holds if good": f"{ATTAINMENT:.0%} of requests, the rejected and failed among them",
         "seconds of arrivals a point": f"{plan.point_s:g}",
         "points at most": str(plan.max_points),
@@ -154,6 +161,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="mixed, disaggregated or NAME=URL; the first two")
     parser.add_argument("--out", type=Path, default=Path("loadtest-report"), help="folder of the report and logs")
     parser.add_argument("--model", help="of a URL; the first that it lists. Its key is read from OPENAI_API_KEY")
+    parser.add_argument(
+        "--up", default="", metavar="OPTIONS", help="of `pdserve up` for mixed and disaggregated, as one text"
+    )
     parser.add_argument("--ttft", type=float, help="objective in seconds; with --tpot")
     parser.add_argument("--tpot", type=float, help="objective in seconds; with --ttft")
     parser.add_argument("--rate", type=float, default=1.0, help="first rate, requests a second")
@@ -175,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Or what was started would go on without us.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     args.out.mkdir(parents=True, exist_ok=True)
-    found = sweep(args.targets or list(TOPOLOGIES), plan, slo, args.model, args.out)
+    found = sweep(args.targets or list(TOPOLOGIES), plan, slo, args.model, args.out, shlex.split(args.up))
     write_report(found, args.out)
     print(f"\n{verdict(found)}\n\n{args.out / 'report.html'}")
 

@@ -4,6 +4,7 @@ in a prefix cache."""
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,6 +62,36 @@ class Synthetic:
         for at_s in gamma(rate_rps, self.cv, rng):
             own = tokens(rng, self.prompt_tokens - self.shared_tokens)
             yield Session(at_s, (Turn(shared + own, self.output_tokens),))
+
+
+@dataclass(frozen=True, slots=True)
+class ShareGpt:
+    """Random token ids of lengths like those of ShareGPT's conversations, one turn each, Poisson.
+
+    The means are those of the vLLM paper (arXiv 2309.06180, figure 11). That lengths are log-normal, and how far they
+    spread, is assumed.
+    """
+
+    mean_prompt_tokens: float = 161.0
+    mean_output_tokens: float = 338.0
+    sigma: float = 1.0  # of the logarithm
+    max_tokens: int = 1000  # of a prompt, and of an answer; longer ones are cut
+
+    @property
+    def name(self) -> str:
+        return (
+            f"lengths as ShareGPT's, about {self.mean_prompt_tokens:g} in and {self.mean_output_tokens:g} out, Poisson"
+        )
+
+    def sessions(self, rate_rps: float, seed: int) -> Iterator[Session]:
+        rng = random.Random(f"{self.name} {seed}")
+        for at_s in gamma(rate_rps, 1.0, rng):
+            prompt, output = self._length(rng, self.mean_prompt_tokens), self._length(rng, self.mean_output_tokens)
+            yield Session(at_s, (Turn(tokens(rng, prompt), output),))
+
+    def _length(self, rng: random.Random, mean: float) -> int:
+        drawn = rng.lognormvariate(math.log(mean) - self.sigma**2 / 2, self.sigma)
+        return min(max(round(drawn), 4), self.max_tokens)
 
 
 @dataclass(frozen=True, slots=True)

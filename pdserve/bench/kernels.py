@@ -19,12 +19,13 @@ from torch.nn import functional
 
 from pdserve.bench.result import tell
 from pdserve.kernels import choose
-from pdserve.kernels.base import Batch, Kernels
+from pdserve.kernels.base import AttentionKind, Batch, Kernels
 from pdserve.kernels.reference import ReferenceKernels
 
 HIDDEN, INTER, LAYERS, HEADS, KV_HEADS, DIM, VOCAB = 576, 1536, 30, 9, 3, 64, 49152
 WIDTH = (HEADS + 2 * KV_HEADS) * DIM
 BLOCK_SIZE, CONTEXT, SCALE, EPS = 16, 512, DIM**-0.5, 1e-5
+ATTENTION = AttentionKind(HEADS, SCALE)
 DTYPE = torch.bfloat16
 
 Run = Callable[[], object]
@@ -99,7 +100,7 @@ def compare_attention(kernels: Kernels, sequences: int, context: int, queries: i
     qkv = random(sequences * queries, WIDTH)
     layers = iter(range(1 << 30))
     runs: dict[str, Run] = {
-        "native": lambda: kernels.attention(qkv, batch, pool, next(layers) % LAYERS, HEADS, SCALE),
+        "native": lambda: kernels.attention(qkv, batch, pool, next(layers) % LAYERS, ATTENTION),
         "gather_sdpa": lambda: folded_sdpa(qkv, batch, pool, next(layers) % LAYERS),
     }
     return compare(runs, rounds * 4)
@@ -145,7 +146,7 @@ class Step:
         residual = k.rms_norm(x, self.norm, EPS)
         for layer in range(LAYERS):
             k.rope_append(qkv, self.cos_sin, batch, self.pool, layer, HEADS)
-            k.attention(qkv, batch, self.pool, layer, HEADS, SCALE)
+            k.attention(qkv, batch, self.pool, layer, ATTENTION)
             k.add_rms_norm(x, residual, self.norm, EPS)
             k.silu_and_mul(self.inputs[2 * INTER])
             k.add_rms_norm(x, residual, self.norm, EPS)

@@ -15,7 +15,7 @@ from pdserve.launch.steps import Steps
 from pdserve.launch.supervisor import up as start_up
 from pdserve.models.source import check_model
 from pdserve.models.weight_format import HELP as WEIGHTS_HELP
-from pdserve.models.weight_format import WeightFormat
+from pdserve.models.weight_format import LOAD_HELP, LoadFormat, WeightFormat
 
 
 def register(app: typer.Typer) -> None:
@@ -37,6 +37,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         kernels: Annotated[Literal["auto", "native", "reference"], typer.Option()] = "auto",
         weights: Annotated[WeightFormat, typer.Option(help=WEIGHTS_HELP)] = "dense",
+        load_format: Annotated[LoadFormat, typer.Option(help=LOAD_HELP)] = "auto",
         policy: Annotated[str | None, typer.Option(help="How the router chooses workers.")] = None,
         redis: Annotated[str | None, typer.Option(metavar="URL", help="A running Redis; else one is embedded.")] = None,
         namespace: Annotated[str, typer.Option(help="Separates fleets that share a Redis.")] = "default",
@@ -65,6 +66,7 @@ def register(app: typer.Typer) -> None:
             kv_bytes=kv_bytes,
             kernels=kernels,
             weights=weights,
+            load_format=load_format,
             policy=policy,
             redis_url=redis,
             namespace=namespace,

@@ -67,6 +67,11 @@ class DeviceRunner(Runner):
         self._cuda = pool.device.type == "cuda"
         self.graphs: DecodeGraphs | None = None
 
+    def enter_thread(self) -> None:
+        """A thread begins with the first GPU; events, graphs and Triton's kernels are those of the current one."""
+        if self._cuda:
+            torch.cuda.set_device(self.pool.device)
+
     def foresees(self, plan: Plan) -> bool:
         return all(plain(row) for chunk in plan.chunks for row in sampling_rows(chunk))
 

@@ -49,6 +49,9 @@ class Runner:
         self.pool = pool
         self.sampler = sampler
 
+    def enter_thread(self) -> None:
+        """To be called once on each thread that runs steps, before the first."""
+
     def foresees(self, plan: Plan) -> bool:
         """Whether the step behind `plan` may be launched while that is under way."""
         return False

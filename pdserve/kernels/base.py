@@ -9,7 +9,7 @@ The KV pool is one tensor `[num_blocks, kv_heads, layers, 2, block_size, head_di
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -29,6 +29,15 @@ class Batch:
     context_len: Tensor  # [sequences], tokens in the cache once this step has appended
     block_tables: Tensor  # [sequences, max_blocks]; entries past the context are never read
     max_query_len: int
+
+
+class AttentionKind(NamedTuple):
+    """What tells the attention of one layer from that of another, beside their tensors."""
+
+    num_heads: int  # of q
+    scale: float  # of scores
+    window: int = 0  # a token attends to so many, itself included; 0: to all before it
+    softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0: they stay
 
 
 Weight = Tensor | QuantisedWeight  # of a matrix product
@@ -59,23 +68,8 @@ class Kernels(Protocol):
         """
         ...
 
-    def attention(
-        self,
-        qkv: Tensor,
-        batch: Batch,
-        pool: Tensor,
-        layer: int,
-        num_heads: int,
-        scale: float,
-        window: int = 0,
-        softcap: float = 0.0,
-    ) -> Tensor:
-        """Causal attention of the rotated q in qkv over the pool -> [T, Hq * D].
-
-        Args:
-            window: a token attends to so many, itself included; 0: to all before it.
-            softcap: scores become softcap * tanh(score / softcap); 0: they stay.
-        """
+    def attention(self, qkv: Tensor, batch: Batch, pool: Tensor, layer: int, kind: AttentionKind) -> Tensor:
+        """Causal attention of the rotated q in qkv over the pool -> [T, Hq * D]."""
         ...
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:

@@ -20,13 +20,13 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pdserve.kernels.base import Batch, Weight
+from pdserve.kernels.base import AttentionKind, Batch, Weight
 from pdserve.kernels.paging import Pages, pages_of
 from pdserve.kernels.staging import Staging
 
@@ -40,15 +40,6 @@ class FlashInferUnavailable(Exception):
     """FlashInfer is not installed or does not fit; the message is one sentence that says why."""
 
 
-class Kind(NamedTuple):
-    """What a plan is made for, beside the batch."""
-
-    num_heads: int
-    scale: float
-    window: int
-    softcap: float
-
-
 @dataclass(frozen=True, slots=True)
 class PlannedBatch(Batch):
     """A batch on the device, with its plans; `block_tables` is empty, `page_*` stand for it."""
@@ -58,7 +49,7 @@ class PlannedBatch(Batch):
     page_indices: Tensor
     last_page_len: Tensor
     host: Pages
-    wrappers: dict[Kind, Any]  # planned
+    wrappers: dict[AttentionKind, Any]  # planned
 
 
 @dataclass(slots=True)
@@ -68,22 +59,27 @@ class Frame:
     batch_size: int
     inputs: Tensor  # int32, all of a batch's tensors
     indices: Tensor  # int32, as many block ids as a batch may have
-    wrappers: dict[Kind, Any] = field(default_factory=dict)
+    wrappers: dict[AttentionKind, Any] = field(default_factory=dict)
 
 
 class FlashInferKernels:
-    """`pdserve.kernels.base.Kernels` for one stream of one GPU; its batches come from `plan`."""
+    """`pdserve.kernels.base.Kernels` for one stream of one GPU; its batches come from `plan`.
+
+    Args:
+        prefill: of FlashInfer's backends; `auto` is fa3 on Hopper, else fa2.
+    """
 
     name = "flashinfer"
 
-    def __init__(self, library: Any, device: torch.device) -> None:
+    def __init__(self, library: Any, device: torch.device, prefill: str = "auto") -> None:
         self._library = library
+        self._prefill = prefill
         self._device = device
         self._staging = Staging(device)
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self._kinds: dict[Kind, None] = {}  # seen so far, in order
-        self._decoders: dict[Kind, Any] = {}  # wrappers outside of graphs
-        self._prefillers: dict[Kind, Any] = {}
+        self._kinds: dict[AttentionKind, None] = {}  # seen so far, in order
+        self._decoders: dict[AttentionKind, Any] = {}  # wrappers outside of graphs
+        self._prefillers: dict[AttentionKind, Any] = {}
 
     # --- once a step -------------------------------------------------------------------------------------------------
 
@@ -126,7 +122,7 @@ class FlashInferKernels:
         return Frame(batch_size, inputs, torch.zeros(max_blocks, dtype=torch.int32, device=self._device))
 
     def _plan_kind(
-        self, planned: PlannedBatch, kind: Kind, pool: Tensor, dtype: torch.dtype, frame: Frame | None
+        self, planned: PlannedBatch, kind: AttentionKind, pool: Tensor, dtype: torch.dtype, frame: Frame | None
     ) -> None:
         pages = planned.host
         indptr, last = torch.from_numpy(pages.indptr), torch.from_numpy(pages.last_page_len)
@@ -147,7 +143,7 @@ class FlashInferKernels:
             wrapper.plan(starts, indptr, planned.page_indices, last, *shape, causal=True, **options)
         planned.wrappers[kind] = wrapper
 
-    def _decoder(self, kind: Kind, frame: Frame | None) -> Any:
+    def _decoder(self, kind: AttentionKind, frame: Frame | None) -> Any:
         wrappers = self._decoders if frame is None else frame.wrappers
         if kind not in wrappers:
             buffers: dict[str, Any] = {}
@@ -164,10 +160,10 @@ class FlashInferKernels:
             wrappers[kind] = make(self._workspace, _LAYOUT, use_tensor_cores=True, backend="fa2", **buffers)
         return wrappers[kind]
 
-    def _prefiller(self, kind: Kind) -> Any:
+    def _prefiller(self, kind: AttentionKind) -> Any:
         if kind not in self._prefillers:
             make = self._library.BatchPrefillWithPagedKVCacheWrapper
-            self._prefillers[kind] = make(self._workspace, _LAYOUT, backend="auto")  # fa3 on Hopper, else fa2
+            self._prefillers[kind] = make(self._workspace, _LAYOUT, backend=self._prefill)
         return self._prefillers[kind]
 
     # --- once a layer ------------------------------------------------------------------------------------------------
@@ -213,19 +209,9 @@ class FlashInferKernels:
             _LAYOUT,
         )
 
-    def attention(
-        self,
-        qkv: Tensor,
-        batch: Batch,
-        pool: Tensor,
-        layer: int,
-        num_heads: int,
-        scale: float,
-        window: int = 0,
-        softcap: float = 0.0,
-    ) -> Tensor:
+    def attention(self, qkv: Tensor, batch: Batch, pool: Tensor, layer: int, kind: AttentionKind) -> Tensor:
         assert isinstance(batch, PlannedBatch)
-        kind, head_dim = Kind(num_heads, scale, window, softcap), pool.shape[5]
+        num_heads, head_dim = kind.num_heads, pool.shape[5]
         if kind not in batch.wrappers:  # the first step of all, as the engine warms up
             self._kinds[kind] = None
             self._staging.wait()
@@ -248,11 +234,16 @@ class FlashInferKernels:
         return activated
 
 
-def load(device: torch.device, head_dim: int, dtype: torch.dtype) -> FlashInferKernels:
+def load(device: torch.device, head_dim: int, dtype: torch.dtype, prefill: str = "auto") -> FlashInferKernels:
     """
+    Args:
+        prefill: as of `FlashInferKernels`.
+
     Raises:
         FlashInferUnavailable: it is not installed, or has no kernels for the GPU, the heads or the dtype.
     """
+    if device.type != "cuda":
+        raise FlashInferUnavailable("it runs on CUDA")
     if head_dim not in HEAD_DIMS:
         raise FlashInferUnavailable(f"it has heads of {', '.join(map(str, HEAD_DIMS))}, not of {head_dim}")
     if dtype not in (torch.bfloat16, torch.float16):
@@ -260,6 +251,8 @@ def load(device: torch.device, head_dim: int, dtype: torch.dtype) -> FlashInferK
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < (8, 0):
         raise FlashInferUnavailable(f"it needs compute capability 8.0, the GPU has {major}.{minor}")
+    if prefill == "fa3" and major != 9:
+        raise FlashInferUnavailable(f"fa3 is for compute capability 9, the GPU has {major}.{minor}")
     os.environ.setdefault("FLASHINFER_USE_CUDA_NORM", "1")  # not the ones that nvidia-cutlass-dsl would bring
     try:
         library = importlib.import_module("flashinfer")
@@ -267,7 +260,7 @@ def load(device: torch.device, head_dim: int, dtype: torch.dtype) -> FlashInferK
         raise FlashInferUnavailable(f"the package flashinfer-python is not installed ({error})") from error
     if (missing := _missing_to_build(Path(str(library.__file__)).parent)) is not None:
         raise FlashInferUnavailable(f"its kernels are compiled at the first call, and {missing} is missing")
-    return FlashInferKernels(library, device)
+    return FlashInferKernels(library, device, prefill)
 
 
 def _missing_to_build(package: Path) -> str | None:

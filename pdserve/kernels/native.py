@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pdserve.kernel_limits import MAX_GROUP, native_refusal
-from pdserve.kernels.base import Batch, Weight
+from pdserve.kernels.base import AttentionKind, Batch, Weight
 from pdserve.kernels.build import NativeUnavailable
 from pdserve.kernels.library import FLOAT, INT, POINTER, Function, bind, open_library
 from pdserve.kernels.quantised import QuantisedWeight
@@ -161,21 +161,11 @@ class NativeKernels:
         if not function(*pointers, layer, num_heads, self._threads):
             raise ValueError(f"a position of the batch lies outside the {max_position} of cos_sin")
 
-    def attention(
-        self,
-        qkv: Tensor,
-        batch: Batch,
-        pool: Tensor,
-        layer: int,
-        num_heads: int,
-        scale: float,
-        window: int = 0,
-        softcap: float = 0.0,
-    ) -> Tensor:
-        self._take(qkv, batch, pool, layer, num_heads)
-        out = qkv.new_empty(qkv.shape[0], num_heads * pool.shape[5])
+    def attention(self, qkv: Tensor, batch: Batch, pool: Tensor, layer: int, kind: AttentionKind) -> Tensor:
+        self._take(qkv, batch, pool, layer, kind.num_heads)
+        out = qkv.new_empty(qkv.shape[0], kind.num_heads * pool.shape[5])
         pointers = (out.data_ptr(), qkv.data_ptr(), self._batch_pointer, self._pool_pointer)
-        _of(self._attention, qkv)(*pointers, layer, num_heads, scale, window, softcap, self._threads)
+        _of(self._attention, qkv)(*pointers, layer, *kind, self._threads)
         return out
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pdserve.kernels.base import Batch, Weight
+from pdserve.kernels.base import AttentionKind, Batch, Weight
 from pdserve.kernels.quantised import QuantisedWeight, rounded
 
 
@@ -48,25 +48,15 @@ class ReferenceKernels:
         pool[block, :, layer, 0, slot] = k.to(pool.dtype)
         pool[block, :, layer, 1, slot] = v.to(pool.dtype)
 
-    def attention(
-        self,
-        qkv: Tensor,
-        batch: Batch,
-        pool: Tensor,
-        layer: int,
-        num_heads: int,
-        scale: float,
-        window: int = 0,
-        softcap: float = 0.0,
-    ) -> Tensor:
+    def attention(self, qkv: Tensor, batch: Batch, pool: Tensor, layer: int, kind: AttentionKind) -> Tensor:
         head_dim = pool.shape[5]
-        out = qkv.new_empty(qkv.shape[0], num_heads * head_dim)
+        out = qkv.new_empty(qkv.shape[0], kind.num_heads * head_dim)
         starts = batch.query_start.tolist()
         for sequence, context_len in enumerate(batch.context_len.tolist()):
             rows = slice(starts[sequence], starts[sequence + 1])
-            q = qkv[rows, : num_heads * head_dim].view(-1, num_heads, head_dim)
+            q = qkv[rows, : kind.num_heads * head_dim].view(-1, kind.num_heads, head_dim)
             k, v = _gather(pool, batch.block_tables[sequence], layer, context_len)
-            out[rows] = _attend(q, k, v, scale, window or context_len, softcap).flatten(1)
+            out[rows] = _attend(q, k, v, kind.scale, kind.window or context_len, kind.softcap).flatten(1)
         return out
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pdserve.kernels.base import Batch
+from pdserve.kernels.base import AttentionKind, Batch
 from pdserve.kernels.reference import ReferenceKernels
 
 
@@ -19,19 +19,10 @@ class SdpaKernels(ReferenceKernels):
 
     name = "sdpa"
 
-    def attention(
-        self,
-        qkv: Tensor,
-        batch: Batch,
-        pool: Tensor,
-        layer: int,
-        num_heads: int,
-        scale: float,
-        window: int = 0,
-        softcap: float = 0.0,
-    ) -> Tensor:
+    def attention(self, qkv: Tensor, batch: Batch, pool: Tensor, layer: int, kind: AttentionKind) -> Tensor:
+        num_heads, scale, window, softcap = kind
         if softcap:  # torch's kernel has none
-            return super().attention(qkv, batch, pool, layer, num_heads, scale, window, softcap)
+            return super().attention(qkv, batch, pool, layer, kind)
         kv_heads, block_size, head_dim = pool.shape[1], pool.shape[4], pool.shape[5]
         group = num_heads // kv_heads
         out = qkv.new_empty(qkv.shape[0], num_heads * head_dim)

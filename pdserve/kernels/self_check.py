@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pdserve.kernels.base import Kernels
+from pdserve.kernels.base import AttentionKind, Kernels
 from pdserve.kernels.quantised import Bits, QuantisedWeight, packed_shapes
 from pdserve.kernels.reference import ReferenceKernels
 from pdserve.kernels.scattered import scattered_batch
@@ -60,5 +60,5 @@ def _outputs(kernels: Kernels, dtype: torch.dtype) -> Iterator[tuple[str, Tensor
     kernels.rope_append(qkv, torch.cat((angles.cos(), angles.sin()), dim=1), batch, pool, 1, _HEADS)
     yield "rope_append", qkv
     yield "the pool", pool
-    yield "attention", kernels.attention(qkv, batch, pool, 1, _HEADS, _DIM**-0.5)
-    yield "attention in a window", kernels.attention(qkv, batch, pool, 1, _HEADS, _DIM**-0.5, 17, 2.0)
+    yield "attention", kernels.attention(qkv, batch, pool, 1, AttentionKind(_HEADS, _DIM**-0.5))
+    yield "attention in a window", kernels.attention(qkv, batch, pool, 1, AttentionKind(_HEADS, _DIM**-0.5, 17, 2.0))

@@ -2,7 +2,8 @@
 
 One program a row. A float32 is read as an integer of the same order; 32 passes over the row then find the largest value
 at which a count or a mass is reached, and equal values count in the order of their token ids. The row stays in the L2
-cache (0.5 MB at a vocabulary of 128k). See `pdserve.engine.device_sampler.choose_tokens` for what it computes.
+cache (0.5 MB at a vocabulary of 128k). A greedy row takes two passes. See
+`pdserve.engine.device_sampler.choose_tokens` for what it computes.
 """
 
 from __future__ import annotations
@@ -114,10 +115,16 @@ def _choose(
 
     cut = tl.full((), -(2**31), tl.int64)  # the smallest value of the set
     kept = tl.full((), 2**30, tl.int32)  # how many of the tokens with that value are in it
-    _, total = _from(row, vocab, cut, peak, temperature, floor, BLOCK)
     in_order = (top_k <= 0) | (top_k >= vocab)
     in_order = in_order & (top_p >= 1.0)
-    if not in_order:
+    if top_k == 1:  # whatever was drawn
+        first = tl.full((), 2**31 - 1, tl.int32)
+        for start in range(0, vocab, BLOCK):
+            logits, keys = _at(row, start, vocab, BLOCK)
+            first = tl.minimum(first, tl.min(tl.where(keys == top, start + tl.arange(0, BLOCK), 2**31 - 1), 0))
+        token = first
+    elif not in_order:
+        _, total = _from(row, vocab, cut, peak, temperature, floor, BLOCK)
         if (top_k > 0) & (top_k < vocab):
             cut, above, above_mass, _, each = _bisect(
                 row, vocab, cut, total, top, top_k, peak, temperature, floor, "count", BLOCK
@@ -151,6 +158,7 @@ def _choose(
             token += tl.sum(tl.where(hit, start + tl.arange(0, BLOCK), 0), 0)
             before += tl.sum(found, 0)
     else:
+        _, total = _from(row, vocab, cut, peak, temperature, floor, BLOCK)
         passed = drawn * total
         token = tl.full((), 0, tl.int32)
         sum_before = tl.full((), 0.0, tl.float64)

@@ -11,7 +11,7 @@ from kvstore.layout import KvDtype
 from pdserve.errors import ConfigError
 from pdserve.launch.child import Command
 from pdserve.launch.folders import cache_folder
-from pdserve.models.weight_format import WeightFormat
+from pdserve.models.weight_format import LoadFormat, WeightFormat
 
 ROLES = ("prefill", "decode", "mixed")
 
@@ -33,6 +33,7 @@ class UpOptions:
     kv_bytes: int | None = None
     kernels: str = "auto"
     weights: WeightFormat = "dense"
+    load_format: LoadFormat = "auto"
     policy: str | None = None
     redis_url: str | None = None  # None: an embedded server
     namespace: str = "default"
@@ -59,7 +60,8 @@ def counted(prefill: int | None, decode: int | None, mixed: int | None) -> tuple
 
 
 def prepare_command(options: UpOptions) -> Command:
-    values = {"--dtype": options.dtype, "--kernels": options.kernels, "--weights": options.weights}
+    values = {"--dtype": options.dtype, "--kernels": options.kernels}
+    values |= {"--weights": options.weights, "--load-format": options.load_format}
     arguments = _module("pdserve.launch.prepare", values)
     if options.model is not None:
         arguments += ["--model", str(options.model)]
@@ -112,6 +114,7 @@ def _worker_command(
         "--threads": str(options.threads),
         "--kernels": options.kernels,
         "--weights": options.weights,
+        "--load-format": options.load_format,
     }
     workers = options.prefill + options.decode + options.mixed
     if workers > 1:  # which share one GPU, where there is one

@@ -15,11 +15,16 @@ from kvstore.layout import KvDtype
 from pdserve.errors import ConfigError
 from pdserve.launch.announce import Announcer, Progress
 from pdserve.launch.folders import cache_folder
-from pdserve.models.weight_format import WEIGHT_FORMATS, WeightFormat
+from pdserve.models.weight_format import LOAD_FORMATS, WEIGHT_FORMATS, LoadFormat, WeightFormat
 
 
 def prepare(
-    folder: Path | None, dtype: KvDtype, weights: WeightFormat, kernels: str, progress: Progress
+    folder: Path | None,
+    dtype: KvDtype,
+    weights: WeightFormat,
+    load_format: LoadFormat,
+    kernels: str,
+    progress: Progress,
 ) -> dict[str, str]:
     """
     Args:
@@ -38,15 +43,17 @@ def prepare(
     else:
         progress("looking for the model", None)
         folder = resolve_model(folder, cache)
-    check_folder(folder)
+    has_weights = load_format == "auto"
+    check_folder(folder, weights=has_weights)
     progress("loading torch", None)
     from pdserve.kernels import choose
     from pdserve.models.config import load_config
     from pdserve.models.weights import open_weights
 
     config = load_config(folder)
-    progress("packing the weights", None)
-    open_weights(folder, config, dtype, cache, weights)
+    if has_weights:
+        progress("packing the weights", None)
+        open_weights(folder, config, dtype, cache, weights)
     progress("building the kernels", None)
     chosen = choose(kernels, config.head_dim, config.num_heads // config.num_kv_heads)
     return {"model": str(folder.resolve()), "kernels": chosen.name}
@@ -57,13 +64,21 @@ def main() -> int:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--weights", choices=WEIGHT_FORMATS, default="dense")
+    parser.add_argument("--load-format", choices=LOAD_FORMATS, default="auto")
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--ready-fd", type=int)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     announcer = Announcer(arguments.ready_fd)
     try:
-        result = prepare(arguments.model, arguments.dtype, arguments.weights, arguments.kernels, announcer.progress)
+        result = prepare(
+            arguments.model,
+            arguments.dtype,
+            arguments.weights,
+            arguments.load_format,
+            arguments.kernels,
+            announcer.progress,
+        )
     except ConfigError as error:
         announcer.error(str(error))
         print(error, file=sys.stderr)

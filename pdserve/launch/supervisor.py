@@ -36,8 +36,8 @@ from pdserve.launch.steps import Steps
 PREPARE_TIMEOUT_S = 3600.0  # a first start downloads and converts the model
 REDIS_TIMEOUT_S = 10.0
 STORE_TIMEOUT_S = 60.0
-WORKER_TIMEOUT_S = 180.0
-ROUTER_TIMEOUT_S = 180.0
+WORKER_TIMEOUT_S = 900.0  # the first start on a GPU compiles kernels, for minutes
+ROUTER_TIMEOUT_S = WORKER_TIMEOUT_S  # it waits for them
 STOP_GRACE_S = 3.0
 _REDIS_GRACE_S = 0.5
 _POLL_S = 0.1

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from pdserve.kernels.base import Batch, Kernels
+from pdserve.kernels.base import AttentionKind, Batch, Kernels
 from pdserve.kernels.quantised import QuantisedWeight
 from pdserve.models.config import ModelConfig
 from pdserve.models.experts import mix
@@ -35,9 +35,8 @@ class Decoder:
         tables = [rope_table(rope, max_positions).to(weights.final_norm.device) for rope in config.ropes]
         unrotated = tables[0][:, :0].contiguous()
         self._cos_sin = [unrotated if layer.rope is None else tables[layer.rope] for layer in config.layers]
-        # Both as the kernels take them: 0 is none.
-        self._windows = [layer.window or 0 for layer in config.layers]
-        self._softcap = config.attention_softcap or 0.0
+        scale, softcap = config.attention_scale, config.attention_softcap or 0.0
+        self._kinds = [AttentionKind(config.num_heads, scale, layer.window or 0, softcap) for layer in config.layers]
         self._activate = kernels.silu_and_mul if config.activation == "silu" else kernels.gelu_and_mul
         # The norm that follows layer i is that of layer i + 1, fused with the residual add of layer i.
         self._next_norms = (*(layer.attention_norm for layer in weights.layers[1:]), weights.final_norm)
@@ -99,8 +98,7 @@ class Decoder:
             kernels.norm_slices(qkv, 0, q_count, layer.q_norm, config.rms_eps, config.norm_offset)
             kernels.norm_slices(qkv, config.q_size, k_count, layer.k_norm, config.rms_eps, config.norm_offset)
         kernels.rope_append(qkv, self._cos_sin[i], batch, pool, i, config.num_heads)
-        scale, window = config.attention_scale, self._windows[i]
-        return kernels.attention(qkv, batch, pool, i, config.num_heads, scale, window, self._softcap)
+        return kernels.attention(qkv, batch, pool, i, self._kinds[i])
 
     def _mlp(self, x: Tensor, layer: LayerWeights) -> Tensor:
         """[T, hidden] -> [T, hidden]: the MLP, or the layer's experts and beside them the shared one."""

@@ -22,8 +22,8 @@ WEIGHTS_GGUF = "model.gguf"
 CHAT_TEMPLATE = "chat_template.jinja"
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that lacks a file which serving needs.
+def check_folder(folder: Path, *, weights: bool = True) -> None:
+    """Refuse a folder that lacks a file which serving needs; `weights`: from there.
 
     Raises:
         ConfigError: one sentence that names the folder and what is missing.
@@ -33,7 +33,8 @@ def check_folder(folder: Path) -> None:
     for name in (CONFIG, TOKENIZER):
         if not (folder / name).is_file():
             raise ConfigError(f"The model folder {folder} has no {name}; a Hugging Face style folder is needed.")
-    weight_files(folder)
+    if weights:
+        weight_files(folder)
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:

@@ -1,4 +1,4 @@
-"""How weights are kept; light, for the commands that take it as an option."""
+"""How weights are kept and where they come from; light, for the commands that take it as an option."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ from typing import Literal, get_args
 WeightFormat = Literal["dense", "int8", "int4", "gguf"]
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
 HELP = "int8, int4: rounded to so many bits; gguf: as the GGUF file has them."
+
+LoadFormat = Literal["auto", "dummy"]
+LOAD_FORMATS: tuple[LoadFormat, ...] = get_args(LoadFormat)
+LOAD_HELP = "dummy: random weights of the shape that config.json gives."

@@ -19,7 +19,7 @@ from pdserve.launch.announce import Announcer
 from pdserve.launch.folders import cache_folder
 from pdserve.models.source import resolve_model
 from pdserve.models.weight_format import HELP as WEIGHTS_HELP
-from pdserve.models.weight_format import WeightFormat
+from pdserve.models.weight_format import LOAD_HELP, LoadFormat, WeightFormat
 from pdserve.worker.config import Role, WorkerConfig
 
 # A thread that waits for the interpreter lock gets it this soon: asyncio must not hold up a step for the default 5 ms.
@@ -59,9 +59,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Compute threads.")] = 1,
     kernels: Annotated[str, typer.Option(help="auto, native, flashinfer, sdpa or reference.")] = "auto",
     weights: Annotated[WeightFormat, typer.Option(help=WEIGHTS_HELP)] = "dense",
-    load_format: Annotated[
-        Literal["auto", "dummy"], typer.Option(help="dummy: random weights of the shape that config.json gives.")
-    ] = "auto",
+    load_format: Annotated[LoadFormat, typer.Option(help=LOAD_HELP)] = "auto",
     transport: Annotated[
         Literal["ucx", "nixl"], typer.Option(help="What moves blocks to other workers; nixl: straight between GPUs.")
     ] = "ucx",

@@ -9,7 +9,7 @@ from typing import Literal
 
 from kvstore.control_plane import IN_THE_CLEAR, ControlPlane
 from kvstore.layout import KvDtype
-from pdserve.models.weight_format import WeightFormat
+from pdserve.models.weight_format import LoadFormat, WeightFormat
 from pdserve.protocol import worker_pb2 as pb
 
 TransportName = Literal["ucx", "nixl"]
@@ -78,7 +78,7 @@ class WorkerConfig:
     threads: int = 1
     kernels: str = "auto"
     weights: WeightFormat = "dense"
-    load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights of the shape that config.json gives
+    load_format: LoadFormat = "auto"  # dummy: random weights of the shape that config.json gives
     vllm_names: bool = True  # metrics under the names of vLLM too
     transport: TransportName = "ucx"
     store: Path | None = None  # socket of the store node of this machine

@@ -45,6 +45,7 @@ def device_engine(decoder: Decoder, geometry: BlockGeometry, limits: EngineConfi
     kernels = decoder.kernels
     planner = kernels if isinstance(kernels, FlashInferKernels) else Mover()
     runner = DeviceRunner(decoder, pool, sampler, planner, decoder.weights.final_norm.dtype)
+    runner.enter_thread()
     return Engine(limits, BlockPool(limits.num_blocks, limits.block_size), runner)
 
 

@@ -156,6 +156,7 @@ class EngineThread:
             self._call(self.died.set)
 
     def _run(self) -> None:
+        self._engine.runner.enter_thread()
         stuck = False
         while True:
             if self._engine.in_flight:

@@ -7,9 +7,9 @@ import itertools
 import pytest
 
 from loadtest.session import Session, fitted, request_of
-from loadtest.workload import Chat, Synthetic, Workload
+from loadtest.workload import Chat, ShareGpt, Synthetic, Workload
 
-WORKLOADS = [Synthetic(32, 8), Synthetic(32, 8, cv=3.0, shared_tokens=20), Chat(turns=3)]
+WORKLOADS = [Synthetic(32, 8), Synthetic(32, 8, cv=3.0, shared_tokens=20), ShareGpt(), Chat(turns=3)]
 
 
 def first(workload: Workload, count: int, rate_rps: float = 2.0, seed: int = 0) -> list[Session]:
@@ -37,6 +37,17 @@ def test_a_short_window_has_the_rate_it_was_given(workload: Workload) -> None:
     requests = sum(len(session.turns) for session in sessions)
     assert 30 <= requests < 30 + len(sessions[-1].turns)
     assert 0.0 < sessions[0].at_s < sessions[-1].at_s < 10.0
+
+
+def test_lengths_as_those_of_conversations() -> None:
+    """The means that are given, less what is cut; short ones are common, and none is longer than a model takes."""
+    turns = [session.turns[0] for session in first(ShareGpt(), 5_000)]
+    prompts, outputs = [len(turn.prompt) for turn in turns], [turn.output_tokens for turn in turns]
+    assert 140 < sum(prompts) / len(prompts) < 165
+    assert 270 < sum(outputs) / len(outputs) < 340
+    for lengths in (prompts, outputs):
+        assert max(lengths) == 1000
+        assert 4 <= min(lengths) < 20
 
 
 def test_shared_head_and_own_tail() -> None:

@@ -7,6 +7,8 @@ less than 10 minutes, and a file that is there keeps the parts of the calls befo
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.metadata
 import json
 import platform
 import sys
@@ -15,27 +17,39 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import torch
 
-from pdserve.bench.gpu import correctness, speed
-from pdserve.bench.gpu.drive import Setup
+from pdserve.bench.gpu import correctness, goodput, speed
+from pdserve.bench.gpu.drive import Setup, give_back
 from pdserve.bench.gpu.shapes import SHAPES
 from pdserve.devices import resolve_device
 from pdserve.errors import ConfigError
+from pdserve.worker.config import TransportName
+
+_DRIVER = Path("/proc/driver/nvidia/version")
+_PACKAGES = (
+    *("flashinfer-python", "apache-tvm-ffi", "triton", "numpy", "transformers"),
+    *("ucxx-cu12", "ucxx-cu13", "libucx-cu12", "libucx-cu13", "nixl-cu12", "nixl-cu13"),
+)
 
 PARTS: dict[str, Callable[[Setup], dict[str, object]]] = {
     "kernels": correctness.kernels,
     "sampler": correctness.sampler,
     "text": correctness.text,
+    "text-default": correctness.text_default,
     "disaggregated": correctness.disaggregated,
     "floors": speed.floors,
     "layout": speed.layout,
+    "backends": speed.backends,
     "decode": speed.decode,
     "prefill": speed.prefill,
     "tier": speed.tier,
     "push": speed.push,
     "transformers": speed.transformers,
+    "goodput": goodput.goodput,
+    "goodput-long": goodput.goodput_long,
 }
 
 
@@ -45,6 +59,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cpu runs the parts' own code, for tests")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--kv-bytes", type=int, help="of each pool; default: what the device has")
+    parser.add_argument(
+        "--transport", choices=get_args(TransportName), default="ucx", help="of goodput's workers; push tries each"
+    )
     parser.add_argument("--json", type=Path, default=Path("bench-results/gpu.json"))
     args = parser.parse_args()
     unknown = sorted(set(args.parts) - set(PARTS))
@@ -55,7 +72,7 @@ def main() -> None:
     except ConfigError as error:
         sys.exit(f"gpu-check needs a GPU: {error}")
     with tempfile.TemporaryDirectory() as scratch:
-        setup = Setup(device, args.shape, Path(scratch), args.kv_bytes)
+        setup = Setup(device, args.shape, Path(scratch), args.kv_bytes, args.transport)
         if not run(setup, args.parts or list(PARTS), args.json):
             sys.exit(1)
 
@@ -72,8 +89,7 @@ def run(setup: Setup, parts: list[str], path: Path) -> bool:
         except Exception as error:
             traceback.print_exc()
             found, right = {"error": f"{type(error).__name__}: {error}"}, False
-        if setup.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(setup.device)
         result[name] = {**found, "took_s": round(time.monotonic() - began_s, 1)}
         print(json.dumps({name: result[name]}), flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,12 +104,24 @@ def _setting(setup: Setup) -> dict[str, object]:
         "device": properties.name if properties is not None else platform.processor() or platform.machine(),
         "memory_bytes": properties.total_memory if properties is not None else None,
         "capability": list(torch.cuda.get_device_capability(setup.device)) if cuda else None,
+        "driver": _DRIVER.read_text().partition("\n")[0] if _DRIVER.exists() else None,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "packages": _versions(),
         "shape": setup.shape,
         "kv_bytes": setup.kv_bytes,
+        "transport": setup.transport,
     }
+
+
+def _versions() -> dict[str, str]:
+    """Of what is installed of `_PACKAGES`."""
+    found = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 if __name__ == "__main__":

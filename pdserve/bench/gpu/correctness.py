@@ -18,13 +18,16 @@ from pdserve.engine.sampler import SamplingRow
 from pdserve.engine.scheduler import Chunk
 from pdserve.engine.sequence import Sequence, Status
 from pdserve.kernels import choose
-from pdserve.kernels.base import Kernels
+from pdserve.kernels.base import AttentionKind, Kernels
 from pdserve.kernels.flashinfer import FlashInferKernels
 from pdserve.kernels.reference import ReferenceKernels
 from pdserve.kernels.scattered import scattered_batch
 from pdserve.kernels.sdpa import SdpaKernels
+from pdserve.launch.folders import cache_folder
 from pdserve.models.decoder import Decoder
+from pdserve.models.default_model import NAME, is_whole
 from pdserve.request import SamplingParams
+from pdserve.worker.build import Built
 from pdserve.worker.memory import block_memory
 
 _CHUNKS = {
@@ -83,7 +86,18 @@ def sampler(setup: Setup) -> dict[str, object]:
 
 def text(setup: Setup) -> dict[str, object]:
     """Greedy text, token by token: each must be the reference's likeliest, or as good as that."""
-    built = setup.build(share=0.7, max_batched_tokens=512)
+    return _text_of(setup.build(share=0.7, max_batched_tokens=512))
+
+
+def text_default(setup: Setup) -> dict[str, object]:
+    """The same of the default model, whose weights are no noise."""
+    folder = cache_folder() / "models" / NAME
+    if not is_whole(folder):
+        return {"skipped": f"{folder} is not there, or damaged: `pdserve up` fetches it"}
+    return _text_of(setup.build(folder, share=0.7, max_batched_tokens=512))
+
+
+def _text_of(built: Built) -> dict[str, object]:
     prompts = [random_prompt(length, length) for length in (5, 100, 700)]
     sequences = [add(built.engine, f"text {i}", prompt, _TEXT_TOKENS) for i, prompt in enumerate(prompts)]
     run_to_end(built.engine)
@@ -149,7 +163,7 @@ def _attention_case(
     planner = tested if isinstance(tested, FlashInferKernels) else Mover()
     placed = planner.plan(batch, pool, dtype)
     tested.rope_append(qkv, cos_sin, placed, pool, 1, query)
-    attended = tested.attention(qkv, placed, pool, 1, query, dim**-0.5, *limits)
+    attended = tested.attention(qkv, placed, pool, 1, AttentionKind(query, dim**-0.5, *limits))
     return qkv.cpu(), pool.cpu(), attended.cpu()
 
 

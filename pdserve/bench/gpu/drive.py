@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from array import array
@@ -12,12 +13,13 @@ from pathlib import Path
 import torch
 
 from kvstore.keys import root_key
+from kvstore.layout import KvDtype
 from pdserve.bench.gpu.shapes import write_shape
 from pdserve.engine.engine import Engine
 from pdserve.engine.sequence import Sequence
 from pdserve.request import SamplingParams
 from pdserve.worker.build import Built, build_engine
-from pdserve.worker.config import Role, WorkerConfig
+from pdserve.worker.config import Role, TransportName, WorkerConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,20 +30,24 @@ class Setup:
     shape: str
     scratch: Path  # a folder of ours
     kv_bytes: int | None = None  # None: what the device has
+    transport: TransportName = "ucx"  # between workers
 
-    def build(self, kernels: str = "auto", *, share: float = 0.9, max_batched_tokens: int = 8192) -> Built:
-        """With random weights, the same for every call."""
+    @property
+    def dtype(self) -> KvDtype:
+        return "float32" if self.device.type == "cpu" else "bfloat16"
+
+    def build(self, model: Path | None = None, *, share: float = 0.9, max_batched_tokens: int = 8192) -> Built:
+        """With random weights, the same for every call, unless there is a `model`."""
         config = WorkerConfig(
             role=Role.MIXED,
             worker_id="bench",
-            model=write_shape(self.shape, self.scratch / self.shape),
+            model=model or write_shape(self.shape, self.scratch / self.shape),
             device=str(self.device),
-            dtype="float32" if self.device.type == "cpu" else "bfloat16",
+            dtype=self.dtype,
             kv_bytes=self.kv_bytes,
             gpu_memory_utilization=share,
             max_batched_tokens=max_batched_tokens,
-            kernels=kernels,
-            load_format="dummy",
+            load_format="auto" if model else "dummy",
         )
         return build_engine(config, lambda text: None)
 
@@ -93,6 +99,13 @@ def finish_all(engine: Engine) -> None:
 def wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def give_back(device: torch.device) -> None:
+    """What the parts before left of the device's memory."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def elapsed_s(work: Callable[[], object], device: torch.device, rounds: int = 5) -> float:

@@ -16,11 +16,13 @@ from typing import get_args
 import torch
 
 from kvstore.errors import TransferError
+from kvstore.transfer.checksum import block_checksum
 from kvstore.transfer.transport import Completion, Link, Outcome, Transport
-from pdserve.bench.gpu.drive import Setup, add, elapsed_s, finish_all, random_prompt, step, wait_for
+from pdserve.bench.gpu.drive import Setup, add, elapsed_s, finish_all, give_back, random_prompt, step, wait_for
+from pdserve.bench.gpu.shapes import SHAPES
 from pdserve.engine.engine import Engine
-from pdserve.kernels import choose
-from pdserve.kernels.base import Batch
+from pdserve.kernels import choose, flashinfer
+from pdserve.kernels.base import AttentionKind, Batch
 from pdserve.kernels.flashinfer import FlashInferKernels
 from pdserve.kernels.scattered import scattered_batch
 from pdserve.models.config import ModelConfig
@@ -28,11 +30,12 @@ from pdserve.models.decoder import Decoder
 from pdserve.models.weights import weight_bytes
 from pdserve.worker.config import TransportName
 from pdserve.worker.data_plane import open_transport
-from pdserve.worker.memory import BlockMemory, block_memory
+from pdserve.worker.memory import BlockMemory, PinnedArena, block_memory
 
 _DECODES = ((1, 1024), (8, 1024), (32, 1024), (64, 1024), (32, 8192))  # sequences, context
 _PREFILLS = (2048, 8192)
 _STEPS = 32
+_LLAMA_8B = AttentionKind(32, 128**-0.5)
 _PUSH_BLOCKS = 64  # of a pool, sent and received again and again
 _PUSH_DEADLINE_S = 60.0
 
@@ -69,19 +72,7 @@ def decode(setup: Setup) -> dict[str, object]:
         if (refusal := _no_room(engine, count, context + _STEPS + 64)) is not None:
             found[f"{count}x{context}"] = refusal
             continue
-        sequences = [
-            add(engine, f"{count}/{context}/{i}", random_prompt(context, i), _STEPS + 40) for i in range(count)
-        ]
-        while not all(sequence.decoding for sequence in sequences):
-            step(engine, look_ahead=False)
-        for _ in range(4):
-            step(engine)
-        wait_for(setup.device)
-        began_s = time.perf_counter()
-        for _ in range(_STEPS):
-            step(engine)
-        step_s = (time.perf_counter() - began_s) / _STEPS
-        finish_all(engine)
+        step_s = _decode_step_s(engine, setup.device, count, context)
         weights_s = max(read_bytes / floor.copy_bytes_per_s, read_bytes * count / floor.flops_per_s)
         floor_s = weights_s + count * context * token_bytes / floor.copy_bytes_per_s
         found[f"{count}x{context}"] = _beside(step_s, floor_s)
@@ -123,15 +114,47 @@ def layout(setup: Setup) -> dict[str, object]:
     return found
 
 
+def backends(setup: Setup) -> dict[str, object]:
+    """Prefill attention of one layer by fa2 and by fa3, of which `auto` takes the second on Hopper."""
+    found: dict[str, object] = {}
+    try:
+        tested = {name: flashinfer.load(setup.device, 128, torch.bfloat16, name) for name in ("fa2", "fa3")}
+    except flashinfer.FlashInferUnavailable as error:
+        return {"skipped": str(error)}
+    for length in _PREFILLS if setup.device.type == "cuda" else (64,):
+        batch, num_blocks = scattered_batch(((0, length),), 16)
+        qkv = torch.randn(length, 48 * 128, device=setup.device).to(torch.bfloat16)
+        pool = torch.randn(num_blocks, 8, 1, 2, 16, 128, dtype=torch.bfloat16, device=setup.device)
+        times_s = {}
+        for name, kernels in tested.items():
+            planned = kernels.plan(batch, pool, torch.bfloat16)
+            attend = partial(kernels.attention, qkv, planned, pool, 0, _LLAMA_8B)
+            times_s[name] = elapsed_s(attend, setup.device)
+        milliseconds = {f"{name}_ms": time_s * 1e3 for name, time_s in times_s.items()}
+        found[str(length)] = {**milliseconds, "fa3_over_fa2": times_s["fa3"] / times_s["fa2"]}
+    return found
+
+
 def tier(setup: Setup) -> dict[str, object]:
-    """Blocks to the host and back, beside plain copies of pinned memory."""
+    """Blocks to the host and back, in memory pinned as the store's is, beside plain copies of pinned memory.
+
+    Ours hash each block as well: `checksum_ms`, of the same bytes.
+    """
     pool = torch.zeros(64, 8, 32, 2, 16, 128, dtype=torch.bfloat16, device=setup.device)
     memory = block_memory(pool)
     pinned = torch.empty(pool.shape, dtype=pool.dtype, pin_memory=setup.device.type == "cuda")
-    host = torch.empty(memory.block_bytes, dtype=torch.uint8).numpy()
-    out_s = elapsed_s(lambda: [memory.read(block, host) for block in range(len(pool))], setup.device)
-    in_s = elapsed_s(lambda: [memory.write(block, host) for block in range(len(pool))], setup.device)
+    arena = torch.zeros(len(pool) * memory.block_bytes, dtype=torch.uint8).numpy()
+    pin = PinnedArena() if setup.device.type == "cuda" else None
+    if pin is not None:
+        pin(arena)
+    slots = list(enumerate(arena.reshape(len(pool), -1)))
+    out_s = elapsed_s(lambda: [memory.read(block, slot) for block, slot in slots], setup.device)
+    in_s = elapsed_s(lambda: [memory.write(block, slot) for block, slot in slots], setup.device)
+    hash_s = elapsed_s(lambda: [block_checksum(slot) for _, slot in slots], setup.device)
+    if pin is not None:
+        pin(None)
     return {
+        "checksum_ms": hash_s * 1e3,
         "to_host": _beside(out_s, elapsed_s(lambda: pinned.copy_(pool), setup.device)),
         "to_device": _beside(in_s, elapsed_s(lambda: pool.copy_(pinned), setup.device)),
     }
@@ -144,15 +167,20 @@ def push(setup: Setup) -> dict[str, object]:
 
 
 def transformers(setup: Setup) -> dict[str, object]:
-    """A decode step of the same shape in transformers, batch 1, context 1024."""
+    """A decode step of the same shape in transformers and here, batch 1, context 1024."""
     if importlib.util.find_spec("transformers") is None:
         return {"skipped": "transformers is not installed"}
+    theirs_s = _transformers_step_s(setup)
+    give_back(setup.device)
+    ours_s = _decode_step_s(setup.build().engine, setup.device, 1, 1024)
+    return {"step_ms": theirs_s * 1e3, "ours_ms": ours_s * 1e3, "ratio": theirs_s / ours_s}
+
+
+def _transformers_step_s(setup: Setup) -> float:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from pdserve.bench.gpu.shapes import SHAPES
-
     values = {name: value for name, value in SHAPES[setup.shape].items() if name != "architectures"}
-    config = AutoConfig.for_model("llama", **values)
+    config = AutoConfig.for_model(str(values.pop("model_type")), **values)
     with torch.device(setup.device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train(False)  # type: ignore[no-untyped-call]
     prompt = torch.tensor([random_prompt(1024, 0)], device=setup.device)
@@ -164,12 +192,28 @@ def transformers(setup: Setup) -> dict[str, object]:
             rounds=3,
         )
 
-    return {"step_ms": (generate(_STEPS + 1) - generate(1)) / _STEPS * 1e3}
+    return (generate(_STEPS + 1) - generate(1)) / _STEPS
 
 
 def _config_of(engine: Engine) -> ModelConfig:
     assert isinstance(engine.runner.model, Decoder)
     return engine.runner.model.config
+
+
+def _decode_step_s(engine: Engine, device: torch.device, count: int, context: int) -> float:
+    """Of `count` sequences of `context` tokens, as the worker runs it."""
+    sequences = [add(engine, f"{count}/{context}/{i}", random_prompt(context, i), _STEPS + 40) for i in range(count)]
+    while not all(sequence.decoding for sequence in sequences):
+        step(engine, look_ahead=False)
+    for _ in range(4):
+        step(engine)
+    wait_for(device)
+    began_s = time.perf_counter()
+    for _ in range(_STEPS):
+        step(engine)
+    step_s = (time.perf_counter() - began_s) / _STEPS
+    finish_all(engine)
+    return step_s
 
 
 def _no_room(engine: Engine, count: int, tokens: int) -> str | None:
@@ -188,7 +232,7 @@ def _prefill_once(engine: Engine, length: int, numbers: Iterator[int]) -> None:
 
 def _attend_in_all_layers(kernels: FlashInferKernels, qkv: torch.Tensor, batch: Batch, pool: torch.Tensor) -> None:
     for layer in range(32):
-        kernels.attention(qkv, batch, pool, layer % pool.shape[2], 32, 128**-0.5)
+        kernels.attention(qkv, batch, pool, layer % pool.shape[2], _LLAMA_8B)
 
 
 def _beside(measured_s: float, floor_s: float) -> dict[str, float]:

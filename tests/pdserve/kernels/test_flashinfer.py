@@ -15,12 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pdserve.kernels.base import Batch, Kernels
+from pdserve.kernels.base import AttentionKind, Batch, Kernels
 from pdserve.kernels.flashinfer import FlashInferKernels, _missing_to_build
 from pdserve.kernels.paging import pages_of
 from pdserve.kernels.reference import ReferenceKernels
 from pdserve.kernels.scattered import scattered_batch
 from pdserve.kernels.sdpa import SdpaKernels
+from pdserve.models.rope import rope_table
+from pdserve.models.rope_config import Rope
 from tests.support.fake_flashinfer import Call, FakeFlashInfer
 
 LIBRARY = Path(__file__).parents[3] / ".tools" / "flashinfer"
@@ -43,7 +45,7 @@ def run(kernels: Kernels, chunks: tuple[tuple[int, int], ...], **limits: Any) ->
         batch = kernels.plan(batch, pool, qkv.dtype)
     angles = torch.rand(64, 12)
     kernels.rope_append(qkv, torch.cat((angles.cos(), angles.sin()), dim=1), batch, pool, 1, HEADS)
-    return kernels.attention(qkv, batch, pool, 1, HEADS, DIM**-0.5, **limits), qkv, pool
+    return kernels.attention(qkv, batch, pool, 1, AttentionKind(HEADS, DIM**-0.5, **limits)), qkv, pool
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +132,27 @@ def library() -> Iterator[Any]:
         sys.path.remove(str(LIBRARY))
 
 
+ROTATIONS = [
+    Rope(1e4, DIM),
+    Rope(5e5, DIM, "llama3", factor=8.0, original_max_positions=16),
+    Rope(1e4, DIM, "yarn", factor=4.0, amplitude=1.14, original_max_positions=16),
+    Rope(1e4, DIM // 2),  # the first half of a head
+]
+
+
+@pytest.mark.parametrize("rope", ROTATIONS, ids=lambda rope: f"{rope.kind} {rope.dim}")
+def test_every_kind_of_rotation_is_one_call(rope: Rope) -> None:
+    batch, pool = make_batch(MIXED)
+    qkv, table = torch.randn(len(batch.positions), (HEADS + 2 * KV_HEADS) * DIM), rope_table(rope, 64)
+    expected_qkv, expected_pool = qkv.clone(), pool.clone()
+    ReferenceKernels().rope_append(expected_qkv, table, batch, expected_pool, 2, HEADS)
+    fake = FakeFlashInfer()
+    kernels = FlashInferKernels(fake, torch.device("cpu"))
+    kernels.rope_append(qkv, table, kernels.plan(batch, pool, qkv.dtype), pool, 2, HEADS)
+    assert [call.name for call in fake.calls] == ["apply_rope_with_cos_sin_cache_inplace", "append_paged_kv_cache"]
+    torch.testing.assert_close((qkv, pool), (expected_qkv, expected_pool))
+
+
 def signature(library: Any, call: Call) -> inspect.Signature:
     if not call.owner:
         return inspect.signature(getattr(library, call.name))
@@ -157,6 +180,22 @@ def test_every_call_binds_to_the_real_signatures(library: Any) -> None:
         args = (None, *call.args) if call.owner else call.args
         bound = signature(library, call).bind(*args, **call.kwargs)
         assert not set(bound.arguments) & {"args", "kwargs", "deprecated_positional_args"}, call
+        if call.name == "plan":  # float16 by default, whatever q and the pool are
+            assert {"q_data_type", "kv_data_type", "sm_scale", "window_left"} <= set(bound.arguments)
+        if call.owner == "BatchDecodeWithPagedKVCacheWrapper" and call.name == "__init__":
+            assert (bound.arguments["use_tensor_cores"], bound.arguments["backend"]) == (True, "fa2")  # any group
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_we_leave_to_the_library_is_as_we_take_it(library: Any) -> None:
+    rope = inspect.signature(library.apply_rope_with_cos_sin_cache_inplace).parameters
+    assert rope["is_neox"].default is True  # halves, as Llama
+    plans = (library.BatchDecodeWithPagedKVCacheWrapper._plan_impl, library.BatchPrefillWithPagedKVCacheWrapper.plan)
+    for plan in plans:
+        defaults = inspect.signature(plan).parameters
+        assert defaults["pos_encoding_mode"].default == "NONE"
+        assert defaults["disable_split_kv"].default is False
+        assert defaults["o_data_type"].default is None  # that of q
 
 
 def test_a_machine_that_cannot_compile_is_told_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

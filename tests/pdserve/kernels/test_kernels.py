@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pdserve.kernels.base import Batch, Kernels
+from pdserve.kernels.base import AttentionKind, Batch, Kernels
 from pdserve.kernels.reference import ReferenceKernels
 
 # Absolute and relative: bfloat16 has 8 bits of mantissa, and outputs here are of the order of 1.
@@ -139,7 +139,9 @@ def check_attention(
 ) -> None:
     scale = case.heads.dim**-0.5 if scale is None else scale
     pool_before, qkv_before = case.pool.clone(), case.qkv.clone()
-    got = kernels.attention(case.qkv, case.batch, case.pool, LAYER, case.heads.query, scale, window, softcap)
+    got = kernels.attention(
+        case.qkv, case.batch, case.pool, LAYER, AttentionKind(case.heads.query, scale, window, softcap)
+    )
     assert got.shape == (len(case.qkv), case.heads.query * case.heads.dim)
     # Scores are held in float32: what their rounding does to the weights grows with them.
     extra = 1e-6 * scale * case.heads.dim**0.5

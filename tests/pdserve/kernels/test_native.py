@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pdserve.kernels.base import Batch
+from pdserve.kernels.base import AttentionKind, Batch
 
 if shutil.which("g++") is None:
     pytest.skip("the native kernels need g++", allow_module_level=True)
@@ -60,7 +60,7 @@ def test_more_threads_compute_the_same(kernels: NativeKernels, threads: int, dty
     many, batch, pool, qkv = NativeKernels(open_library(), threads), make_batch(), make_pool(dtype), make_qkv(dtype)
     bound = 1e-5 if dtype == torch.float32 else 1e-2
     for window in (0, 20):
-        got, expected = (k.attention(qkv, batch, pool, 1, HEADS, 0.125, window) for k in (many, kernels))
+        got, expected = (k.attention(qkv, batch, pool, 1, AttentionKind(HEADS, 0.125, window)) for k in (many, kernels))
         torch.testing.assert_close(got, expected, atol=bound, rtol=bound)
 
     x, weight = qkv[:, :96].contiguous(), torch.randn(96).to(dtype)
@@ -92,27 +92,29 @@ def broken(**tensors: Tensor) -> Batch:
 )
 def test_a_batch_that_reaches_outside_is_refused(kernels: NativeKernels, batch: Batch) -> None:
     with pytest.raises(ValueError, match="batch"):
-        kernels.attention(make_qkv(), batch, make_pool(), 0, HEADS, 0.125)
+        kernels.attention(make_qkv(), batch, make_pool(), 0, AttentionKind(HEADS, 0.125))
 
 
 def test_a_refused_batch_leaves_no_trace(kernels: NativeKernels) -> None:
     batch, pool, qkv = make_batch(), make_pool(), make_qkv()
-    expected = kernels.attention(qkv, batch, pool, 0, HEADS, 0.125)
+    expected = kernels.attention(qkv, batch, pool, 0, AttentionKind(HEADS, 0.125))
     with pytest.raises(ValueError, match="batch"):
-        kernels.attention(qkv, broken(block_tables=torch.full((4, 13), BLOCKS).int()), pool, 0, HEADS, 0.125)
-    assert torch.equal(kernels.attention(qkv, batch, pool, 0, HEADS, 0.125), expected)
+        kernels.attention(
+            qkv, broken(block_tables=torch.full((4, 13), BLOCKS).int()), pool, 0, AttentionKind(HEADS, 0.125)
+        )
+    assert torch.equal(kernels.attention(qkv, batch, pool, 0, AttentionKind(HEADS, 0.125)), expected)
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda k: k.attention(make_qkv(), make_batch(), make_pool(dim=20), 0, HEADS, 0.1),
-        lambda k: k.attention(make_qkv(), make_batch(), make_pool(torch.bfloat16), 0, HEADS, 0.1),
-        lambda k: k.attention(make_qkv(torch.half), make_batch(), make_pool(torch.half), 0, HEADS, 0.1),
-        lambda k: k.attention(make_qkv()[:-1], make_batch(), make_pool(), 0, HEADS, 0.1),
-        lambda k: k.attention(make_qkv(), make_batch(), make_pool(), LAYERS, HEADS, 0.1),
-        lambda k: k.attention(make_qkv(), make_batch(), make_pool(), 0, HEADS - 2, 0.1),
-        lambda k: k.attention(make_qkv(), make_batch(), make_pool()[:, :, :, :1], 0, HEADS, 0.1),
+        lambda k: k.attention(make_qkv(), make_batch(), make_pool(dim=20), 0, AttentionKind(HEADS, 0.1)),
+        lambda k: k.attention(make_qkv(), make_batch(), make_pool(torch.bfloat16), 0, AttentionKind(HEADS, 0.1)),
+        lambda k: k.attention(make_qkv(torch.half), make_batch(), make_pool(torch.half), 0, AttentionKind(HEADS, 0.1)),
+        lambda k: k.attention(make_qkv()[:-1], make_batch(), make_pool(), 0, AttentionKind(HEADS, 0.1)),
+        lambda k: k.attention(make_qkv(), make_batch(), make_pool(), LAYERS, AttentionKind(HEADS, 0.1)),
+        lambda k: k.attention(make_qkv(), make_batch(), make_pool(), 0, AttentionKind(HEADS - 2, 0.1)),
+        lambda k: k.attention(make_qkv(), make_batch(), make_pool()[:, :, :, :1], 0, AttentionKind(HEADS, 0.1)),
         lambda k: k.rope_append(make_qkv(), torch.rand(199, DIM), make_batch(), make_pool(), 0, HEADS),
         lambda k: k.rope_append(make_qkv(), torch.rand(200, DIM).double(), make_batch(), make_pool(), 0, HEADS),
         lambda k: k.rms_norm(torch.rand(3, 64), torch.rand(32), 1e-5),
@@ -138,6 +140,6 @@ def test_a_number_that_is_none_stays_visible(kernels: NativeKernels) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         qkv = make_qkv(dtype)
         qkv[0, :DIM] = float("nan")
-        out = kernels.attention(qkv, make_batch(), make_pool(dtype), 0, HEADS, 0.125)
+        out = kernels.attention(qkv, make_batch(), make_pool(dtype), 0, AttentionKind(HEADS, 0.125))
         assert out[0, :DIM].isnan().all()
         assert not out[0, DIM:].isnan().any()

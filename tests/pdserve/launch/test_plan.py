@@ -62,13 +62,14 @@ def test_options_reach_the_processes() -> None:
         policy="random",
         namespace="ns",
         weights="int4",
+        load_format="dummy",
         worker_arguments=("--max-sequences", "4"),
     )
     worker = worker_commands(options, MODEL, "redis://h", None)[0]
     arguments = list(worker.arguments)
     assert arguments[-2:] == ["--max-sequences", "4"]
     expected = {"--dtype": "float32", "--threads": "2", "--kv-bytes": "1048576", "--namespace": "ns"}
-    expected |= {"--weights": "int4"}
+    expected |= {"--weights": "int4", "--load-format": "dummy"}
     assert {name: option(arguments, name) for name in expected} == expected
     assert worker.environment["OMP_NUM_THREADS"] == "2"
     router = list(router_command(options, MODEL, "redis://h").arguments)
@@ -77,6 +78,7 @@ def test_options_reach_the_processes() -> None:
     assert option(router, "--expect") == "prefill,decode"
     prepare = list(prepare_command(options).arguments)
     assert (option(prepare, "--model"), option(prepare, "--weights")) == (str(MODEL), "int4")
+    assert option(prepare, "--load-format") == "dummy"
 
 
 def test_the_default_model_is_left_to_prepare() -> None:

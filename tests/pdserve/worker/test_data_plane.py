@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 
 import pytest
 import torch
 
 from kvstore.errors import Unavailable
+from kvstore.transfer.ucx import UcxTransport
 from pdserve.worker.data_plane import open_transport
 from pdserve.worker.memory import block_memory
 
@@ -18,6 +20,13 @@ def test_memory_of_the_host_goes_by_ucx() -> None:
     memory = block_memory(POOL)
     with contextlib.closing(open_transport("ucx", memory, memory.scratch(64), POOL.device)) as transport:
         assert transport.name == "ucx"
+
+
+def test_the_thread_that_moves_a_gpu_s_blocks_enters_its_context_first() -> None:
+    threads: list[str] = []
+    with contextlib.closing(UcxTransport(lambda: threads.append(threading.current_thread().name))):
+        pass
+    assert threads == ["ucx-progress"]
 
 
 @pytest.mark.parametrize("variable", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])

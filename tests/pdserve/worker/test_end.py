@@ -14,7 +14,8 @@ torch.set_num_threads(1)
 
 async def main():
     loop, began = asyncio.get_running_loop(), asyncio.Event()
-    thread = EngineThread(types.SimpleNamespace(idle=True, in_flight=False), loop)
+    runner = types.SimpleNamespace(enter_thread=lambda: None)
+    thread = EngineThread(types.SimpleNamespace(idle=True, in_flight=False, runner=runner), loop)
 
     def step(engine, now_s):
         loop.call_soon_threadsafe(began.set)
