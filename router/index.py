@@ -46,22 +46,23 @@ class Match:
 
     def by_slot(self) -> dict[int, int]:
         """Slots with none are left out."""
-        return {slot: blocks for slots, blocks in self._runs for slot in _bits(slots)}
+        found: dict[int, int] = {}
+        for held, blocks in self._runs:
+            while held:
+                slot = held.bit_length() - 1
+                found[slot] = blocks
+                held ^= 1 << slot
+        return found
 
     def column(self, slots: int) -> NDArray[np.float64]:
         """For each slot below `slots`, which is a multiple of 8 and above all that hold something."""
         column = np.zeros(slots)
-        alone: list[int] = []
-        their_blocks: list[int] = []
         for held, blocks in self._runs:
             if held.bit_count() == 1:
-                alone.append(held.bit_length() - 1)
-                their_blocks.append(blocks)
+                column[held.bit_length() - 1] = blocks
             else:
-                packed = np.frombuffer(held.to_bytes(slots // 8, "little"), dtype=np.uint8)
-                column += float(blocks) * np.unpackbits(packed, bitorder="little")
-        if alone:
-            column[alone] = their_blocks
+                packed = np.frombuffer(held.to_bytes(slots // 8, "little"), np.uint8)
+                column[np.unpackbits(packed, bitorder="little").view(np.bool_)] = blocks
         return column
 
 
@@ -175,15 +176,18 @@ class PrefixIndex:
         self, runs: list[tuple[int, int]], keys: Sequence[BlockKey], begin: int, end: int, before: int, after: int
     ) -> None:
         """Of the workers `before` that hold `begin` blocks, those not in `after` hold fewer than `end`."""
-        if end - begin == 1:
-            runs.append((before ^ after, begin))
-            return
-        middle = (begin + end) // 2
-        between = after | before & self._holders.get(keys[middle - 1], 0)
-        if between != before:
-            self._note_drops(runs, keys, begin, middle, before, between)
-        if between != after:
-            self._note_drops(runs, keys, middle, end, between, after)
+        get = self._holders.get
+        while end - begin > 1:
+            middle = (begin + end) // 2
+            between = after | before & get(keys[middle - 1], 0)
+            if between == after:
+                end = middle
+                continue
+            if between != before:  # some drop out on either side
+                self._note_drops(runs, keys, begin, middle, before, between)
+                before = between
+            begin = middle
+        runs.append((before ^ after, begin))
 
     def _clear(self, key: BlockKey, bit: int) -> None:
         left = self._holders[key] & ~bit
@@ -191,10 +195,3 @@ class PrefixIndex:
             self._holders[key] = left
         else:
             del self._holders[key]
-
-
-def _bits(slots: int) -> Iterable[int]:
-    while slots:
-        lowest = slots & -slots
-        yield lowest.bit_length() - 1
-        slots ^= lowest

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from router.policy.candidate import Need, Phase
-from router.policy.candidates import Flags, Snapshot
+from router.policy.candidates import Snapshot
+from router.policy.roster import Flags
 
 _DECODES = (Phase.DECODE, Phase.RESUME)
 _ON_DECODE = (*_DECODES, Phase.LOCAL)  # on a worker of that role, which must have room at once
@@ -73,13 +74,20 @@ def _why_unlinked(_: Need, seen: Snapshot, at: int) -> str:
     return "no link from the prefill worker" if link is None else f"link down: {link.error or 'no reason given'}"
 
 
-def _has_room(need: Need, seen: Snapshot) -> Flags:
+def _has_room(need: Need, seen: Snapshot) -> Flags | None:
     """Prompts may queue on a worker, so only what can never fit is refused there; a hand-over needs its room now."""
-    fits: Flags = (seen.roster.max_model_len > need.tokens) & (seen.roster.total_blocks >= need.needed_blocks)
+    roster = seen.roster
+    if (
+        need.phase not in _ON_DECODE
+        and roster.least_model_len > need.tokens
+        and roster.least_total_blocks >= need.needed_blocks
+    ):
+        return None
+    fits: Flags = (roster.max_model_len > need.tokens) & (roster.total_blocks >= need.needed_blocks)
     if need.phase not in _ON_DECODE:
         return fits
     fits &= seen.free_blocks >= need.needed_blocks - seen.matched_blocks
-    fits &= seen.sequences < seen.roster.max_sequences
+    fits &= seen.sequences < roster.max_sequences
     return fits
 
 

@@ -8,14 +8,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from importlib.metadata import entry_points
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from router.policy.candidate import Need, Phase
-from router.policy.candidates import Candidates, Numbers, Snapshot
+from router.policy.candidates import Candidates, Snapshot
 from router.policy.decision import Decision
 from router.policy.filters import FILTERS, Filter, eligible, named
+from router.policy.roster import Numbers
 from router.policy.scorers import COST, LEAST_LOAD, PREFIX_ONLY, Scorer
 
 log = logging.getLogger(__name__)
@@ -25,8 +27,7 @@ GROUP = "pdserve.policies"  # entry points of this group are policies too
 _TIE = 1e-9
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """What a picker picks from: the eligible rows of `seen`, ascending and at least one, and what each would cost."""
 
     need: Need
@@ -83,11 +84,13 @@ class Policy:
         seen = candidates.seen
         passing = eligible(self.filters, need, seen)
         terms = {name: scorer(need, candidates) for name, scorer in self.scorers.get(need.phase, {}).items()}
-        cost = sum(terms.values(), start=np.zeros(len(seen)))
+        cost = np.zeros(len(seen))
+        for values in terms.values():
+            if values is not candidates.none_s:
+                cost += values
         rows = passing.nonzero()[0]
         row = int(rows[self.pick(Choice(need, seen, rows, cost[rows], turn))]) if len(rows) else None
-        fetched = candidates.fetched(need)
-        return Decision(self.name, need, seen, self.filters, passing, terms, cost, row, fetched)
+        return Decision(self.name, need, seen, self.filters, passing, terms, cost, row, candidates.fetches(need))
 
 
 _BUILT_IN = (

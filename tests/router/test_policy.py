@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from router.policy import POLICIES, Candidate, Candidates, LinkFacts, LoadView, Need, Phase, Policy, Role, Speed
-from router.policy.candidates import Numbers
+from router.policy.roster import Numbers
 
 NEED = Need(Phase.PROMPT, tokens=64, max_tokens=16, block_size=16)
 
