@@ -44,6 +44,8 @@ class Seats:
     latency_s: NDArray[np.float64]  # out of each tier of the store; [3, workers]
     store_rows: NDArray[np.intp]  # [2, workers]: of `Stored.rows`, in the host tier and anywhere on its node
 
+    in_order: bool  # `slots` are 0, 1, ...: copied in a third of the time
+
     @classmethod
     def of(cls, workers: Sequence[tuple[int, Candidate]]) -> Seats:
         """Workers with their slots, in any order."""
@@ -51,7 +53,14 @@ class Seats:
         slots = np.array([slot for slot, _ in ordered], dtype=np.intp)
         roster = Roster.of([worker for _, worker in ordered])
         latency_s = np.tile(_LATENCY_S, (1, len(ordered)))
-        return cls(roster, slots, latency_s, np.stack([2 * roster.store_node, 2 * roster.store_node + 1]))
+        store_rows = np.stack([2 * roster.store_node, 2 * roster.store_node + 1])
+        return cls(roster, slots, latency_s, store_rows, bool((slots == np.arange(len(slots))).all()))
+
+    def take(self, table: NDArray[np.float64]) -> NDArray[np.float64]:
+        """A copy of its columns, [..., slots], in the order of the roster."""
+        if self.in_order:
+            return table[..., : len(self.slots)].copy()
+        return table.take(self.slots, axis=-1)
 
 
 class Columns:
@@ -120,8 +129,8 @@ class Columns:
         rates = self._rates_at(seats)
         seen = Snapshot(
             seats.roster,
-            self._loads.take(seats.slots, axis=1),
-            match.column(len(self._speeds)).take(seats.slots),
+            seats.take(self._loads),
+            seats.take(match.column(len(self._speeds))),
             rates.speeds,
             links,
             self._reach(seats, stored) if stored is not None else None,
@@ -153,7 +162,7 @@ class Columns:
 
     def _block_s_at(self, seats: Seats) -> NDArray[np.float64]:
         if self._block_s_of is None or self._block_s_of[0] is not seats:
-            self._block_s_of = seats, self._byte_s.take(seats.slots, axis=1) * seats.roster.block_bytes
+            self._block_s_of = seats, seats.take(self._byte_s) * seats.roster.block_bytes
         return self._block_s_of[1]
 
     def _decay(self, now_s: float) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from router.policy.candidate import Need, Phase
 from router.policy.candidates import Snapshot
@@ -29,20 +31,29 @@ class Filter:
     lasting: bool = False
 
 
-def eligible(filters: tuple[Filter, ...], need: Need, seen: Snapshot) -> Flags:
-    """Who passes all of them; not to be changed."""
+class Eligible(NamedTuple):
+    """Not to be changed."""
+
+    passing: Flags
+    rows: NDArray[np.intp]  # of those who pass, ascending
+
+
+def eligible(filters: tuple[Filter, ...], need: Need, seen: Snapshot) -> Eligible:
+    """Who passes all of them."""
     memo, key = seen.roster.memo, (need.phase, filters)
-    passing = memo.get(key)
-    if passing is None:
-        passing = np.ones(len(seen), dtype=np.bool_)
-        for each in filters:
-            if each.lasting and (mask := each.passes(need, seen)) is not None:
-                passing &= mask
-        memo[key] = passing
-    for each in filters:
-        if not each.lasting and (mask := each.passes(need, seen)) is not None:
-            passing = passing & mask
-    return passing
+    found: Eligible | None = memo.get(key)
+    if found is None:
+        found = memo[key] = _all_of([each.passes(need, seen) for each in filters if each.lasting], len(seen))
+    masks = [mask for each in filters if not each.lasting and (mask := each.passes(need, seen)) is not None]
+    return _all_of([found.passing, *masks], len(seen)) if masks else found
+
+
+def _all_of(masks: Sequence[Flags | None], workers: int) -> Eligible:
+    passing = np.ones(workers, dtype=np.bool_)
+    for mask in masks:
+        if mask is not None:
+            passing &= mask
+    return Eligible(passing, passing.nonzero()[0])
 
 
 def _without(seen: Snapshot, worker_ids: frozenset[str]) -> Flags | None:

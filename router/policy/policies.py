@@ -28,7 +28,9 @@ _TIE = 1e-9
 
 
 class Choice(NamedTuple):
-    """What a picker picks from: the eligible rows of `seen`, ascending and at least one, and what each would cost."""
+    """What a picker picks from: the eligible rows of `seen`, ascending and at least one, and what each would cost. Not
+    to be changed.
+    """
 
     need: Need
     seen: Snapshot
@@ -82,14 +84,17 @@ class Policy:
     def decide(self, need: Need, candidates: Candidates, turn: int) -> Decision:
         """`turn` rises by one with each decision of a phase: it rotates among equals and seeds a random choice."""
         seen = candidates.seen
-        passing = eligible(self.filters, need, seen)
+        passing, rows = eligible(self.filters, need, seen)
         terms = {name: scorer(need, candidates) for name, scorer in self.scorers.get(need.phase, {}).items()}
-        cost = np.zeros(len(seen))
+        cost, none_s = np.zeros(len(seen)), candidates.none_s
         for values in terms.values():
-            if values is not candidates.none_s:
+            if values is not none_s:
                 cost += values
-        rows = passing.nonzero()[0]
-        row = int(rows[self.pick(Choice(need, seen, rows, cost[rows], turn))]) if len(rows) else None
+        row = (
+            int(rows[self.pick(Choice(need, seen, rows, cost if len(rows) == len(cost) else cost[rows], turn))])
+            if len(rows)
+            else None
+        )
         return Decision(self.name, need, seen, self.filters, passing, terms, cost, row, candidates.fetches(need))
 
 

@@ -24,7 +24,7 @@ class Rates:
         speeds: what it was made from.
     """
 
-    __slots__ = ("_constants", "_first", "_table", "speeds")
+    __slots__ = ("_constants", "_first", "_of_all_sizes", "_table", "speeds")
 
     def __init__(self, speeds: tuple[Speed, ...], table: Numbers, first: NDArray[np.intp]) -> None:
         """
@@ -36,6 +36,8 @@ class Rates:
         self._table = table
         self._first = first - _EXPONENT_OF_HALF
         self._constants: dict[int, Numbers] = {}
+        one_size = all(len(each.prefill_tokens_per_s) < 2 for each in speeds)
+        self._of_all_sizes = table.take(first) if one_size else None  # the rate, where it depends on nothing
 
     @classmethod
     def of(cls, speeds: Sequence[Speed]) -> Rates:
@@ -44,11 +46,11 @@ class Rates:
 
     def seconds(self, tokens: Numbers) -> Numbers:
         """Each worker for its own number of tokens, in [0, 2**RATE_BITS); [..., workers]."""
-        return tokens / self._at(np.maximum(tokens, _HALF))
+        return tokens / (self._at(np.maximum(tokens, _HALF)) if self._of_all_sizes is None else self._of_all_sizes)
 
     def become_seconds(self, tokens: Numbers) -> None:
         """As `seconds` of at least one token each, in place."""
-        tokens /= self._at(tokens)
+        tokens /= self._at(tokens) if self._of_all_sizes is None else self._of_all_sizes
 
     def _at(self, tokens: Numbers) -> Numbers:
         return self._table.take(self._first + (tokens.view(np.int64) >> _FRACTION_BITS))

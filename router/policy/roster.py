@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +41,7 @@ class Roster:
     least_model_len: float  # of any of them
     least_total_blocks: float
     # What follows from the roster alone, kept by whoever works it out: the same key, the same value.
-    memo: dict[Hashable, Flags] = field(default_factory=dict)
+    memo: dict[Hashable, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, workers: Sequence[Candidate]) -> Roster:
