@@ -156,8 +156,8 @@ class Columns:
     def _reach(self, seats: Seats, stored: Stored) -> Reach:
         blocks = np.empty((len(FETCH_TIERS), len(seats.roster)))
         blocks[:2] = stored.rows.take(seats.store_rows)
-        np.multiply(seats.roster.store_shares, stored.most, out=blocks[2])
-        np.maximum(blocks[1], blocks[2], out=blocks[2])
+        anywhere = seats.roster.store_shares * float(stored.most)
+        np.maximum(blocks[1], anywhere, out=blocks[2])
         return Reach(blocks, self._block_s_at(seats), seats.latency_s)
 
     def _block_s_at(self, seats: Seats) -> NDArray[np.float64]:

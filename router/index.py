@@ -165,7 +165,7 @@ class PrefixIndex:
                 continue
             holders = alive & get(keys[end - 1], 0)
             if holders != alive:
-                self._note_drops(runs, keys, begin, end, alive, holders)
+                self._note_drops(runs, keys, begin, end, alive ^ holders)
                 alive = holders
             begin = end
         if alive:
@@ -173,21 +173,21 @@ class PrefixIndex:
         return Match(runs)
 
     def _note_drops(
-        self, runs: list[tuple[int, int]], keys: Sequence[BlockKey], begin: int, end: int, before: int, after: int
+        self, runs: list[tuple[int, int]], keys: Sequence[BlockKey], begin: int, end: int, gone: int
     ) -> None:
-        """Of the workers `before` that hold `begin` blocks, those not in `after` hold fewer than `end`."""
+        """The workers `gone` hold `begin` blocks and fewer than `end`."""
         get = self._holders.get
         while end - begin > 1:
             middle = (begin + end) // 2
-            between = after | before & get(keys[middle - 1], 0)
-            if between == after:
+            later = gone & get(keys[middle - 1], 0)
+            if not later:
                 end = middle
                 continue
-            if between != before:  # some drop out on either side
-                self._note_drops(runs, keys, begin, middle, before, between)
-                before = between
+            if later != gone:
+                self._note_drops(runs, keys, begin, middle, gone ^ later)
+                gone = later
             begin = middle
-        runs.append((before ^ after, begin))
+        runs.append((gone, begin))
 
     def _clear(self, key: BlockKey, bit: int) -> None:
         left = self._holders[key] & ~bit

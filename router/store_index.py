@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,8 +33,7 @@ class _Node:
     tiers: dict[BlockKey, int] = field(default_factory=dict)  # by key: the bits of its tiers
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Stored:
+class Stored(NamedTuple):
     """Leading blocks of a request that nodes hold.
 
     Attributes:

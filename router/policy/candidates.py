@@ -34,9 +34,9 @@ def load_column(load: LoadView, speed: Speed) -> tuple[float, ...]:
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: to make a frozen one takes four times as long
 class Snapshot:
-    """What a decision was made from and is explained from."""
+    """What a decision was made from and is explained from. Not to be changed."""
 
     roster: Roster
     loads: Numbers  # [LOAD_ROWS, workers]

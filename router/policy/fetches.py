@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -42,31 +43,30 @@ class Fetches:
     __slots__ = ("_cut", "_ends", "compute_s", "seconds")
 
     def __init__(self, need: Need, held_blocks: Numbers, reach: Reach, rates: Rates) -> None:
-        workers = len(held_blocks)
-        most = max(0, need.tokens - 1) // need.block_size
-        self._ends = ends = np.empty((1 + len(FETCH_TIERS), workers))  # of each cut
+        workers, cuts = len(held_blocks), 1 + len(FETCH_TIERS)
+        most = float(max(0, need.tokens - 1) // need.block_size)
+        self._ends = ends = np.empty((cuts, workers))  # of each cut
         ends[0] = held_blocks
         beyond = ends[1:]
-        np.minimum(reach.blocks, float(most), out=beyond)
+        np.minimum(reach.blocks, most, out=beyond)
         np.maximum(beyond, held_blocks, out=beyond)
         blocks = beyond - ends[:-1]
-        table = np.empty((2, 1 + len(FETCH_TIERS), workers))  # of each cut: seconds to fetch, to compute
-        fetch_s, compute_s = table
-        fetch_s[0] = 0.0
-        np.multiply(blocks, reach.block_s, out=fetch_s[1:])
+        table = np.zeros((2, cuts, workers))  # of each cut: seconds to fetch, to compute
+        fetch_s, compute_s = table[0], table[1]
+        to_each = fetch_s[1:]
+        np.multiply(blocks, reach.block_s, out=to_each)
         np.minimum(blocks, _ONE, out=blocks)
         blocks *= reach.latency_s
-        to_each = fetch_s[1:]
         to_each += blocks
-        host_s, disk_s, remote_s = to_each
-        disk_s += host_s
-        remote_s += disk_s
+        for nearer, farther in pairwise(to_each):
+            farther += nearer
         np.multiply(ends, -float(need.block_size), out=compute_s)
         compute_s += float(need.tokens)
         np.maximum(compute_s, _ONE, out=compute_s)
         rates.become_seconds(compute_s)
         self._cut = (fetch_s + compute_s).argmin(axis=0)
-        self.seconds, self.compute_s = table.reshape(2, -1).take(self._cut * workers + np.arange(workers), axis=1)
+        best = table.reshape(2, -1).take(self._cut * workers + np.arange(workers), axis=1)
+        self.seconds, self.compute_s = best[0], best[1]
 
     def blocks(self, row: int) -> int:
         """That a worker fetches, behind those that it holds."""

@@ -90,11 +90,10 @@ class Policy:
         for values in terms.values():
             if values is not none_s:
                 cost += values
-        row = (
-            int(rows[self.pick(Choice(need, seen, rows, cost if len(rows) == len(cost) else cost[rows], turn))])
-            if len(rows)
-            else None
-        )
+        row = None
+        if len(rows):
+            of_rows = cost if len(rows) == len(cost) else cost[rows]
+            row = int(rows[self.pick(Choice(need, seen, rows, of_rows, turn))])
         return Decision(self.name, need, seen, self.filters, passing, terms, cost, row, candidates.fetches(need))
 
 
