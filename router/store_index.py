@@ -44,6 +44,10 @@ class Stored(NamedTuple):
     rows: Numbers
     most: int
 
+    def on(self, node: int) -> int:
+        """Anywhere on a node; -1 is none."""
+        return int(self.rows[2 * node + _ANY])
+
 
 class StoreIndex:
     """Nodes are small integers, below MAX_NODES, that the caller hands out and reuses."""

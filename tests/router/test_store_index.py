@@ -112,7 +112,7 @@ def test_nothing_counts_before_the_snapshot_is_complete() -> None:
     index.snapshot_ended(0, 7)
     stored = index.match(KEYS)
     assert stored is not None
-    assert stored.rows[1] == stored.most == 4
+    assert (stored.on(0), stored.on(-1), stored.most) == (4, 0, 4)
 
 
 # --- what is fetched -------------------------------------------------------------------------------------------------
