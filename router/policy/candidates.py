@@ -77,7 +77,8 @@ def uncached_tokens(need: Need, held_blocks: Numbers) -> Numbers:
     """Never below one: the last token is computed even when every block is there."""
     tokens = held_blocks * -float(need.block_size)
     tokens += float(need.tokens)
-    return np.maximum(tokens, _ONE, out=tokens)
+    np.maximum(tokens, _ONE, out=tokens)
+    return tokens
 
 
 class Candidates:
@@ -117,7 +118,8 @@ class Candidates:
     @property
     def queued_s(self) -> Numbers:
         """To compute what waits on each."""
-        return self.seen.loads[QUEUED_S]  # type: ignore[no-any-return]
+        seconds: Numbers = self.seen.loads[QUEUED_S]
+        return seconds
 
     @property
     def recent_s(self) -> Numbers:

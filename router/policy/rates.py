@@ -53,7 +53,8 @@ class Rates:
         tokens /= self._at(tokens) if self._of_all_sizes is None else self._of_all_sizes
 
     def _at(self, tokens: Numbers) -> Numbers:
-        return self._table.take(self._first + (tokens.view(np.int64) >> _FRACTION_BITS))
+        rates: Numbers = self._table.take(self._first + (tokens.view(np.int64) >> _FRACTION_BITS))
+        return rates
 
     def constant(self, tokens: int) -> Numbers:
         """The same number of tokens on each. Kept: few numbers are asked for."""
