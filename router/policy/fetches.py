@@ -66,7 +66,8 @@ class Fetches:
         rates.become_seconds(compute_s)
         self._cut = (fetch_s + compute_s).argmin(axis=0)
         best = table.reshape(2, -1).take(self._cut * workers + np.arange(workers), axis=1)
-        self.seconds, self.compute_s = best[0], best[1]
+        self.seconds: Numbers = best[0]
+        self.compute_s: Numbers = best[1]
 
     def blocks(self, row: int) -> int:
         """That a worker fetches, behind those that it holds."""
