@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from kvstore.keys import GROUP_BLOCKS, KEY_BYTES, BlockKey
 
+_FEW = 8  # slots that are set one by one in a column: sooner than all at once
 MAX_EXPECTED = 1 << 17  # keys of one worker that may be expected; what is more is not
 
 
@@ -58,11 +59,16 @@ class Match:
         """For each slot below `slots`, which is a multiple of 8 and above all that hold something."""
         column = np.zeros(slots)
         for held, blocks in self._runs:
-            if held.bit_count() == 1:
-                column[held.bit_length() - 1] = blocks
-            else:
+            left = held.bit_count()
+            if left > _FEW:
                 packed = np.frombuffer(held.to_bytes(slots // 8, "little"), np.uint8)
                 column[np.unpackbits(packed, bitorder="little").view(np.bool_)] = blocks
+                continue
+            column[held.bit_length() - 1] = blocks
+            while left > 1:
+                held ^= 1 << held.bit_length() - 1
+                column[held.bit_length() - 1] = blocks
+                left -= 1
         return column
 
 
