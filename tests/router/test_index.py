@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -90,6 +90,8 @@ def test_prefixes_of_any_depth_are_found_whole(depths: dict[int, int], length: i
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=64))
+@example([24] * 64)
+@example([24] * 3)
 def test_a_column_has_what_each_slot_holds(depths: list[int]) -> None:
     index = PrefixIndex()
     for slot, depth in enumerate(depths):
