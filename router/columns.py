@@ -43,7 +43,6 @@ class Seats:
     slots: NDArray[np.intp]
     latency_s: NDArray[np.float64]  # out of each tier of the store; [3, workers]
     store_rows: NDArray[np.intp]  # [2, workers]: of `Stored.rows`, in the host tier and anywhere on its node
-
     in_order: bool  # `slots` are 0, 1, ...: copied in a third of the time
 
     @classmethod
