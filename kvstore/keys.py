@@ -35,18 +35,19 @@ def _field(value: bytes) -> bytes:
 _HEAD = _field(b"blocks") + _LEN.pack(
     KEY_BYTES
 )  # the key before the group follows, then the length of a block's tokens
+_BEFORE_TOKENS = len(_HEAD) + KEY_BYTES + _LEN.size
 
 
 def root_key(fingerprint: bytes, salt: bytes = b"", adapter: str = "") -> BlockKey:
     """The key that all first blocks of one (model, tenant, adapter) chain from; 16 bytes."""
     preimage = _field(b"root") + _field(fingerprint) + _field(salt) + _field(adapter.encode())
-    return BlockKey(blake2b(preimage, digest_size=KEY_BYTES).digest())
+    return _digest(preimage)
 
 
 def content_key(root: BlockKey, token_ids: Sequence[int]) -> BlockKey:
     """Names the KV of all of `token_ids`, also those that fill no block: `H("content", root, tokens)`, 16 bytes."""
     preimage = _field(b"content") + _field(root) + _field(_packed(token_ids))
-    return BlockKey(blake2b(preimage, digest_size=KEY_BYTES).digest())
+    return _digest(preimage)
 
 
 def block_keys(root: BlockKey, token_ids: Sequence[int], block_size: int) -> list[BlockKey]:
@@ -77,11 +78,11 @@ def block_keys(root: BlockKey, token_ids: Sequence[int], block_size: int) -> lis
 class KeyChain(Sequence[BlockKey]):
     """`block_keys(root, token_ids, block_size)`, each key derived when it is asked for.
 
-    The last key of a group (`GROUP_BLOCKS` - 1, 2 * `GROUP_BLOCKS` - 1, ...) costs one hash, if those before it were
-    asked for; any other key those before it in its group too. Tokens are checked as they are reached.
+    Any key costs one hash of its group so far, if the last keys of the groups before it were asked for. Tokens are
+    checked a group at a time, as they are reached. Keeps four bytes a token that was.
     """
 
-    __slots__ = ("_ends", "_groups", "_length", "_middle", "_size", "_tokens")
+    __slots__ = ("_ends", "_groups", "_inner", "_length", "_middle", "_size", "_tokens")
 
     def __init__(self, root: BlockKey, token_ids: Sequence[int], block_size: int) -> None:
         self._size = _checked(block_size)
@@ -89,7 +90,8 @@ class KeyChain(Sequence[BlockKey]):
         self._length = len(token_ids) // block_size
         self._middle = _LEN.pack(block_size * _TOKEN_BYTES)
         self._ends = [root]  # the key before each group that was reached
-        self._groups: dict[int, list[BlockKey]] = {}  # leading keys of groups that were looked into
+        self._groups: dict[int, bytes] = {}  # what is hashed for their last keys, of groups that were reached
+        self._inner: dict[int, BlockKey] = {}  # other keys, by block
 
     def __len__(self) -> int:
         return self._length
@@ -110,26 +112,22 @@ class KeyChain(Sequence[BlockKey]):
         group, rest = divmod(at + 1, GROUP_BLOCKS)
         ends = self._ends
         while len(ends) <= group:
-            ends.append(self._end(len(ends) - 1))
-        return self._inner(group, rest) if rest else ends[group]
+            ends.append(_digest(self._group(len(ends) - 1)))
+        if not rest:
+            return ends[group]
+        key = self._inner.get(at)
+        if key is None:
+            key = self._inner[at] = _digest(self._group(group)[: _BEFORE_TOKENS + rest * self._size * _TOKEN_BYTES])
+        return key
 
-    def _end(self, group: int) -> BlockKey:
-        """The last key of a group whose predecessor is known."""
-        tokens = GROUP_BLOCKS * self._size
-        data = _packed(self._tokens[group * tokens : (group + 1) * tokens])
-        preimage = b"".join((_HEAD, self._ends[group], self._middle, data))
-        return BlockKey(blake2b(preimage, digest_size=KEY_BYTES).digest())
-
-    def _inner(self, group: int, blocks: int) -> BlockKey:
-        """Of the last of the first `blocks` blocks of a group. What comes next is mostly a neighbour, so those before
-        it are kept, and one key alone costs no more than its own blocks."""
-        keys = self._groups.get(group, [])
-        if len(keys) < blocks:
-            begin = group * GROUP_BLOCKS * self._size
-            ahead = blocks if blocks == 1 else GROUP_BLOCKS
-            keys = block_keys(self._ends[group], self._tokens[begin : begin + ahead * self._size], self._size)
-            self._groups[group] = keys
-        return keys[blocks - 1]
+    def _group(self, group: int) -> bytes:
+        """What is hashed for the last key of a group whose predecessor is known; a part of it for the others."""
+        found = self._groups.get(group)
+        if found is None:
+            tokens = GROUP_BLOCKS * self._size
+            data = _packed(self._tokens[group * tokens : (group + 1) * tokens])
+            found = self._groups[group] = b"".join((_HEAD, self._ends[group], self._middle, data))
+        return found
 
 
 def landmarks(keys: Sequence[BlockKey]) -> list[BlockKey]:
@@ -137,6 +135,10 @@ def landmarks(keys: Sequence[BlockKey]) -> list[BlockKey]:
     length = len(keys)
     ends = (*range(GROUP_BLOCKS, length, GROUP_BLOCKS), length)
     return [keys[0], *(keys[end - 1] for end in ends if end > 1)] if length else []
+
+
+def _digest(preimage: bytes) -> BlockKey:
+    return BlockKey(blake2b(preimage, digest_size=KEY_BYTES).digest())
 
 
 def _checked(block_size: int) -> int:

@@ -11,7 +11,7 @@ from router.demand import DemandMeter
 from router.drift import DriftMeter
 from router.fleet import Fleet
 from router.member import Member
-from router.policy.candidates import FETCH_TIERS
+from router.policy.fetches import FETCH_TIERS
 from router.predictor import Predictor
 from router.records import Record, Records
 from router.routed import RoutedGeneration

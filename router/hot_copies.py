@@ -52,7 +52,7 @@ class HotCopies:
             Target(
                 each.worker_id,
                 each.slot,
-                int(max(stored.any[each.store_node], stored.any.max() * each.store_shares)),
+                max(stored.on(each.store_node), stored.most * each.store_shares),
                 each.backlog_s(now_s),
             )
             for each in self._fleet.in_use()

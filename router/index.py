@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from kvstore.keys import GROUP_BLOCKS, KEY_BYTES, BlockKey
 
+_FEW = 8  # slots that are set one by one in a column: sooner than all at once
 MAX_EXPECTED = 1 << 17  # keys of one worker that may be expected; what is more is not
 
 
@@ -46,22 +47,28 @@ class Match:
 
     def by_slot(self) -> dict[int, int]:
         """Slots with none are left out."""
-        return {slot: blocks for slots, blocks in self._runs for slot in _bits(slots)}
+        found: dict[int, int] = {}
+        for held, blocks in self._runs:
+            while held:
+                slot = held.bit_length() - 1
+                found[slot] = blocks
+                held ^= 1 << slot
+        return found
 
     def column(self, slots: int) -> NDArray[np.float64]:
         """For each slot below `slots`, which is a multiple of 8 and above all that hold something."""
         column = np.zeros(slots)
-        alone: list[int] = []
-        their_blocks: list[int] = []
         for held, blocks in self._runs:
-            if held.bit_count() == 1:
-                alone.append(held.bit_length() - 1)
-                their_blocks.append(blocks)
-            else:
-                packed = np.frombuffer(held.to_bytes(slots // 8, "little"), dtype=np.uint8)
-                column += float(blocks) * np.unpackbits(packed, bitorder="little")
-        if alone:
-            column[alone] = their_blocks
+            left = held.bit_count()
+            if left > _FEW:
+                packed = np.frombuffer(held.to_bytes(slots // 8, "little"), np.uint8)
+                column[np.unpackbits(packed, bitorder="little").view(np.bool_)] = blocks
+                continue
+            column[held.bit_length() - 1] = blocks
+            while left > 1:
+                held ^= 1 << held.bit_length() - 1
+                column[held.bit_length() - 1] = blocks
+                left -= 1
         return column
 
 
@@ -164,7 +171,7 @@ class PrefixIndex:
                 continue
             holders = alive & get(keys[end - 1], 0)
             if holders != alive:
-                self._note_drops(runs, keys, begin, end, alive, holders)
+                self._note_drops(runs, keys, begin, end, alive ^ holders)
                 alive = holders
             begin = end
         if alive:
@@ -172,18 +179,21 @@ class PrefixIndex:
         return Match(runs)
 
     def _note_drops(
-        self, runs: list[tuple[int, int]], keys: Sequence[BlockKey], begin: int, end: int, before: int, after: int
+        self, runs: list[tuple[int, int]], keys: Sequence[BlockKey], begin: int, end: int, gone: int
     ) -> None:
-        """Of the workers `before` that hold `begin` blocks, those not in `after` hold fewer than `end`."""
-        if end - begin == 1:
-            runs.append((before ^ after, begin))
-            return
-        middle = (begin + end) // 2
-        between = after | before & self._holders.get(keys[middle - 1], 0)
-        if between != before:
-            self._note_drops(runs, keys, begin, middle, before, between)
-        if between != after:
-            self._note_drops(runs, keys, middle, end, between, after)
+        """The workers `gone` hold `begin` blocks and fewer than `end`."""
+        get = self._holders.get
+        while end - begin > 1:
+            middle = (begin + end) // 2
+            later = gone & get(keys[middle - 1], 0)
+            if not later:
+                end = middle
+                continue
+            if later != gone:
+                self._note_drops(runs, keys, begin, middle, gone ^ later)
+                gone = later
+            begin = middle
+        runs.append((gone, begin))
 
     def _clear(self, key: BlockKey, bit: int) -> None:
         left = self._holders[key] & ~bit
@@ -191,10 +201,3 @@ class PrefixIndex:
             self._holders[key] = left
         else:
             del self._holders[key]
-
-
-def _bits(slots: int) -> Iterable[int]:
-    while slots:
-        lowest = slots & -slots
-        yield lowest.bit_length() - 1
-        slots ^= lowest

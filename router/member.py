@@ -15,7 +15,7 @@ from router.columns import Columns, Seats
 from router.events import EventCursor
 from router.link import WorkerLink
 from router.policy import Candidate, LinkFacts, Links, Role
-from router.policy.candidates import FETCH_TIERS
+from router.policy.fetches import FETCH_TIERS
 from router.speed import SpeedLearner
 from router.step_model import StepLearner
 from router.store_watch import StoreLife

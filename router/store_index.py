@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from kvstore.keys import BlockKey
 from kvstore.store.tier import Tier
 from router.events import EventCursor
 from router.index import PrefixIndex
-from router.policy.candidates import Numbers
+from router.policy.roster import Numbers
 
 MAX_NODES = 256
 MAX_KEYS = 1 << 21  # of one node; what is more is not known of it, and counted
@@ -32,17 +33,20 @@ class _Node:
     tiers: dict[BlockKey, int] = field(default_factory=dict)  # by key: the bits of its tiers
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Stored:
-    """Leading blocks of a request that nodes hold: in the host tier, and in whichever; [2, nodes], the last of them no
-    node: 0.
+class Stored(NamedTuple):
+    """Leading blocks of a request that nodes hold.
+
+    Attributes:
+        rows: in the host tier of node 0, anywhere on node 0, in the host tier of node 1, ...; the last two are zero.
+        most: that any node holds.
     """
 
-    blocks: Numbers
+    rows: Numbers
+    most: int
 
-    @property
-    def any(self) -> Numbers:
-        return self.blocks[_ANY]  # type: ignore[no-any-return]
+    def on(self, node: int) -> int:
+        """Anywhere on a node; -1 is none."""
+        return int(self.rows[2 * node + _ANY])
 
 
 class StoreIndex:
@@ -109,8 +113,9 @@ class StoreIndex:
         if not found:
             return None
         rows = np.zeros(2 * (MAX_NODES + 1))
-        rows[list(found)] = list(found.values())
-        return Stored(rows.reshape(-1, 2).transpose())
+        for row, blocks in found.items():
+            rows[row] = blocks
+        return Stored(rows, max(found.values()))
 
     @staticmethod
     def _accepts(known: _Node, sequence: int) -> bool:

@@ -17,7 +17,7 @@ from kvstore.keys import BlockKey, KeyChain, block_keys, root_key
 from kvstore.store.tier import Tier
 from router.columns import Columns, Seats
 from router.index import PrefixIndex
-from router.policy import POLICIES, Candidate, Decision, LoadView, Need, Phase, Role
+from router.policy import POLICIES, Candidate, Decision, LoadView, Need, Phase, Role, Speed
 from router.store_index import StoreIndex
 
 WORKERS = 64
@@ -139,6 +139,7 @@ def _fleet() -> tuple[Columns, Seats]:
     for slot, worker in _records():
         columns.reset(slot)
         columns.set_load(slot, worker.load)
+        columns.set_speed(slot, Speed(tuple((bits, 100.0 * bits + slot) for bits in (5, 9, 13))))
         columns.add_recent(slot, 100.0 * slot, 100.0)
     return columns, Seats.of(_records())
 

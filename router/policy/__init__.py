@@ -1,9 +1,10 @@
 """Where a request goes: candidates -> filters -> scorers -> picker -> a decision that keeps every term. Pure."""
 
 from router.policy.candidate import Candidate, LinkFacts, LoadView, Need, Phase, Role, Speed
-from router.policy.candidates import Candidates, Links, Roster, Snapshot
+from router.policy.candidates import Candidates, Snapshot
 from router.policy.decision import Considered, Decision, Rejected
 from router.policy.policies import POLICIES, Policy
+from router.policy.roster import Links, Roster
 
 __all__ = [
     "POLICIES",

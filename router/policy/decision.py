@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvstore.store.tier import Tier
 from router.policy.candidate import Need, Phase
-from router.policy.candidates import Fetched, Flags, Numbers, Snapshot
+from router.policy.candidates import Snapshot
+from router.policy.fetches import Fetches
 from router.policy.filters import Filter
+from router.policy.roster import Flags, Numbers
 from router.policy.scorers import missing_bytes
 
 
@@ -46,7 +47,7 @@ class Rejected:
 class Decision:
     """Read-only. Rows are positions in `seen`, in the order of the worker ids."""
 
-    __slots__ = ("_chosen", "_cost", "_eligible", "_fetched", "_filters", "_need", "_seen", "_terms", "policy", "row")
+    __slots__ = ("_chosen", "_cost", "_eligible", "_fetches", "_filters", "_need", "_seen", "_terms", "policy", "row")
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class Decision:
         terms: Mapping[str, Numbers],
         cost: Numbers,
         row: int | None,
-        fetched: Fetched | None,
+        fetches: Fetches | None,
     ) -> None:
         """`row` was chosen; None: nobody was eligible."""
         self.policy = policy
@@ -69,7 +70,7 @@ class Decision:
         self._eligible = eligible
         self._terms = terms
         self._cost = cost
-        self._fetched = fetched
+        self._fetches = fetches
         self._chosen: Considered | None = None
 
     @property
@@ -154,10 +155,10 @@ class Decision:
         need, seen = self._need, self._seen
         speed, links = seen.speeds[row], seen.links
         link = links.facts[row] if links is not None else None
-        fetched_blocks, fetch_s, tier = 0, 0.0, 0
-        if (fetched := self._fetched) is not None:
-            fetched_blocks, tier = int(fetched.blocks[row]), int(fetched.tier[row])
-            fetch_s = float(fetched.seconds[row])
+        fetched_blocks, fetch_s, tier = 0, 0.0, None
+        if (fetches := self._fetches) is not None:
+            fetched_blocks, tier = fetches.blocks(row), fetches.tier(row)
+            fetch_s = float(fetches.seconds[row])
         tokens = max(1, need.tokens - need.block_size * (int(seen.matched_blocks[row]) + fetched_blocks))
         return Considered(
             worker_id=seen.roster.worker_ids[row],
@@ -165,7 +166,7 @@ class Decision:
             terms={name: float(values[row]) for name, values in self._terms.items()},
             cost=float(self._cost[row]),
             fetched_blocks=fetched_blocks,
-            fetch_tier=Tier(tier).label if tier else "",
+            fetch_tier=tier.label if tier is not None else "",
             fetch_s=fetch_s,
             uncached_tokens=tokens,
             uncached_s=speed.prefill_s(tokens),

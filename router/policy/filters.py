@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from router.policy.candidate import Need, Phase
-from router.policy.candidates import Flags, Snapshot
+from router.policy.candidates import Snapshot
+from router.policy.roster import Flags
 
 _DECODES = (Phase.DECODE, Phase.RESUME)
 _ON_DECODE = (*_DECODES, Phase.LOCAL)  # on a worker of that role, which must have room at once
@@ -28,20 +31,29 @@ class Filter:
     lasting: bool = False
 
 
-def eligible(filters: tuple[Filter, ...], need: Need, seen: Snapshot) -> Flags:
-    """Who passes all of them; not to be changed."""
+class Eligible(NamedTuple):
+    """Not to be changed."""
+
+    passing: Flags
+    rows: NDArray[np.intp]  # of those who pass, ascending
+
+
+def eligible(filters: tuple[Filter, ...], need: Need, seen: Snapshot) -> Eligible:
+    """Who passes all of them."""
     memo, key = seen.roster.memo, (need.phase, filters)
-    passing = memo.get(key)
-    if passing is None:
-        passing = np.ones(len(seen), dtype=np.bool_)
-        for each in filters:
-            if each.lasting and (mask := each.passes(need, seen)) is not None:
-                passing &= mask
-        memo[key] = passing
-    for each in filters:
-        if not each.lasting and (mask := each.passes(need, seen)) is not None:
-            passing = passing & mask
-    return passing
+    found: Eligible | None = memo.get(key)
+    if found is None:
+        found = memo[key] = _all_of([each.passes(need, seen) for each in filters if each.lasting], len(seen))
+    masks = [mask for each in filters if not each.lasting and (mask := each.passes(need, seen)) is not None]
+    return _all_of([found.passing, *masks], len(seen)) if masks else found
+
+
+def _all_of(masks: Sequence[Flags | None], workers: int) -> Eligible:
+    passing = np.ones(workers, dtype=np.bool_)
+    for mask in masks:
+        if mask is not None:
+            passing &= mask
+    return Eligible(passing, passing.nonzero()[0])
 
 
 def _without(seen: Snapshot, worker_ids: frozenset[str]) -> Flags | None:
@@ -73,13 +85,20 @@ def _why_unlinked(_: Need, seen: Snapshot, at: int) -> str:
     return "no link from the prefill worker" if link is None else f"link down: {link.error or 'no reason given'}"
 
 
-def _has_room(need: Need, seen: Snapshot) -> Flags:
+def _has_room(need: Need, seen: Snapshot) -> Flags | None:
     """Prompts may queue on a worker, so only what can never fit is refused there; a hand-over needs its room now."""
-    fits: Flags = (seen.roster.max_model_len > need.tokens) & (seen.roster.total_blocks >= need.needed_blocks)
+    roster = seen.roster
+    if (
+        need.phase not in _ON_DECODE
+        and roster.least_model_len > need.tokens
+        and roster.least_total_blocks >= need.needed_blocks
+    ):
+        return None
+    fits: Flags = (roster.max_model_len > need.tokens) & (roster.total_blocks >= need.needed_blocks)
     if need.phase not in _ON_DECODE:
         return fits
     fits &= seen.free_blocks >= need.needed_blocks - seen.matched_blocks
-    fits &= seen.sequences < seen.roster.max_sequences
+    fits &= seen.sequences < roster.max_sequences
     return fits
 
 

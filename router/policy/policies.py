@@ -8,14 +8,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from importlib.metadata import entry_points
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from router.policy.candidate import Need, Phase
-from router.policy.candidates import Candidates, Numbers, Snapshot
+from router.policy.candidates import Candidates, Snapshot
 from router.policy.decision import Decision
 from router.policy.filters import FILTERS, Filter, eligible, named
+from router.policy.roster import Numbers
 from router.policy.scorers import COST, LEAST_LOAD, PREFIX_ONLY, Scorer
 
 log = logging.getLogger(__name__)
@@ -25,9 +27,10 @@ GROUP = "pdserve.policies"  # entry points of this group are policies too
 _TIE = 1e-9
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What a picker picks from: the eligible rows of `seen`, ascending and at least one, and what each would cost."""
+class Choice(NamedTuple):
+    """What a picker picks from: the eligible rows of `seen`, ascending and at least one, and what each would cost. Not
+    to be changed.
+    """
 
     need: Need
     seen: Snapshot
@@ -81,13 +84,17 @@ class Policy:
     def decide(self, need: Need, candidates: Candidates, turn: int) -> Decision:
         """`turn` rises by one with each decision of a phase: it rotates among equals and seeds a random choice."""
         seen = candidates.seen
-        passing = eligible(self.filters, need, seen)
+        passing, rows = eligible(self.filters, need, seen)
         terms = {name: scorer(need, candidates) for name, scorer in self.scorers.get(need.phase, {}).items()}
-        cost = sum(terms.values(), start=np.zeros(len(seen)))
-        rows = passing.nonzero()[0]
-        row = int(rows[self.pick(Choice(need, seen, rows, cost[rows], turn))]) if len(rows) else None
-        fetched = candidates.fetched(need)
-        return Decision(self.name, need, seen, self.filters, passing, terms, cost, row, fetched)
+        cost, none_s = np.zeros(len(seen)), candidates.none_s
+        for values in terms.values():
+            if values is not none_s:
+                cost += values
+        row = None
+        if len(rows):
+            of_rows = cost if len(rows) == len(cost) else cost[rows]
+            row = int(rows[self.pick(Choice(need, seen, rows, of_rows, turn))])
+        return Decision(self.name, need, seen, self.filters, passing, terms, cost, row, candidates.fetches(need))
 
 
 _BUILT_IN = (

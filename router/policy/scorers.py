@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from router.policy.candidate import Need, Phase
-from router.policy.candidates import RECENT_TOKENS, WAITING_TOKENS, Candidates, Numbers, Snapshot
+from router.policy.candidates import Candidates, Snapshot
+from router.policy.roster import Numbers
 
 # An element a candidate: lower is better.
 Scorer = Callable[[Need, Candidates], Numbers]
@@ -44,8 +45,8 @@ def uncached(need: Need, candidates: Candidates) -> Numbers:
 
 def fetch(need: Need, candidates: Candidates) -> Numbers:
     """To bring from the store what is sooner brought than computed."""
-    fetched = candidates.fetched(need)
-    return candidates.none_s if fetched is None else fetched.seconds
+    fetches = candidates.fetches(need)
+    return candidates.none_s if fetches is None else fetches.seconds
 
 
 def work(need: Need, candidates: Candidates) -> Numbers:
@@ -54,11 +55,11 @@ def work(need: Need, candidates: Candidates) -> Numbers:
 
 
 def queued(_: Need, candidates: Candidates) -> Numbers:
-    return candidates.load_s(WAITING_TOKENS)
+    return candidates.queued_s
 
 
 def recent(_: Need, candidates: Candidates) -> Numbers:
-    return RECENT_WEIGHT * candidates.load_s(RECENT_TOKENS)
+    return RECENT_WEIGHT * candidates.recent_s
 
 
 def shared_step(_: Need, candidates: Candidates) -> Numbers:

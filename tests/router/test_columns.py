@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from router.columns import Columns, Seats
 from router.index import Match
 from router.policy import POLICIES, Candidate, Candidates, LoadView, Need, Phase, Role, Speed
+from router.policy.candidates import WAITING_TOKENS
 
 NOTHING_HELD = Match([])
 loads = st.builds(
@@ -57,6 +58,42 @@ def test_a_decision_from_columns_is_the_one_from_records(facts: list[tuple[LoadV
     built = POLICIES["cost"].decide(need, Candidates.of(records), turn)
     assert kept.considered == built.considered
     assert (kept.worker_id, kept.runner_up) == (built.worker_id, built.runner_up)
+
+
+changes = st.one_of(
+    st.tuples(st.just("load"), loads),
+    st.tuples(st.just("waiting"), st.integers(0, 50_000)),
+    st.tuples(st.just("speed"), speeds),
+    st.tuples(st.just("reset"), st.none()),
+    st.tuples(st.just("decide"), st.none()),
+)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), changes), max_size=20))
+def test_what_waits_is_right_in_seconds_whatever_changed_in_which_order(
+    history: list[tuple[int, tuple[str, object]]],
+) -> None:
+    columns, seats = Columns(), Seats.of([(slot, worker(slot)) for slot in (2, 0, 1)])
+    truth = {slot: (0, Speed()) for slot in range(3)}
+    for slot, (kind, value) in [*history, (0, ("decide", None))]:
+        waiting_tokens, speed = truth[slot]
+        match value:
+            case LoadView():
+                columns.set_load(slot, value)
+                waiting_tokens = value.waiting_tokens
+            case Speed():
+                columns.set_speed(slot, value)
+                speed = value
+            case int():
+                columns.change_load(slot, WAITING_TOKENS, value)
+                waiting_tokens += value
+        if kind == "reset":
+            columns.reset(slot)
+            waiting_tokens, speed = 0, Speed()
+        truth[slot] = waiting_tokens, speed
+        if kind == "decide":
+            queued_s = columns.candidates(seats, NOTHING_HELD, 1.0).queued_s.tolist()
+            assert queued_s == [speed.prefill_s(waiting) for waiting, speed in truth.values()]
 
 
 def test_a_decision_stays_explained_as_it_was_made() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -87,6 +87,19 @@ def test_prefixes_of_any_depth_are_found_whole(depths: dict[int, int], length: i
     expected = {slot: min(depth, length) for slot, depth in depths.items() if min(depth, length)}
     assert index.match(keys[:length]).by_slot() == expected
     assert index.match(KeyChain(root_key(b"f"), tokens[: length * 4], 4)).by_slot() == expected
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=64))
+@example([24] * 64)
+@example([24] * 3)
+def test_a_column_has_what_each_slot_holds(depths: list[int]) -> None:
+    index = PrefixIndex()
+    for slot, depth in enumerate(depths):
+        index.stored(slot, KEYS[:depth])
+    match = index.match(KEYS[:24])
+    expected = [min(depth, 24) for depth in depths]
+    assert match.column(64).tolist() == expected + [0] * (64 - len(depths))
+    assert [match.of(slot) for slot in range(len(depths))] == expected
 
 
 def test_what_is_expected_counts_until_it_came_or_its_time_is_over() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from router.policy import POLICIES, Candidate, Candidates, LinkFacts, LoadView, Need, Phase, Policy, Role, Speed
-from router.policy.candidates import Numbers
+from router.policy.roster import Numbers
 
 NEED = Need(Phase.PROMPT, tokens=64, max_tokens=16, block_size=16)
 
@@ -95,6 +95,16 @@ def test_a_filtered_candidate_is_named_with_its_reason(phase: Phase, candidate: 
     decision = POLICIES["cost"].decide(replace(NEED, phase=phase), Candidates.of([candidate]), 0)
     assert decision.chosen is None
     assert reason in decision.why_not()
+
+
+@pytest.mark.parametrize("phase", [Phase.PROMPT, Phase.WHOLE])
+@pytest.mark.parametrize("short", [{"max_model_len": 64}, {"total_blocks": 4}])
+def test_one_worker_without_room_is_left_out_alone(phase: Phase, short: dict[str, int]) -> None:
+    candidates = Candidates.of([worker("a"), worker("b", **short), worker("c")])
+    decision = POLICIES["cost"].decide(replace(NEED, phase=phase), candidates, 0)
+    assert [each.worker_id for each in decision.filtered] == ["b"]
+    assert decision.num_filtered == 1
+    assert {each.worker_id for each in decision.considered} == {"a", "c"}
 
 
 def test_any_role_may_run_the_whole_request() -> None:
