@@ -71,7 +71,10 @@ def test_for_machines(server: Server) -> None:
 
 
 def test_an_unknown_request_and_a_router_that_is_away(server: Server) -> None:
-    for url, reason in ((server.url, "knows no request"), ("http://127.0.0.1:1", "does not answer")):
+    for url, reason in (
+        (server.url, "cannot explain x: it answered with status 404"),
+        ("http://127.0.0.1:1", "does not answer"),
+    ):
         failed = CliRunner().invoke(app, ["explain", "x", "--url", url])
         assert isinstance(failed.exception, ConfigError)
         with pytest.raises(ConfigError, match=reason):
