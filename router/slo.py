@@ -8,12 +8,13 @@ whose end they were.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from pdserve.errors import ConfigError, InvalidRequest
 from pdserve.slo import Slo
@@ -39,6 +40,11 @@ class SloClass:
         return Slo(self.ttft_s, self.tpot_s)
 
 
+class _Given(msgspec.Struct, forbid_unknown_fields=True):
+    ttft_ms: float
+    tpot_ms: float
+
+
 CLASSES = {
     each.name: each
     for each in (SloClass("interactive", 1.0, 0.1), SloClass(STANDARD, 4.0, 0.25), SloClass("batch", 120.0, 2.0))
@@ -50,14 +56,15 @@ def parse_slo(text: str) -> SloClass:
     if text in CLASSES:
         return CLASSES[text]
     try:
-        given = json.loads(text)
-        ttft_s, tpot_s = float(given["ttft_ms"]) / 1e3, float(given["tpot_ms"]) / 1e3
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
-        ttft_s = tpot_s = math.nan
-    if not (0 < ttft_s < math.inf and 0 < tpot_s < math.inf):
+        given = msgspec.json.decode(text, type=_Given)
+    except (msgspec.MsgspecError, RecursionError):
+        given = _Given(math.nan, math.nan)
+    if not (0 < given.ttft_ms < math.inf and 0 < given.tpot_ms < math.inf):
         names = ", ".join(CLASSES)
-        raise InvalidRequest(f'x-pdserve-slo is one of {names}, or {{"ttft_ms": 500, "tpot_ms": 50}}.')
-    return SloClass(CUSTOM, ttft_s, tpot_s)
+        raise InvalidRequest(
+            f'x-pdserve-slo is one of {names}, or an object of two numbers above 0: {{"ttft_ms": 500, "tpot_ms": 50}}.'
+        )
+    return SloClass(CUSTOM, given.ttft_ms / 1e3, given.tpot_ms / 1e3)
 
 
 def check_slo(text: str) -> None:
