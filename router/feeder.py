@@ -181,7 +181,8 @@ class Feeder:
         self._confidence.decided(verdict.reason is not None)
         self.ledger.decided(item.slo, verdict.reason)
         if verdict.refused and verdict.reason is not None:
-            self.ledger.turned_away(item.slo, verdict.reason, item.due_s)
+            due_s = item.due_s + verdict.ttft_s - item.slo.ttft_s
+            self.ledger.turned_away(item.slo, verdict.reason, due_s)
             self._start_pump()
             raise refusal(verdict, item.slo)
 

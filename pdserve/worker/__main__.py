@@ -14,6 +14,7 @@ import uvloop
 from kvstore.control_plane import TLS_HELP, control_plane
 from kvstore.errors import KvError
 from kvstore.layout import KvDtype
+from kvstore.sizes import parse_bytes
 from pdserve.errors import ConfigError
 from pdserve.launch.announce import Announcer
 from pdserve.launch.folders import cache_folder
@@ -44,7 +45,12 @@ def main(
         KvDtype | None, typer.Option(help="Of KV, if other than dtype; fp8_e4m3 on a GPU with FlashInfer.")
     ] = None,
     kv_bytes: Annotated[
-        int | None, typer.Option(help="Memory of the KV pool; default 1 GiB, or what the next leaves on a GPU.")
+        int | None,
+        typer.Option(
+            parser=parse_bytes,
+            metavar="SIZE",
+            help="Memory of the KV pool, such as 512M; default 1 GiB, or what the next leaves on a GPU.",
+        ),
     ] = None,
     gpu_memory_utilization: Annotated[
         float, typer.Option(min=0.05, max=1.0, help="Share of a GPU's memory that this worker may take.")

@@ -199,7 +199,10 @@ async def test_a_worker_that_differs_from_the_fleet_is_refused_in_clear_text(set
     other = await setting.add(stub("m1", fingerprint=b"other"), state="incompatible")
     assert setting.fleet.member("m1") is None
     [entry] = [e for e in setting.fleet.topology()["workers"] if e["address"] == other.address]
-    assert entry["error"] == f"layout fingerprint is {b'other'.hex()}, the fleet has {FINGERPRINT.hex()}"
+    assert (
+        entry["error"]
+        == f"layout fingerprint (of weights, dtypes and layout) is {b'other'.hex()}, the fleet has {FINGERPRINT.hex()}"
+    )
     await setting.add(stub("m0"), state="incompatible")  # the same id twice
     assert setting.fleet.counts() == {("mixed", "ready"): 1, ("mixed", "incompatible"): 2}
 
