@@ -329,7 +329,7 @@ class Fleet:
     def facts(self) -> ModelFacts:
         """Those of the last fleet while all its workers are gone. Raises Overloaded before any worker connected."""
         if self._facts is None:
-            raise Overloaded("No worker is connected yet.")
+            raise Overloaded("No worker is connected yet; /readyz says what is waited for.")
         if self._facts_now is None:
             contexts = [member.hello.max_model_len for member in self._by_id.values()]
             longest = max(contexts, default=self._facts.max_model_len)

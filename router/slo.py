@@ -24,6 +24,7 @@ STANDARD = "standard"
 CUSTOM = "custom"
 FAILED = "failed"
 REFUSED = "refused"  # by admission: no stage began
+_LONGEST_MS = 86_400_000.0  # sums of what clients ask for must stay finite
 _MAX_PAIRS = 1024  # label sets that are counted apart; the rest goes to one
 _MAX_TENANTS = 64  # as above
 
@@ -59,10 +60,11 @@ def parse_slo(text: str) -> SloClass:
         given = msgspec.json.decode(text, type=_Given)
     except (msgspec.MsgspecError, RecursionError):
         given = _Given(math.nan, math.nan)
-    if not (0 < given.ttft_ms < math.inf and 0 < given.tpot_ms < math.inf):
+    if not (0 < given.ttft_ms <= _LONGEST_MS and 0 < given.tpot_ms <= _LONGEST_MS):
         names = ", ".join(CLASSES)
         raise InvalidRequest(
-            f'x-pdserve-slo is one of {names}, or an object of two numbers above 0: {{"ttft_ms": 500, "tpot_ms": 50}}.'
+            f"x-pdserve-slo is one of {names}, or an object of two numbers above 0, of at most a day: "
+            '{"ttft_ms": 500, "tpot_ms": 50}.'
         )
     return SloClass(CUSTOM, given.ttft_ms / 1e3, given.tpot_ms / 1e3)
 

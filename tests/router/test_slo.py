@@ -86,6 +86,8 @@ def test_classes_by_name_and_by_numbers() -> None:
         '{"ttft_ms": 500, "tpot_ms": true}',
         '{"ttft_ms": 500, "tpot_ms": 50, "tpt_ms": 5}',
         '{"ttft_ms": 500}',
+        '{"ttft_ms": 1e307, "tpot_ms": 50}',
+        '{"ttft_ms": 500, "tpot_ms": 86400001}',
         '{"ttft_ms": -1, "tpot_ms": 1}',
         '{"ttft_ms": NaN, "tpot_ms": 1}',
         '{"ttft_ms": Infinity, "tpot_ms": 1}',
