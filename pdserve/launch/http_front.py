@@ -9,6 +9,7 @@ import os
 import shlex
 import socket
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -78,14 +79,16 @@ def credentials() -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def get_json(url: str, path: str, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
+def get_json(
+    url: str, path: str, timeout_s: float = _CALL_TIMEOUT_S, headers: Mapping[str, str] = MappingProxyType({})
+) -> Any:
     """The JSON that `GET path` answers with 200.
 
     Raises:
         OSError: nothing answers, or not in time (http.client.HTTPException, a broken answer, is turned into one).
         ValueError: it answers with another status, whose message this is, or something other than JSON.
     """
-    status, body = _exchange(url, "GET", path, None, {}, timeout_s)
+    status, body = _exchange(url, "GET", path, None, headers, timeout_s)
     if status in (401, 403):
         raise ValueError(f"it wants another key in PDSERVE_API_KEY (status {status})")
     if status != 200:
