@@ -39,7 +39,8 @@ def register(app: typer.Typer) -> None:
 
 def _show(record: dict[str, Any]) -> None:
     console = Console(width=max(Console().width, _WIDEST), highlight=False)
-    console.print(f"{record['request_id']}: {record['prompt_tokens']} prompt tokens, ended with {record['end']}")
+    state = f"ended with {record['end']}" if record["end"] is not None else "has not ended yet"
+    console.print(f"{record['request_id']}: {record['prompt_tokens']} prompt tokens, {state}")
     for decision in record["decisions"]:
         console.print(
             f"\n{decision['phase']} by {decision['policy']}: {decision['chosen'] or 'nobody'}, "
