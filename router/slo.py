@@ -25,7 +25,7 @@ CUSTOM = "custom"
 FAILED = "failed"
 REFUSED = "refused"  # by admission: no stage began
 _LONGEST_MS = 86_400_000.0  # sums of what clients ask for must stay finite
-_MAX_PAIRS = 1024  # label sets that are counted apart; the rest goes to one
+_MAX_PAIRS = 1024  # label sets that are counted apart; what comes later goes to one
 _MAX_TENANTS = 64  # as above
 
 
@@ -123,9 +123,10 @@ class GoodputTracker:
         if tenant not in self.by_tenant and len(self.by_tenant) >= _MAX_TENANTS:
             tenant = "other"
         self.by_tenant.setdefault(tenant, Counter())[missed or ""] += 1
-        if len(self.outcomes) >= _MAX_PAIRS:
-            workers = ("other", "other")
-        self.outcomes[slo.name, *workers, missed or ""] += 1
+        labels = (slo.name, *workers, missed or "")
+        if labels not in self.outcomes and len(self.outcomes) >= _MAX_PAIRS:
+            labels = (slo.name, "other", "other", missed or "")
+        self.outcomes[labels] += 1
 
     def by_class(self) -> Counter[tuple[str, str]]:
         """(class, stage): requests."""

@@ -135,3 +135,7 @@ def test_label_sets_are_bounded() -> None:
     assert len(tracker.by_tenant) <= 65
     assert len(tracker.outcomes) <= 1025
     assert sum(tracker.outcomes.values()) == 5000
+    for _ in range(10):
+        tracker.note(SLO, ("p0", "d"), None)
+    assert tracker.outcomes[SLO.name, "p0", "d", ""] == 11, "who was there before is counted on"
+    assert sum(tracker.outcomes.values()) == 5010
