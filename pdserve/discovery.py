@@ -34,6 +34,7 @@ LEASE_TTL_S = 10
 LEASE_RENEW_S = 3.0
 # Off the request path, so a late answer costs freshness only.
 CALL_TIMEOUT_S = 0.2
+CHECK_TIMEOUT_S = 3.0  # of the one look before a start
 MAX_ENDPOINTS = 1024
 MAX_RECORD_BYTES = 4096
 
@@ -203,6 +204,22 @@ class Lease:
         await _awaited(self._redis.client.eval(_RELEASE, 2, *keys, endpoint.to_json(), endpoint.endpoint_id))
 
 
+async def check_redis(url: str) -> None:
+    """For who cannot go on without it. Raises ConfigError, which says why no Redis answers there, within seconds."""
+    calls = _Calls(url)
+    try:
+        async with asyncio.timeout(CHECK_TIMEOUT_S):
+            await _awaited(calls.client.ping())
+    except calls.errors as error:
+        reason = str(error).rstrip(".") or f"nothing within {CHECK_TIMEOUT_S:g} s"
+        where = url.rpartition("@")[2]  # what stands before it may be a password
+        raise ConfigError(
+            f"No Redis answers at {where} ({reason}): start one there, correct --redis, or leave it out."
+        ) from error
+    finally:
+        await calls.close()
+
+
 class _Down(Exception):
     """Redis gave no answer in time, or a wrong one."""
 
@@ -222,7 +239,7 @@ class _Calls:
             self.client: Redis = Redis.from_url(url, retry=Retry(NoBackoff(), 0))
         except ValueError as error:
             raise ConfigError(f"not a Redis URL: {error}") from error
-        self._errors = (RedisError, OSError, TimeoutError, ValueError)
+        self.errors = (RedisError, OSError, TimeoutError, ValueError)
         self._up: bool | None = None
 
     async def bounded(self, call: Awaitable[T]) -> T:
@@ -230,7 +247,7 @@ class _Calls:
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 result = await call
-        except self._errors as error:
+        except self.errors as error:
             reason = f"{type(error).__name__}: {error}" if str(error) else f"no answer within {CALL_TIMEOUT_S:g} s"
             self._note(False, reason)
             raise _Down from error
@@ -245,7 +262,7 @@ class _Calls:
         self._up = up
 
     async def close(self) -> None:
-        with contextlib.suppress(*self._errors):
+        with contextlib.suppress(*self.errors):
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 await self.client.aclose()
 

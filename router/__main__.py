@@ -43,7 +43,11 @@ def main(
         ),
     ] = False,
     auto_balance: Annotated[
-        bool, typer.Option(help="Change workers' roles when that is predicted to raise goodput; in one router only.")
+        bool,
+        typer.Option(
+            envvar="PDSERVE_AUTO_BALANCE",
+            help="Change workers' roles when that is predicted to raise goodput; in one router only.",
+        ),
     ] = False,
     admin_key_file: Annotated[
         Path | None,
@@ -63,7 +67,9 @@ def main(
         Path | None,
         typer.Option(envvar="PDSERVE_TLS_DIR", help=TLS_HELP),
     ] = None,
-    decision_log: Annotated[Path | None, typer.Option(help="Append each decision's record to this file.")] = None,
+    decision_log: Annotated[
+        Path | None, typer.Option(envvar="PDSERVE_DECISION_LOG", help="Append each decision's record to this file.")
+    ] = None,
     vllm_names: Annotated[bool, typer.Option(help="Export metrics under the names of vLLM too.")] = True,
     expect: Annotated[
         str,

@@ -1,8 +1,9 @@
 """Whether a request is taken: the forecast of its TTFT and TPOT against its SLO class. Pure.
 
 A refusal says that the request would have missed its class for the sake of those before it, and after how long that
-will be over. What would miss its class on an idle fleet too is taken: no retry would do better. It waits behind those
-that can still be good (`router.queue`).
+will be over. What would miss its class on an idle fleet too is judged by the next class that it would meet there, for a
+retry can still spare it the wait; what would meet none is taken. Either waits behind those that can still be good
+(`router.queue`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from pdserve.errors import Overloaded, TenantOverQuota
-from router.slo import SloClass
+from router.slo import CLASSES, SloClass
 
 LONGEST_RETRY_S = 60
 _WINDOW = 64  # verdicts
@@ -60,6 +61,7 @@ class Verdict:
     reason: str | None  # why it is refused: the objective that the forecast misses, "ttft" or "tpot"; None: it is taken
     retry_after_s: int = 0
     enforced: bool = False
+    ttft_s: float = math.inf  # that it was judged by
 
     @property
     def refused(self) -> bool:
@@ -91,12 +93,18 @@ def judge(slo: SloClass, forecast: Forecast, mode: Mode) -> Verdict:
     """`mode` is SHADOW or ENFORCE."""
     alone_s = forecast.waited_s + forecast.compute_s
     waits = forecast.prompts_s > 0.0 or forecast.decode_s > 0.0
-    late_s = forecast.ttft_s + forecast.margin_s - slo.ttft_s
-    if late_s <= 0.0 or not waits or alone_s > slo.ttft_s:
-        return Verdict(forecast, None)
+    ttft_s = slo.ttft_s if alone_s <= slo.ttft_s else _next_ttft_s(alone_s)
+    late_s = forecast.ttft_s + forecast.margin_s - ttft_s
+    if late_s <= 0.0 or not waits:
+        return Verdict(forecast, None, ttft_s=ttft_s)
     reason = "tpot" if forecast.decode_s > forecast.prompts_s else "ttft"
     retry_after_s = min(LONGEST_RETRY_S, max(1, math.ceil(late_s)))
-    return Verdict(forecast, reason, retry_after_s, enforced=mode is Mode.ENFORCE)
+    return Verdict(forecast, reason, retry_after_s, enforced=mode is Mode.ENFORCE, ttft_s=ttft_s)
+
+
+def _next_ttft_s(alone_s: float) -> float:
+    """Of the strictest named class that a request meets which waits for nobody."""
+    return min((each.ttft_s for each in CLASSES.values() if alone_s <= each.ttft_s), default=math.inf)
 
 
 def refusal(verdict: Verdict, slo: SloClass) -> Overloaded:

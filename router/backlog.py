@@ -2,11 +2,12 @@
 
 The rate is what the worker drained while it had something to do: prompts that it computes in one step come out together
 and count together. So a worker that gains by batching is seen to drain faster, gets more at a time, and so on until it
-gains no more.
+gains no more. Steps with hardly a token to compute, of prompts that are all but cached, say nothing about others.
 """
 
 from __future__ import annotations
 
+from router.speed import LEAST_TOKENS
 from router.window import Window
 
 _WINDOW = 31
@@ -22,6 +23,7 @@ class Backlog:
         self._done_tokens = 0  # in the step that ended last
         self._done_s = -1.0
         self._step_took_s = 0.0
+        self._counted = False  # whether that step is the newest of the rates
         self._rates = Window(_WINDOW)
         self._rate: float | None = None
 
@@ -68,13 +70,15 @@ class Backlog:
         return left_s + (self._tokens - oldest + more_tokens) / rate
 
     def _note(self, tokens: int, now_s: float) -> None:
-        if now_s - self._done_s <= _SAME_STEP_S and self._rates:
+        if now_s - self._done_s <= _SAME_STEP_S:
             self._done_tokens += tokens
-            self._rates.drop_newest()
+            if self._counted:
+                self._rates.drop_newest()
         else:
             self._done_tokens = tokens
             self._step_took_s = now_s - self._began_s
         self._done_s = now_s
-        if self._step_took_s > 0.0:
+        self._counted = self._step_took_s > 0.0 and self._done_tokens >= LEAST_TOKENS
+        if self._counted:
             self._rates.add(self._done_tokens / self._step_took_s)
             self._rate = self._rates.median

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from kvstore.keys import BlockKey, KeyChain
-from pdserve.errors import InvalidRequest, Overloaded
+from pdserve.errors import InvalidRequest, Overloaded, UnknownWorker
 from pdserve.protocol import worker_pb2 as pb
 from pdserve.request import Request
 from pdserve.timeline import Timeline
@@ -20,6 +20,7 @@ from router.hot_copies import HotCopies
 from router.limits import RouterLimits
 from router.placement import Placer
 from router.policy import POLICIES, Decision, Need, Phase, Policy
+from router.policy.filters import named
 from router.records import Records
 from router.routed import RoutedGeneration
 from router.wishes import NO_WISHES, Wishes
@@ -67,11 +68,12 @@ class RouterDispatcher:
         return len(self._active)
 
     def start(self, request: Request, timeline: Timeline, wishes: Wishes = NO_WISHES) -> RoutedGeneration:
-        """Raises Overloaded or InvalidRequest."""
+        """Raises Overloaded, InvalidRequest, or UnknownWorker for a name that a request would wait for in vain."""
         if len(self._active) >= self._limits.active_requests:
             raise Overloaded("The server is handling as many requests as it can.")
         assert request.request_id not in self._active, "the front makes unique ids"
         self._check_length(request)
+        policy = self._policy_of(wishes)
         record = self.account.open(request, wishes)
 
         def note(decision: Decision) -> None:
@@ -82,7 +84,7 @@ class RouterDispatcher:
         def placed(decision: Decision, need: Need, keys: Sequence[BlockKey]) -> None:
             record.copy = self.hot.placed(decision, need, keys) or record.copy
 
-        placer = Placer(self._fleet, self._policy_of(wishes), self._turns, note, self._handoff_s, placed)
+        placer = Placer(self._fleet, policy, self._turns, note, self._handoff_s, placed)
         generation = RoutedGeneration(
             request, timeline, wishes, self._fleet, placer, self.feeder, self._limits, self.counts, self._ended
         )
@@ -91,7 +93,7 @@ class RouterDispatcher:
         return generation
 
     def dry_run(self, request: Request, wishes: Wishes = NO_WISHES) -> Decision:
-        """What `start` would decide first, now. Runs and changes nothing. Raises Overloaded or InvalidRequest."""
+        """What `start` would decide first, now. Runs and changes nothing. Raises as `start`."""
         self._check_length(request)
         facts = self._fleet.facts()
         need = Need(
@@ -115,7 +117,10 @@ class RouterDispatcher:
         return self.account.predictor.handoff_s if self._skips_handoffs else None
 
     def _policy_of(self, wishes: Wishes) -> Policy:
-        return self._policy if wishes.policy is None else POLICIES[wishes.policy]
+        policy = self._policy if wishes.policy is None else POLICIES[wishes.policy]
+        if wishes.target is not None and named in policy.filters and self._fleet.named(wishes.target) is None:
+            raise UnknownWorker(f"No worker is named '{wishes.target[:64]}', as x-pdserve-worker says.")
+        return policy
 
     def _ended(self, generation: RoutedGeneration, end: str) -> None:
         del self._active[generation.request.request_id]

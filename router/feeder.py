@@ -181,7 +181,8 @@ class Feeder:
         self._confidence.decided(verdict.reason is not None)
         self.ledger.decided(item.slo, verdict.reason)
         if verdict.refused and verdict.reason is not None:
-            self.ledger.turned_away(item.slo, verdict.reason, item.due_s)
+            due_s = item.due_s + verdict.ttft_s - item.slo.ttft_s
+            self.ledger.turned_away(item.slo, verdict.reason, due_s)
             self._start_pump()
             raise refusal(verdict, item.slo)
 
@@ -226,7 +227,8 @@ class Feeder:
             return DeadlineExceeded("The request did not finish in time.")
         reason = "no_worker" if item.stranded_s is not None else "waited"
         self.ledger.turned_away(item.slo, reason)
-        return Overloaded("No worker can take the request now.", code=reason)
+        why = f"/v1/requests/{item.request_id}/explain says why"
+        return Overloaded(f"No worker can take the request now; {why}.", code=reason)
 
     def _serve(self, now_s: float, known: Mapping[Waiting, Decision]) -> None:
         """Turns, in order, while a worker is free. `known` are decisions that were made just now."""

@@ -73,11 +73,13 @@ class Fleet:
         self._by_id: dict[str, Member] = {}  # those in use
         self._by_link: dict[WorkerLink, Member] = {}
         self.pairing = Pairing(self._by_id, limits, self.note_roster)
+        self._listing = True  # discovery answered last time
         self._seats: Seats | None = None  # all workers that ever said hello; None: something about them changed
         self._facts: ModelFacts | None = None
         self._facts_now: ModelFacts | None = None  # with the longest context of those in use; None: one came or went
         self._listener: RequestListener | None = None
         self.role_changes: Counter[tuple[str, str]] = Counter()  # from, to
+        self._drained: dict[str, None] = {}  # workers that an operator took out of use, oldest first
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -99,6 +101,7 @@ class Fleet:
     async def _discover(self) -> None:
         while True:
             listed = await self._discovery.poll()
+            self._listing = listed is not None
             now_s = time.monotonic()
             if listed is not None:
                 for endpoint in listed:
@@ -134,6 +137,7 @@ class Fleet:
         member = self._by_link[link]
         role = check_hello(hello)
         member.join(hello, role, time.monotonic())
+        member.drained = hello.worker_id in self._drained
         member.incompatible = self._reason_to_refuse(hello)
         self._seats = None
         if member.incompatible:
@@ -143,6 +147,9 @@ class Fleet:
         if not self._by_id:
             self._facts = ModelFacts.of(hello)
         self._by_id[hello.worker_id] = member
+        for other in self._members.values():
+            if other.worker_id == hello.worker_id and not other.link.up:
+                other.hello = pb.WorkerHello()  # an earlier life of it, at an address that it has left
         log.info("worker=%s role=%s address=%s joined", hello.worker_id, role.value, link.address)
         self._membership_changed()
 
@@ -276,6 +283,26 @@ class Fleet:
         """Those that can be sent something new."""
         return [member for member in self._by_id.values() if member.takes_requests]
 
+    def drain(self, worker_id: str, drained: bool) -> bool:
+        """Give it nothing new, or use it again; False if no worker has this id.
+
+        That is said of the worker, not of one life or address of it: it holds over restarts, on whatever port. Of more
+        ids than a fleet has workers the oldest goes, for what is never undone must not grow.
+        """
+        found = [member for member in self._members.values() if member.worker_id == worker_id]
+        if not found and (drained or worker_id not in self._drained):
+            return False
+        self._drained.pop(worker_id, None)
+        if drained:
+            self._drained[worker_id] = None
+            if len(self._drained) > self._limits.workers:
+                self._drained.pop(next(iter(self._drained)))
+        for member in found:
+            member.drained = drained
+        log.warning("worker=%s drained=%s", worker_id, drained)
+        self.note_roster()
+        return True
+
     def note_roster(self) -> None:
         """A worker came, went, was drained or is in use again, or a link changed."""
         self._seats = None
@@ -302,7 +329,7 @@ class Fleet:
     def facts(self) -> ModelFacts:
         """Those of the last fleet while all its workers are gone. Raises Overloaded before any worker connected."""
         if self._facts is None:
-            raise Overloaded("No worker is connected yet.")
+            raise Overloaded("No worker is connected yet; /readyz says what is waited for.")
         if self._facts_now is None:
             contexts = [member.hello.max_model_len for member in self._by_id.values()]
             longest = max(contexts, default=self._facts.max_model_len)
@@ -320,7 +347,8 @@ class Fleet:
     @property
     def why_not_ready(self) -> str:
         """In clear text; empty when a request would be served as it should be."""
-        return self._readiness.why_not(self.in_use(), time.monotonic())
+        why_not = self._readiness.why_not(self.in_use(), time.monotonic())
+        return why_not if self._listing or not why_not else f"{why_not}; Redis, which would name them, does not answer"
 
     def counts(self) -> Counter[tuple[str, str]]:
         """Workers by (role, state); the role of one that never said hello is "unknown"."""

@@ -10,6 +10,7 @@ from kvstore.keys import BlockKey
 from pdserve.protocol import worker_pb2 as pb
 from router.fleet import Fleet
 from router.hot_prefixes import Copy, HotPrefixes, Target
+from router.member import Member
 from router.policy import Decision, Need, Role
 from router.policy.scorers import SEQUENCE_TOKENS
 
@@ -35,16 +36,19 @@ class HotCopies:
         hot = self.prefixes.note(keys, member.learner.speed.prefill_s(tokens), now_s)
         if not hot:
             return None
-        held = self._fleet.index.match(keys).by_slot()
-        copy = self.prefixes.choose(hot, held, self._targets(keys, now_s), member.hello.block_bytes, now_s)
+        # What decode workers hold of it, each that ever took over such a request, serves no prompt.
+        servers = [each for each in self._fleet.in_use() if each.role is not Role.DECODE] or self._fleet.in_use()
+        match = self._fleet.index.match(keys)
+        held = {each.slot: blocks for each in servers if (blocks := match.of(each.slot))}
+        copy = self.prefixes.choose(hot, held, self._targets(servers, keys, now_s), member.hello.block_bytes, now_s)
         if copy is not None:
             log.info("prefix of %d blocks is hot (load %.2f): %s loads it", copy.blocks, copy.load, copy.worker_id)
             message = pb.Prefetch(keys=b"".join(keys[: copy.blocks]))
             self._fleet.send(copy.worker_id, pb.RouterMessage(prefetch=message))
         return copy
 
-    def _targets(self, keys: Sequence[BlockKey], now_s: float) -> list[Target]:
-        """Workers for prompts whose store has something of them."""
+    def _targets(self, servers: Sequence[Member], keys: Sequence[BlockKey], now_s: float) -> list[Target]:
+        """Those whose store has something of them."""
         stored = self._fleet.stores.index.match(keys)
         if stored is None:
             return []
@@ -55,6 +59,5 @@ class HotCopies:
                 max(stored.on(each.store_node), stored.most * each.store_shares),
                 each.backlog_s(now_s),
             )
-            for each in self._fleet.in_use()
-            if each.role is not Role.DECODE
+            for each in servers
         ]

@@ -51,7 +51,7 @@ class ModelFacts:
             ("model", self.model, hello.model),
             ("block_size", self.block_size, hello.block_size),
             ("vocab_size", self.vocab_size, hello.vocab_size),
-            ("layout fingerprint", self.fingerprint.hex(), hello.fingerprint.hex()),
+            ("layout fingerprint (of weights, dtypes and layout)", self.fingerprint.hex(), hello.fingerprint.hex()),
         ):
             if ours != theirs:
                 return f"{what} is {theirs}, the fleet has {ours}"

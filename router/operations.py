@@ -1,7 +1,7 @@
 """What operators look at and do: the pools of the workers by block state, taking a worker out of use, and its role.
 
-A drained worker gets nothing new from this router; what it has goes on. It stays so, over new sessions too, until that
-is undone or its address is forgotten. Other routers are asked one by one.
+A drained worker gets nothing new from this router; what it has goes on. It stays so, over restarts of the worker too,
+until that is undone or the router ends. Other routers are asked one by one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import http.client
 import json
-import logging
 import time
 from typing import Any
 
@@ -19,8 +18,6 @@ from router.http.service import RoleName
 from router.member import Member, check_role
 from router.policy import Role
 from router.roles import RoleChanger
-
-log = logging.getLogger(__name__)
 
 _KEEP_S = 1.0  # however many consoles are open
 _ASK_S = 2.0
@@ -45,12 +42,7 @@ class Operations:
 
     def drain(self, worker_id: str, drained: bool) -> bool:
         """False if no worker has this id."""
-        found = [member for member in self._fleet.known() if member.worker_id == worker_id]
-        for member in found:
-            member.drained = drained
-            log.warning("worker=%s address=%s drained=%s", worker_id, member.link.address, drained)
-        self._fleet.note_roster()
-        return bool(found)
+        return self._fleet.drain(worker_id, drained)
 
     async def change_role(self, worker_id: str, role: RoleName, *, drain_s: float, force: bool) -> dict[str, Any]:
         report = await RoleChanger(self._fleet).change(worker_id, Role(role), drain_s=drain_s, force=force)

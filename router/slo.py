@@ -8,12 +8,13 @@ whose end they were.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from pdserve.errors import ConfigError, InvalidRequest
 from pdserve.slo import Slo
@@ -23,7 +24,8 @@ STANDARD = "standard"
 CUSTOM = "custom"
 FAILED = "failed"
 REFUSED = "refused"  # by admission: no stage began
-_MAX_PAIRS = 1024  # label sets that are counted apart; the rest goes to one
+_LONGEST_MS = 86_400_000.0  # sums of what clients ask for must stay finite
+_MAX_PAIRS = 1024  # label sets that are counted apart; what comes later goes to one
 _MAX_TENANTS = 64  # as above
 
 
@@ -39,6 +41,11 @@ class SloClass:
         return Slo(self.ttft_s, self.tpot_s)
 
 
+class _Given(msgspec.Struct, forbid_unknown_fields=True):
+    ttft_ms: float
+    tpot_ms: float
+
+
 CLASSES = {
     each.name: each
     for each in (SloClass("interactive", 1.0, 0.1), SloClass(STANDARD, 4.0, 0.25), SloClass("batch", 120.0, 2.0))
@@ -50,14 +57,16 @@ def parse_slo(text: str) -> SloClass:
     if text in CLASSES:
         return CLASSES[text]
     try:
-        given = json.loads(text)
-        ttft_s, tpot_s = float(given["ttft_ms"]) / 1e3, float(given["tpot_ms"]) / 1e3
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
-        ttft_s = tpot_s = math.nan
-    if not (0 < ttft_s < math.inf and 0 < tpot_s < math.inf):
+        given = msgspec.json.decode(text, type=_Given)
+    except (msgspec.MsgspecError, RecursionError):
+        given = _Given(math.nan, math.nan)
+    if not (0 < given.ttft_ms <= _LONGEST_MS and 0 < given.tpot_ms <= _LONGEST_MS):
         names = ", ".join(CLASSES)
-        raise InvalidRequest(f'x-pdserve-slo is one of {names}, or {{"ttft_ms": 500, "tpot_ms": 50}}.')
-    return SloClass(CUSTOM, ttft_s, tpot_s)
+        raise InvalidRequest(
+            f"x-pdserve-slo is one of {names}, or an object of two numbers above 0, of at most a day: "
+            '{"ttft_ms": 500, "tpot_ms": 50}.'
+        )
+    return SloClass(CUSTOM, given.ttft_ms / 1e3, given.tpot_ms / 1e3)
 
 
 def check_slo(text: str) -> None:
@@ -114,9 +123,10 @@ class GoodputTracker:
         if tenant not in self.by_tenant and len(self.by_tenant) >= _MAX_TENANTS:
             tenant = "other"
         self.by_tenant.setdefault(tenant, Counter())[missed or ""] += 1
-        if len(self.outcomes) >= _MAX_PAIRS:
-            workers = ("other", "other")
-        self.outcomes[slo.name, *workers, missed or ""] += 1
+        labels = (slo.name, *workers, missed or "")
+        if labels not in self.outcomes and len(self.outcomes) >= _MAX_PAIRS:
+            labels = (slo.name, "other", "other", missed or "")
+        self.outcomes[labels] += 1
 
     def by_class(self) -> Counter[tuple[str, str]]:
         """(class, stage): requests."""

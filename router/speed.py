@@ -10,7 +10,7 @@ from router.policy.candidate import Speed
 
 _WINDOW = 31  # observations a bucket; the newest median follows a lasting change after half of them
 # Below this many tokens a prefill's time is mostly the cost of a step, and a rate would say little about longer ones.
-_LEAST_TOKENS = 16
+LEAST_TOKENS = 16
 
 
 class SpeedLearner:
@@ -25,7 +25,7 @@ class SpeedLearner:
 
     def note_prefill(self, tokens: int, compute_s: float) -> None:
         """`tokens` uncached ones took `compute_s`; what is not a positive finite time is left out."""
-        if tokens >= _LEAST_TOKENS and 0.0 < compute_s < float("inf"):
+        if tokens >= LEAST_TOKENS and 0.0 < compute_s < float("inf"):
             self._prefill.note(tokens, tokens / compute_s)
             self._renew()
 

@@ -31,7 +31,10 @@ class Wishes:
         """
         policy = _text(headers, b"x-pdserve-policy")
         if policy is not None and not caller.operator:
-            raise Forbidden("x-pdserve-policy is for operators: it needs the admin key, or a caller on this machine.")
+            raise Forbidden(
+                "x-pdserve-policy is for operators: it needs the admin key (x-pdserve-admin-key), or, where there is"
+                " none, a caller on the router's machine."
+            )
         if policy is not None and policy not in POLICIES:
             raise InvalidRequest(f"No policy is named '{policy[:64]}'; there are {', '.join(POLICIES)}.")
         slo = _text(headers, b"x-pdserve-slo") or caller.tenant.slo

@@ -30,8 +30,10 @@ def main(
         Path | None, typer.Option("--socket", help="Unix socket for this machine's workers; default: a private one.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address that other nodes reach us at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="gRPC port for other nodes; 0 chooses a free one.")] = 0,
-    admin_port: Annotated[int, typer.Option(help="Port of health, metrics and ledger; 0 chooses a free one.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="gRPC port for other nodes; 0 chooses a free one.")] = 0,
+    admin_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of health, metrics and ledger; 0 chooses a free one.")
+    ] = 0,
     redis: Annotated[
         str | None, typer.Option(envvar="PDSERVE_REDIS_URL", help="Redis URL of the index; none: no remote tier.")
     ] = None,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kvstore.errors import Unavailable
 
+_PROBE_BYTES = 4096
 NO_FOLLOW = os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -23,13 +24,38 @@ def claim(folder: Path) -> int:
         folder.chmod(0o700)
         fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o600)
     except OSError as error:
-        raise Unavailable(f"the disk tier cannot use {folder}: {error.strerror}") from error
+        raise Unavailable(f"the disk tier cannot use {folder} ({error.strerror}): name another --disk-path") from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(fd)
         raise Unavailable(f"another store node uses {folder}: give each node a --disk-path of its own") from error
     return fd
+
+
+def check_writable(folder: Path, least_bytes: int) -> int:
+    """Bytes that a tier may take there, those of files that it has left there included. Raises Unavailable."""
+    fd = claim(folder)
+    probe = folder / "probe"
+    try:
+        probe.unlink(missing_ok=True)  # of a life that ended amid this
+        probe.write_bytes(bytes(_PROBE_BYTES))
+        stats = os.statvfs(folder)
+        room_bytes = stats.f_bavail * stats.f_frsize + sum(path.stat().st_size for path in segment_paths(folder))
+    except OSError as error:
+        raise Unavailable(
+            f"the disk tier cannot write to {folder} ({error.strerror}): make room there, or name another --disk-path"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+        os.close(fd)
+    if room_bytes < least_bytes:
+        raise Unavailable(
+            f"the disk tier has room for {room_bytes >> 20} MiB in {folder}, and one of its files takes"
+            f" {least_bytes >> 20}: make room, or give it fewer --disk-bytes (0: no disk tier)"
+        )
+    return room_bytes
 
 
 def segment_path(folder: Path, segment_id: int) -> Path:

@@ -26,7 +26,7 @@ import numpy as np
 from kvstore.errors import Unavailable
 from kvstore.keys import BlockKey
 from kvstore.store.breaker import Breaker, BreakerState
-from kvstore.store.disk_folder import claim, remove_segment, segment_id_of, segment_paths
+from kvstore.store.disk_folder import check_writable, claim, remove_segment, segment_id_of, segment_paths
 from kvstore.store.disk_index import DiskIndex
 from kvstore.store.segment import (
     HEADER_BYTES,
@@ -46,6 +46,22 @@ _MAX_VECTORS = 1024  # IOV_MAX
 _READ_BLOCKS = 64  # of one thread's turn
 
 
+def check_disk(folder: Path, budget_bytes: int) -> None:
+    """Before a block's size is known: whether a tier could be had. Raises Unavailable, one sentence that says why."""
+    room_bytes = check_writable(folder, _segment_bytes(budget_bytes))
+    if room_bytes < budget_bytes:
+        log.warning(
+            "%s has room for %d MiB of the disk tier's %d: it rests whenever the disk is full",
+            folder,
+            room_bytes >> 20,
+            budget_bytes >> 20,
+        )
+
+
+def _segment_bytes(budget_bytes: int) -> int:
+    return min(_SEGMENT_BYTES, budget_bytes // 4)
+
+
 class DiskTier:
     """Use on the node's loop. Making one reads the indexes of all segments: do it in a thread."""
 
@@ -62,7 +78,7 @@ class DiskTier:
         calls: DiskCalls | None = None,
     ) -> None:
         """Raises Unavailable: the folder cannot be used; one sentence that says why."""
-        wanted = segment_bytes or min(_SEGMENT_BYTES, budget_bytes // 4)
+        wanted = segment_bytes or _segment_bytes(budget_bytes)
         stride = HEADER_BYTES + block_bytes
         self._records = (wanted - PAGE_BYTES) // stride
         if self._records < 1:

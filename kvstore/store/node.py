@@ -50,9 +50,10 @@ async def running_node(config: StoreConfig, geometry: Geometry | None = None) ->
     """A node that serves while entered; `geometry` opens it at once, otherwise the first worker does.
 
     Raises:
-        Unavailable: a port or the socket cannot be listened on.
+        Unavailable: a port or the socket cannot be listened on, or what the configuration names cannot be used.
     """
     state = NodeState(config)
+    state.check()
     admin_socket = _listen(config.host, config.admin_port)
     workers = WorkerServer(state, config.socket_path)
     operators = _server()

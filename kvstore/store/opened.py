@@ -14,10 +14,10 @@ from kvstore.errors import Unavailable
 from kvstore.host import host_id
 from kvstore.store.arena import Arena
 from kvstore.store.config import StoreConfig
-from kvstore.store.disk_tier import DiskTier
+from kvstore.store.disk_tier import DiskTier, check_disk
 from kvstore.store.geometry import Geometry
 from kvstore.store.host_tier import HostTier
-from kvstore.store.locations import Locations, NodeRecord
+from kvstore.store.locations import Locations, NodeRecord, connect
 from kvstore.store.metrics import StoreMetrics
 from kvstore.store.offers import Offers
 from kvstore.store.peer_links import PeerLinks
@@ -69,6 +69,14 @@ class NodeState:
         self.problems: list[str] = []
         self._opening: asyncio.Task[OpenStore] | None = None
         self._opened = asyncio.Event()
+
+    def check(self) -> None:
+        """Before a worker is there: what its blocks could not be put in is told now. Raises Unavailable."""
+        config = self.config
+        if config.disk_bytes and config.disk_path is not None:
+            check_disk(config.disk_path, config.disk_bytes)
+        if config.redis_url is not None:
+            connect(config.redis_url)
 
     async def open(self, geometry: Geometry) -> OpenStore:
         """Open for blocks like these, or find it open.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -40,7 +41,7 @@ def register(app: typer.Typer) -> None:
         try:
             found = post_json(router, f"/admin/workers/{quote(worker, safe='')}/role", body, headers, _TIMEOUT_S)
             if wait and found["next_role"] is not None:
-                found = _wait(router, worker, role, drain_s + _GRACE_S)
+                found = _wait(router, headers, worker, role, drain_s + _GRACE_S)
         except OSError as error:
             raise ConfigError(f"The router {router} does not answer: {error}.") from error
         except ValueError as error:
@@ -56,11 +57,11 @@ def _key(file: Path) -> str:
         raise ConfigError(f"The admin key cannot be read from {file} ({error.strerror}).") from error
 
 
-def _wait(url: str, worker: str, role: str, within_s: float) -> dict[str, Any]:
+def _wait(url: str, headers: Mapping[str, str], worker: str, role: str, within_s: float) -> dict[str, Any]:
     """Until the topology shows the role. Raises ConfigError."""
     until_s = time.monotonic() + within_s
     while time.monotonic() < until_s:
-        for entry in get_json(url, "/v1/topology")["workers"]:
+        for entry in get_json(url, "/v1/topology", headers=headers)["workers"]:
             if entry["worker_id"] == worker and entry["role"] == role and entry["next_role"] is None:
                 return dict(entry)
         time.sleep(_LOOK_S)

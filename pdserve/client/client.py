@@ -25,6 +25,7 @@ from pdserve.protocol import COMPONENT_PROTOCOL_VERSION
 from pdserve.protocol.component_pb2 import ComponentCall
 from pdserve.protocol.component_pb2_grpc import ComponentStub
 
+MAX_REQUEST_BYTES = (4 << 20) - 1024  # gRPC's limit on a message, less what else is in it
 _REFUSALS = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED)
 
 
@@ -76,7 +77,9 @@ class Client:
                 await self._instances.wait_for(count)
         except TimeoutError:
             found = len(self.instances())
-            raise NoInstances(f"{found} of {count} instances are there after {timeout_s:g} s") from None
+            raise NoInstances(
+                f"{found} of {count} instances are there after {timeout_s:g} s{self._instances.doubt}"
+            ) from None
         return self.instances()
 
     def watch(self, on_change: OnChange) -> None:
@@ -112,6 +115,8 @@ class Client:
 
     async def _call(self, instance: Endpoint, request: bytes, end_s: float | None) -> AsyncGenerator[bytes]:
         name = f"instance {instance.endpoint_id}"
+        if len(request) > MAX_REQUEST_BYTES:
+            raise NotStarted(f"{name} takes requests of up to {MAX_REQUEST_BYTES} bytes, not of {len(request)}")
         async with contextlib.AsyncExitStack() as stack:
             try:
                 async with asyncio.timeout_at(end_s):

@@ -23,6 +23,7 @@ class Instances:
     def __init__(self, discovery: Discovery) -> None:
         self._discovery = discovery
         self._listed: dict[str, Endpoint] = {}
+        self._known = True  # discovery answered last time
         self._changed = asyncio.Condition()
         self._watchers: list[OnChange] = []
 
@@ -35,19 +36,24 @@ class Instances:
     def addresses(self) -> set[str]:
         return {each.address for each in self._listed.values()}
 
+    @property
+    def doubt(self) -> str:
+        """For the end of a sentence about who is missing."""
+        return "" if self._known else ": Redis does not answer"
+
     def some(self) -> tuple[Endpoint, ...]:
         """At least one. Raises NoInstances."""
         usable = self.usable
         if not usable:
             others = "; ".join(map(_other_version, self._listed.values()))
-            raise NoInstances(others or "no instance of this component is listed")
+            raise NoInstances(others or f"no instance of this component is listed{self.doubt}")
         return usable
 
     def one(self, instance_id: str) -> Endpoint:
         """Raises UnknownInstance; NotStarted if it speaks another protocol version."""
         found = self._listed.get(instance_id)
         if found is None:
-            raise UnknownInstance(f"no instance {instance_id} is listed")
+            raise UnknownInstance(f"no instance {instance_id} is listed{self.doubt}")
         if not _speaks_ours(found):
             raise NotStarted(_other_version(found))
         return found
@@ -57,6 +63,7 @@ class Instances:
 
     async def poll(self) -> None:
         listed = await self._discovery.poll()
+        self._known = listed is not None
         if listed is None:
             return
         new = {each.endpoint_id: each for each in listed}

@@ -9,6 +9,7 @@ import os
 import shlex
 import socket
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -78,18 +79,20 @@ def credentials() -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def get_json(url: str, path: str, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
+def get_json(
+    url: str, path: str, timeout_s: float = _CALL_TIMEOUT_S, headers: Mapping[str, str] = MappingProxyType({})
+) -> Any:
     """The JSON that `GET path` answers with 200.
 
     Raises:
         OSError: nothing answers, or not in time (http.client.HTTPException, a broken answer, is turned into one).
-        ValueError: it answers with another status or something other than JSON.
+        ValueError: it answers with another status, whose message this is, or something other than JSON.
     """
-    status, body = _exchange(url, "GET", path, None, {}, timeout_s)
+    status, body = _exchange(url, "GET", path, None, headers, timeout_s)
     if status in (401, 403):
         raise ValueError(f"it wants another key in PDSERVE_API_KEY (status {status})")
     if status != 200:
-        raise ValueError(f"it answered with status {status}")
+        raise ValueError(_said(status, body))
     return json.loads(body)
 
 
@@ -102,10 +105,17 @@ def post_json(url: str, path: str, body: Any, headers: Mapping[str, str], timeou
     """
     headers = {"content-type": "application/json", **headers}
     status, answer = _exchange(url, "POST", path, json.dumps(body).encode(), headers, timeout_s)
-    found = json.loads(answer)
     if status != 200:
-        raise ValueError(found["error"]["message"] if "error" in found else f"it answered with status {status}")
-    return found
+        raise ValueError(_said(status, answer))
+    return json.loads(answer)
+
+
+def _said(status: int, answer: bytes) -> str:
+    """What an answer that is not 200 says of itself."""
+    try:
+        return str(json.loads(answer)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"it answered with status {status}"
 
 
 def _exchange(

@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+from pdserve.discovery import check_redis
 from pdserve.launch.announce import Progress, StartFailed, await_ready
 from pdserve.launch.child import Child
 from pdserve.launch.folders import RunFolder, runtime_folder
@@ -53,7 +54,11 @@ async def up(options: UpOptions, steps: Steps) -> int:
     """
     started_s = time.monotonic()
     check_port_free(options.host, options.port)
-    redis_binary = None if options.redis_url is not None else server_binary()
+    if options.redis_url is None:
+        redis_binary = server_binary()
+    else:
+        redis_binary = None
+        await check_redis(options.redis_url)
     stop = _stop_event()
     with RunFolder(runtime_folder()) as folder:
         supervisor = Supervisor(options, redis_binary, steps, folder)

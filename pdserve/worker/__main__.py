@@ -14,6 +14,7 @@ import uvloop
 from kvstore.control_plane import TLS_HELP, control_plane
 from kvstore.errors import KvError
 from kvstore.layout import KvDtype
+from kvstore.sizes import parse_bytes
 from pdserve.errors import ConfigError
 from pdserve.launch.announce import Announcer
 from pdserve.launch.folders import cache_folder
@@ -31,8 +32,10 @@ def main(
     role: Annotated[Role, typer.Option(help="What the router prefers this worker for.")] = Role.MIXED,
     worker_id: Annotated[str, typer.Option(help="Unique name; default: role and process id.")] = "",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="gRPC port; 0 chooses a free one.")] = 0,
-    admin_port: Annotated[int, typer.Option(help="Port of health, metrics and ledger; 0 chooses a free one.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="gRPC port; 0 chooses a free one.")] = 0,
+    admin_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of health, metrics and ledger; 0 chooses a free one.")
+    ] = 0,
     redis: Annotated[
         str | None,
         typer.Option(envvar="PDSERVE_REDIS_URL", help="Redis URL to be found through; none: routers name us."),
@@ -44,19 +47,27 @@ def main(
         KvDtype | None, typer.Option(help="Of KV, if other than dtype; fp8_e4m3 on a GPU with FlashInfer.")
     ] = None,
     kv_bytes: Annotated[
-        int | None, typer.Option(help="Memory of the KV pool; default 1 GiB, or what the next leaves on a GPU.")
+        int | None,
+        typer.Option(
+            parser=parse_bytes,
+            metavar="SIZE",
+            help="Memory of the KV pool, such as 512M; default 1 GiB, or what the next leaves on a GPU.",
+        ),
     ] = None,
     gpu_memory_utilization: Annotated[
         float, typer.Option(min=0.05, max=1.0, help="Share of a GPU's memory that this worker may take.")
     ] = 0.9,
-    block_size: Annotated[int, typer.Option(help="Tokens a KV block.")] = 16,
-    max_batched_tokens: Annotated[int, typer.Option(help="Tokens computed in one step.")] = 512,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens a KV block.")] = 16,
+    max_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in one step.")] = 512,
     speculate_tokens: Annotated[
-        int, typer.Option(help="Tokens of a draft by prompt look-up that a decode step checks; 0 drafts nothing.")
+        int,
+        typer.Option(min=0, help="Tokens of a draft by prompt look-up that a decode step checks; 0 drafts nothing."),
     ] = 0,
-    max_sequences: Annotated[int, typer.Option(help="Sequences running at once.")] = 64,
-    max_model_len: Annotated[int, typer.Option(help="Tokens a request may have; 0: what model and pool allow.")] = 0,
-    threads: Annotated[int, typer.Option(help="Compute threads.")] = 1,
+    max_sequences: Annotated[int, typer.Option(min=1, help="Sequences running at once.")] = 64,
+    max_model_len: Annotated[
+        int, typer.Option(min=0, help="Tokens a request may have; 0: what model and pool allow.")
+    ] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="Compute threads.")] = 1,
     kernels: Annotated[str, typer.Option(help="auto, native, flashinfer, sdpa or reference.")] = "auto",
     weights: Annotated[WeightFormat, typer.Option(help=WEIGHTS_HELP)] = "dense",
     load_format: Annotated[LoadFormat, typer.Option(help=LOAD_HELP)] = "auto",

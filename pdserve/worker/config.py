@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Literal
 
 from kvstore.control_plane import IN_THE_CLEAR, ControlPlane
 from kvstore.layout import KvDtype
+from pdserve.errors import ConfigError
 from pdserve.models.weight_format import LoadFormat, WeightFormat
 from pdserve.protocol import worker_pb2 as pb
 
 TransportName = Literal["ucx", "nixl"]
+_WORKER_ID = re.compile(r"[\w.-]{1,253}", re.ASCII)
 
 
 class Role(Enum):
@@ -84,3 +87,8 @@ class WorkerConfig:
     store: Path | None = None  # socket of the store node of this machine
     control: ControlPlane = IN_THE_CLEAR  # how routers and peers reach us and we them
     limits: WorkerLimits = field(default_factory=WorkerLimits)
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError."""
+        if not _WORKER_ID.fullmatch(self.worker_id):  # it stands in paths and headers of the router
+            raise ConfigError("--worker-id takes 1 to 253 letters, digits, dots, dashes and underscores.")

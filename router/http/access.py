@@ -64,14 +64,19 @@ class Access:
         """
         operator = self._trust.covers(client_host, headers) and _same_origin(headers)
         if path.startswith("/admin/") and not operator:
-            raise Forbidden("This is for operators: it needs the admin key, or a caller on the router's machine.")
+            raise Forbidden(
+                "This is for operators: it needs the admin key (x-pdserve-admin-key), or, where there is none, a caller"
+                " on the router's machine."
+            )
         if self._file is None:
             return Caller(turns=_digest(headers.get(b"authorization")), operator=operator)
         if path in _OPEN or path.startswith("/console/"):
             return Caller(operator=operator)
         tenant = self._tenant(headers)
         if path in _OPERATORS and not operator:
-            raise (Unauthorized if tenant is None else Forbidden)("This is for operators: it needs the admin key.")
+            raise (Unauthorized if tenant is None else Forbidden)(
+                "This is for operators: it needs the admin key (x-pdserve-admin-key)."
+            )
         if tenant is None:
             if not operator:
                 raise Unauthorized("A valid API key is needed: Authorization: Bearer KEY.")

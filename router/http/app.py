@@ -208,8 +208,9 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     """No such path, or not this method."""
     assert isinstance(error, HTTPException)
     method, path = request.method, request.url.path[:128]
-    failure = InvalidRequest(f"Unknown request URL: {method} {path}.", code="unknown_url")
     headers: dict[str, Any] = dict(error.headers or {})
+    takes = f"; it takes {headers['Allow']}" if "Allow" in headers else ""
+    failure = InvalidRequest(f"Unknown request URL: {method} {path}{takes}.", code="unknown_url")
     return JSONResponse(error_payload(failure), status_code=error.status_code, headers=headers)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from pdserve.errors import InvalidRequest
 from router.http.answer import Piece
 from router.http.call import Call
 from router.http.choices import Branch, Choices
@@ -37,6 +38,7 @@ class Delivery:
         self._writers = [_Writer(call, branch, shape, tokenizer) for branch in choices.branches]
         self._open = len(choices.branches)
         self._named = False
+        self._tells_timeline = _tells_timeline(exchange)
         # One write at a time.
         self._turn: asyncio.Lock | None = asyncio.Lock() if self._open > 1 else None
 
@@ -150,7 +152,7 @@ class Delivery:
 
     def _timeline_extension(self) -> Payload:
         """Where the time of the first choice went, for who asks with the header `x-pdserve-timeline: 1`."""
-        if self._exchange.headers.get(b"x-pdserve-timeline") != b"1":
+        if not self._tells_timeline:
             return {}
         generation = self._choices.branches[0].generation
         timeline = generation.timeline
@@ -163,6 +165,13 @@ class Delivery:
             "cached_tokens": dict(generation.cached_by_tier),
         }
         return {"x_pdserve": extension}
+
+
+def _tells_timeline(exchange: Exchange) -> bool:
+    given = exchange.headers.get(b"x-pdserve-timeline", b"0")
+    if given not in (b"0", b"1"):
+        raise InvalidRequest("x-pdserve-timeline is 1, for where the time of the answer went, or 0.")
+    return given == b"1"
 
 
 class _Writer:

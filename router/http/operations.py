@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -18,11 +17,12 @@ from router.http.body import decode_body
 from router.http.errors import error_payload
 from router.http.exchange import Exchange
 from router.http.json_endpoint import JsonEndpoint
+from router.http.schema import Strict, parse
 from router.http.service import HttpLimits, Operations, RoleName
 from router.roles import DRAIN_S
 
 
-class RoleBody(msgspec.Struct, forbid_unknown_fields=True):
+class RoleBody(Strict):
     role: RoleName
     drain_s: float = DRAIN_S
     force: bool = False
@@ -36,10 +36,7 @@ class RoleEndpoint(JsonEndpoint):
         self._operations = operations
 
     async def answer(self, body: bytes, exchange: Exchange) -> dict[str, Any]:
-        try:
-            wanted = msgspec.convert(decode_body(body), RoleBody)
-        except msgspec.ValidationError as error:
-            raise InvalidRequest(f"{error}.") from error
+        wanted = parse(RoleBody, decode_body(body))
         worker_id = exchange.path_params["worker_id"]
         return await self._operations.change_role(worker_id, wanted.role, drain_s=wanted.drain_s, force=wanted.force)
 

@@ -16,8 +16,10 @@ from router.caller import Caller
 from router.http.access import CALLER_KEY
 from router.http.body import decode_body
 from router.http.call import chat_call, completion_call
+from router.http.errors import error_payload
 from router.http.exchange import Exchange
 from router.http.json_endpoint import JsonEndpoint
+from router.http.responses_call import responses_call
 from router.http.service import Routing, Service
 from router.wishes import Wishes
 
@@ -25,7 +27,7 @@ MAX_RECENT = 1024
 
 
 class DryRunEndpoint(JsonEndpoint):
-    """The body and headers of a completion or chat completion; answers with the decision, and runs nothing."""
+    """The body and headers of a request, of several prompts the first; answers with the decision, and runs nothing."""
 
     def __init__(self, service: Service, routing: Routing) -> None:
         super().__init__(service.limits)
@@ -34,7 +36,8 @@ class DryRunEndpoint(JsonEndpoint):
 
     async def answer(self, body: bytes, exchange: Exchange) -> dict[str, Any]:
         service = self._service
-        make = chat_call if "messages" in decode_body(body) else completion_call
+        fields = decode_body(body)
+        make = chat_call if "messages" in fields else responses_call if "input" in fields else completion_call
         call = make(body, service.model, secrets.randbelow(MAX_SEED + 1))
         request = Request(
             request_id=exchange.request_id,
@@ -56,9 +59,11 @@ def routing_routes(service: Service, routing: Routing) -> Sequence[BaseRoute]:
     async def explain(request: HttpRequest) -> Response:
         found = routing.explain(request.path_params["request_id"], _reader(request))
         if found is None:
-            failure = InvalidRequest("This request is not among the last ones.", code="unknown_request")
-            payload = {"error": {"message": failure.message, "type": failure.type, "param": None, "code": failure.code}}
-            return JSONResponse(payload, status_code=404)
+            failure = InvalidRequest(
+                "This request is not among the last ones of this router; /v1/requests lists them.",
+                code="unknown_request",
+            )
+            return JSONResponse(error_payload(failure), status_code=404)
         return JSONResponse(found)
 
     async def recent(request: HttpRequest) -> Response:
@@ -75,7 +80,7 @@ def routing_routes(service: Service, routing: Routing) -> Sequence[BaseRoute]:
 
     return [
         Route("/v1/requests", recent),
-        Route("/v1/requests/{request_id}/explain", explain),
+        Route("/v1/requests/{request_id:path}/explain", explain),  # a client may have a slash in its id
         Route("/v1/route:dryrun", DryRunEndpoint(service, routing), methods=["POST"]),
         Route("/v1/slo", slo),
         Route("/v1/topology", topology),

@@ -103,6 +103,11 @@ class ChunkShape(Shape):
         before, after = self._frames.get(index) or self._frame(index)
         return before + encode_json(text) + after
 
+    def _closing(self, head: Payload, usage: Usage, extension: Payload) -> list[Payload]:
+        """A chunk without a choice for what was asked for beside them; none where that is nothing."""
+        asked = ({"usage": usage.payload()} if self.call.include_usage else {}) | extension
+        return [{**head, "choices": []} | asked] if asked else []
+
     def _frame(self, index: int) -> tuple[bytes, bytes]:
         # Only numbers and nulls follow the text, so the last mark is that of the text, whatever the model is called.
         before, _, after = super().text_events(index, _MARK).rpartition(encode_json(_MARK))
@@ -134,9 +139,7 @@ class ChatShape(ChunkShape):
         return [self._chunk(index, {}, finish_reason, {})]
 
     def closing(self, usage: Usage, extension: Payload) -> list[Payload]:
-        if not self.call.include_usage:
-            return []
-        return [{**self._head("chat.completion.chunk"), "choices": [], "usage": usage.payload()} | extension]
+        return self._closing(self._head("chat.completion.chunk"), usage, extension)
 
     def _chunk(self, index: int, delta: Payload, finish_reason: str | None, extra: Payload) -> Payload:
         payload = self._head("chat.completion.chunk")
@@ -192,9 +195,7 @@ class CompletionShape(ChunkShape):
         return [self._chunk(index, "", finish_reason, {})]
 
     def closing(self, usage: Usage, extension: Payload) -> list[Payload]:
-        if not self.call.include_usage:
-            return []
-        return [{**self._head(), "choices": [], "usage": usage.payload()} | extension]
+        return self._closing(self._head(), usage, extension)
 
     def _chunk(self, index: int, text: str, finish_reason: str | None, extra: Payload) -> Payload:
         payload = self._head()

@@ -35,6 +35,22 @@ def test_the_objective_that_is_missed(seen: Forecast, reason: str | None) -> Non
     assert judge(STANDARD, seen, Mode.ENFORCE).reason == reason
 
 
+@pytest.mark.parametrize(
+    ("seen", "reason"),
+    [
+        (forecast(prompts_s=2.8, compute_s=1.0), None),  # it would miss its second alone, and meets `standard`
+        (forecast(prompts_s=3.0, compute_s=1.0), "ttft"),  # a retry can spare it the wait
+        (forecast(prompts_s=3.0, compute_s=5.0), None),
+        (forecast(prompts_s=116.0, compute_s=5.0), "ttft"),
+        (forecast(prompts_s=300.0, compute_s=200.0), None),  # there is no class that it could meet
+    ],
+)
+def test_what_misses_its_class_alone_is_judged_by_the_next_that_it_meets(seen: Forecast, reason: str | None) -> None:
+    verdict = judge(CLASSES["interactive"], seen, Mode.ENFORCE)
+    assert verdict.reason == reason
+    assert not verdict.refused or verdict.retry_after_s >= 1
+
+
 def test_in_shadow_nothing_is_refused() -> None:
     shadow, enforced = (judge(STANDARD, forecast(prompts_s=9.0), mode) for mode in (Mode.SHADOW, Mode.ENFORCE))
     assert shadow.reason == enforced.reason == "ttft"

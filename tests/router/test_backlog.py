@@ -33,6 +33,24 @@ def test_prompts_of_one_step_are_seen_to_drain_together() -> None:
     assert backlog.seconds(20.0, USUAL) == pytest.approx(0.1)
 
 
+def test_prompts_that_are_all_but_cached_do_not_make_long_ones_look_slow() -> None:
+    backlog = Backlog()
+    for round_s in range(40):
+        backlog.computed(backlog.sent(1, float(round_s)), round_s + 0.02)
+    backlog.sent(1000, 50.0)
+    assert backlog.seconds(50.0, USUAL) == pytest.approx(1.0), "and not 20"
+
+
+def test_many_small_prompts_of_one_step_count_together() -> None:
+    backlog = Backlog()
+    for round_s in range(10):
+        tickets = [backlog.sent(10, float(round_s)) for _ in range(4)]
+        for ticket in tickets:
+            backlog.computed(ticket, round_s + 0.1)
+    backlog.sent(400, 20.0)
+    assert backlog.seconds(20.0, USUAL) == pytest.approx(1.0)
+
+
 def test_what_was_dropped_teaches_nothing_and_holds_up_nobody() -> None:
     backlog = Backlog()
     first, second = backlog.sent(1000, 0.0), backlog.sent(100, 0.0)

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from pdserve.errors import DeadlineExceeded, InvalidRequest, Overloaded, WorkerFailed
+from pdserve.errors import DeadlineExceeded, InvalidRequest, Overloaded, UnknownWorker, WorkerFailed
 from pdserve.request import FinishReason
 from router.bench.stub_worker import Fabric, StubSpec, StubWorker
+from router.wishes import Wishes
 from tests.support.faulty_worker import FaultyWorker
 from tests.support.stub_cluster import (
     DECODE,
@@ -96,6 +97,13 @@ async def test_direct_runs_the_prompt_where_the_caller_says() -> None:
             generation = cluster.start(GREEDY, target=name)
             await assert_exact(generation)
             assert generation.workers == [name]
+        with pytest.raises(UnknownWorker, match="No worker is named 'm3', as x-pdserve-worker says"):
+            cluster.start(GREEDY, target="m3")
+        with pytest.raises(UnknownWorker):
+            cluster.dispatcher.dry_run(cluster.request(GREEDY), Wishes(target="m3"))
+        assert cluster.dispatcher.num_active == 0
+        assert not cluster.dispatcher.account.records.find("m3")
+        await assert_exact(cluster.start(GREEDY, target="m3", policy="cost"))
 
 
 async def test_no_worker_in_time_is_overloaded() -> None:

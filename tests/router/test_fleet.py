@@ -115,6 +115,71 @@ async def test_without_redis_nobody_is_forgotten_and_a_restarted_worker_is_found
     await until(lambda: setting.state(worker.address) == "ready")
 
 
+async def test_while_nobody_is_ready_a_redis_that_does_not_answer_is_told(setting: Setting) -> None:
+    setting.listed.addresses = None
+    await until(lambda: setting.fleet.why_not_ready.startswith("no worker has joined; Redis"))
+    setting.listed.addresses = []
+    await until(lambda: setting.fleet.why_not_ready == "no worker has joined")
+    await setting.add(stub("m0"))
+    setting.listed.addresses = None
+    await asyncio.sleep(0.1)
+    assert setting.fleet.ready
+
+
+async def test_a_drain_is_of_the_worker_whatever_its_port(setting: Setting) -> None:
+    first = await setting.add(stub("m0"))
+    await setting.add(stub("m1"))
+    assert setting.fleet.drain("m0", True)
+    await first.stop()
+    await until(lambda: setting.fleet.member("m0") is None)
+    second = await setting.add(stub("m0", incarnation=2), state="drained")
+    assert second.address != first.address
+    assert [each.worker_id for each in setting.fleet.in_use()] == ["m1"]
+    assert setting.fleet.drain("m0", False)
+    await until(lambda: setting.state(second.address) == "ready")
+
+
+async def test_a_drain_is_undone_while_its_worker_is_away(setting: Setting) -> None:
+    worker = await setting.add(stub("m0"))
+    assert setting.fleet.drain("m0", True)
+    assert setting.listed.addresses is not None
+    setting.listed.addresses.clear()
+    await worker.stop()
+    await until(lambda: not setting.fleet.topology()["workers"])
+    assert setting.fleet.drain("m0", False)
+    assert not setting.fleet.drain("m0", False), "nobody knows it any more"
+    assert not setting.fleet.drain("m0", True)
+    await setting.add(stub("m0", incarnation=2))
+
+
+async def test_drains_that_nobody_undoes_are_bounded() -> None:
+    fleet = Fleet(Listed(), "test", replace(LIMITS, workers=1))
+    listed = fleet._discovery
+    assert isinstance(listed, Listed)
+    fleet.start(Heard())
+    assert listed.addresses is not None
+    for name in ("m0", "m1"):
+        worker = stub(name)
+        listed.addresses.append(await worker.start())
+        await until(lambda: len(fleet.known()) == 1)
+        assert fleet.drain(name, True)
+        listed.addresses.clear()
+        await worker.stop()
+        await until(lambda: not fleet.topology()["workers"])
+    assert not fleet.drain("m0", False), "the oldest went"
+    assert fleet.drain("m1", False)
+    await fleet.close()
+
+
+async def test_an_earlier_life_of_a_worker_is_not_shown_beside_it(setting: Setting) -> None:
+    first = await setting.add(stub("m0"))
+    assert setting.listed.addresses is not None
+    await first.stop()
+    await until(lambda: setting.state(first.address) == "unreachable")
+    second = await setting.add(stub("m0", incarnation=2))
+    assert [each.link.address for each in setting.fleet.known()] == [second.address]
+
+
 async def test_a_silent_worker_is_first_suspect_and_then_dead(setting: Setting) -> None:
     worker = FaultyWorker(StubSpec("m0", MIXED), Fabric())
     await setting.add(worker)
@@ -134,7 +199,10 @@ async def test_a_worker_that_differs_from_the_fleet_is_refused_in_clear_text(set
     other = await setting.add(stub("m1", fingerprint=b"other"), state="incompatible")
     assert setting.fleet.member("m1") is None
     [entry] = [e for e in setting.fleet.topology()["workers"] if e["address"] == other.address]
-    assert entry["error"] == f"layout fingerprint is {b'other'.hex()}, the fleet has {FINGERPRINT.hex()}"
+    assert (
+        entry["error"]
+        == f"layout fingerprint (of weights, dtypes and layout) is {b'other'.hex()}, the fleet has {FINGERPRINT.hex()}"
+    )
     await setting.add(stub("m0"), state="incompatible")  # the same id twice
     assert setting.fleet.counts() == {("mixed", "ready"): 1, ("mixed", "incompatible"): 2}
 

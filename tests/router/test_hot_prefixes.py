@@ -17,7 +17,7 @@ from router.bench.stub_worker import Fabric, StubSpec, StubWorker
 from router.explain import Explainer
 from router.hot_prefixes import AGAIN_S, ALARM, PREFIXES, HotPrefixes, Target
 from router.store_watch import StoreLife
-from tests.support.stub_cluster import MIXED, StubCluster, assert_exact, until, with_limits
+from tests.support.stub_cluster import DECODE, MIXED, PREFILL, StubCluster, assert_exact, until, with_limits
 
 BLOCK_BYTES = 1000
 HOT = [BlockKey(bytes([n]) * 16) for n in range(3 * GROUP_BLOCKS)]
@@ -138,3 +138,32 @@ async def test_the_second_worker_is_asked_to_load_it_and_the_record_says_so() ->
         told = [record["hot_prefix"] for request in asked if (record := explain(request)) and record["hot_prefix"]]
         assert told[0]["blocks"] == 2 * GROUP_BLOCKS
         assert told[0]["load"] > ALARM
+
+
+async def test_decode_workers_that_hold_it_do_not_count_as_holders() -> None:
+    """Each that ever took over such a request holds its prefix, and none of them serves the next prompt."""
+    fabric = Fabric()
+    roles = {"p0": PREFILL, "p1": PREFILL, "d0": DECODE, "d1": DECODE}
+    workers = [StubWorker(StubSpec(name, role, has_store=True), fabric) for name, role in roles.items()]
+    async with StubCluster(*workers, policy="direct", limits=with_limits(hot_copy_bytes=1 << 20)) as cluster:
+        prompt = GROUP_BLOCKS * 16 + 1
+        keys = block_keys(cluster.fleet.root_key(b""), range(prompt), 16)
+        stores = cluster.fleet.stores
+        for member in cluster.members():
+            member.store, member.store_node = StoreLife("nobody:1", 1), 0
+            member.learner.note_prefill(16, 32.0)  # so the token behind the prefix keeps a worker busy for 2 s
+            if member.worker_id != "p1":
+                cluster.fleet.index.stored(member.slot, keys)
+        stores.index.join(0)
+        stores.index.snapshot_ended(0, 0)
+        stores.index.stored(0, 1, 1, keys)  # type: ignore[arg-type]
+        sampling = SamplingParams(max_tokens=1, seed=1, temperature=0.0)
+        # As much as one holder can do, and less than three can.
+        for _ in range(6):
+            await assert_exact(cluster.start(sampling, prompt_tokens=prompt, target="p0"))
+            if cluster.dispatcher.hot.prefixes.copies:
+                break
+        await until(lambda: any(worker.prefetches for worker in workers))
+        assert [bool(worker.prefetches) for worker in workers] == [False, True, False, False]
+        loads = [r.copy.load for r in cluster.dispatcher.account.records.recent(40) if r.copy is not None]
+        assert ALARM < loads[0] < 2 * ALARM

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+import typer
 
 from pdserve.errors import ConfigError
+from router.__main__ import main
 from router.bench.stub_worker import Fabric, StubSpec, StubWorker
 from router.main import RouterConfig, listen
 from tests.support.stub_cluster import MIXED
@@ -126,6 +128,13 @@ def test_routers_share_a_port_only_if_all_say_so() -> None:
             assert second.getsockname() == first.getsockname()
         with pytest.raises(ConfigError, match=str(port)):
             listen("127.0.0.1", port)
+
+
+def test_what_up_has_no_option_for_reaches_its_router_through_the_environment() -> None:
+    app = typer.Typer()
+    app.command()(main)
+    variables = {getattr(option, "envvar", None) for option in typer.main.get_command(app).params}
+    assert {"PDSERVE_ADMISSION", "PDSERVE_AUTO_BALANCE", "PDSERVE_DECISION_LOG", "PDSERVE_SKIP_HANDOFFS"} <= variables
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,12 @@ def test_classes_by_name_and_by_numbers() -> None:
         "{}",
         '{"ttft_ms": 1}',
         '{"ttft_ms": "x", "tpot_ms": 1}',
+        '{"ttft_ms": "500", "tpot_ms": 1}',
+        '{"ttft_ms": 500, "tpot_ms": true}',
+        '{"ttft_ms": 500, "tpot_ms": 50, "tpt_ms": 5}',
+        '{"ttft_ms": 500}',
+        '{"ttft_ms": 1e307, "tpot_ms": 50}',
+        '{"ttft_ms": 500, "tpot_ms": 86400001}',
         '{"ttft_ms": -1, "tpot_ms": 1}',
         '{"ttft_ms": NaN, "tpot_ms": 1}',
         '{"ttft_ms": Infinity, "tpot_ms": 1}',
@@ -129,3 +135,7 @@ def test_label_sets_are_bounded() -> None:
     assert len(tracker.by_tenant) <= 65
     assert len(tracker.outcomes) <= 1025
     assert sum(tracker.outcomes.values()) == 5000
+    for _ in range(10):
+        tracker.note(SLO, ("p0", "d"), None)
+    assert tracker.outcomes[SLO.name, "p0", "d", ""] == 11, "who was there before is counted on"
+    assert sum(tracker.outcomes.values()) == 5010

@@ -18,7 +18,7 @@ from kvstore.errors import Unavailable
 from kvstore.keys import BlockKey
 from kvstore.store import disk_tier
 from kvstore.store.breaker import Breaker, BreakerState
-from kvstore.store.disk_tier import DiskTier
+from kvstore.store.disk_tier import DiskTier, check_disk
 from kvstore.store.segment import HEADER_BYTES, PAGE_BYTES
 from kvstore.store.segment_file import DiskWrite, OsCalls
 from kvstore.transfer.checksum import block_checksum
@@ -268,6 +268,43 @@ def test_a_link_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with pytest.raises(Unavailable, match="a folder of its own"):
         DiskTier(tmp_path / "link", 4 * SEGMENT_BYTES, BLOCK_BYTES, FINGERPRINT, 1, segment_bytes=SEGMENT_BYTES)
+
+
+def test_a_folder_that_cannot_be_one_is_told_before_there_are_blocks(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(Unavailable, match=r"cannot use .*: name another --disk-path"):
+            check_disk(path, 4 * SEGMENT_BYTES)
+    assert (tmp_path / "file").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("budget", [4 * SEGMENT_BYTES, 8 << 30])
+async def test_room_is_what_is_free_and_what_earlier_lives_took(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, budget: int
+) -> None:
+    await disk.open().write(writes(chain(1, RECORDS)))
+    disk.close()
+    held_bytes = sum(path.stat().st_size for path in disk.folder.glob("*.kv"))
+    least_bytes = min(budget // 4, 256 << 20)
+    for free_bytes, usable in ((least_bytes - held_bytes, True), (least_bytes - held_bytes - 1, False)):
+        monkeypatch.setattr(os, "statvfs", lambda _, free=free_bytes: SimpleNamespace(f_bavail=free, f_frsize=1))
+        if usable:
+            check_disk(disk.folder, budget)
+            assert "rests whenever the disk is full" in caplog.text
+        else:
+            with pytest.raises(Unavailable, match="make room, or give it fewer --disk-bytes"):
+                check_disk(disk.folder, budget)
+    assert len(disk.open()) == RECORDS, "looking took nothing away"
+    assert not (disk.folder / "probe").exists()
+
+
+def test_a_disk_that_takes_no_byte_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(Unavailable, match=r"cannot write to .*No space left"):
+        check_disk(tmp_path / "disk", 4 * SEGMENT_BYTES)
 
 
 def test_a_breaker_tries_again_after_a_pause_that_grows() -> None:

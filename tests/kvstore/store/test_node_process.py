@@ -211,6 +211,20 @@ async def test_too_little_shared_memory_leaves_the_node_without_a_host_tier(tmp_
         node.kill()
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--disk-bytes", "64MiB", "--disk-path", "{folder}/file"), "name another --disk-path"),
+        (("--redis", "localhost:6379"), "not a Redis URL"),
+    ],
+)
+def test_what_it_cannot_use_ends_its_start(tmp_path: Path, options: tuple[str, ...], reason: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RuntimeError, match=reason) as failed:
+        start_node(tmp_path, *(option.format(folder=tmp_path) for option in options))
+    assert "\n" not in str(failed.value), "one sentence"
+
+
 def test_the_fingerprint_of_these_tests_is_one() -> None:
     assert len(FINGERPRINT) == 16
 

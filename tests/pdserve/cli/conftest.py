@@ -17,6 +17,7 @@ class FakeServer:
     Attributes:
         stream: bytes written one after the other; None waits until the client has gone.
         bodies: the JSON of each POST.
+        headers: of each GET.
         client_gone: set when a client went away while the stream waited.
     """
 
@@ -25,6 +26,7 @@ class FakeServer:
         self.stream: list[bytes | None] = []
         self.status = 200
         self.bodies: list[Any] = []
+        self.headers: list[dict[str, str]] = []
         self.client_gone = threading.Event()
         fake = self
 
@@ -33,6 +35,7 @@ class FakeServer:
                 pass
 
             def do_GET(self) -> None:
+                fake.headers.append(dict(self.headers))
                 page = fake.pages.get(self.path, 404)
                 self.send_response(page if isinstance(page, int) else 200)
                 self.end_headers()

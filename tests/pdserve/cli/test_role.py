@@ -33,6 +33,7 @@ def test_it_returns_when_the_worker_has_the_role(server: Any, tmp_path: Path) ->
     shown = run("d0", "prefill", "--url", server.url, "--drain-s", "1", "--force", "--admin-key-file", str(key))
     assert shown == "d0: prefill\n"
     assert server.bodies == [{"role": "prefill", "drain_s": 1.0, "force": True}]
+    assert {each["x-pdserve-admin-key"] for each in server.headers} == {"secret"}, "the topology is for operators too"
 
 
 def test_without_waiting_it_says_what_is_coming(server: Any) -> None:

@@ -16,6 +16,7 @@ import trustme
 
 from kvstore.control_plane import MutualTls
 from pdserve.client import CallLost, CallTimeout, Client, Handler, HandlerFailed, NoInstances, NotStarted, Server, serve
+from pdserve.client.client import MAX_REQUEST_BYTES
 from pdserve.client.server import _Service
 from pdserve.discovery import StaticDiscovery
 from pdserve.protocol import COMPONENT_PROTOCOL_VERSION
@@ -82,6 +83,14 @@ async def test_one_that_cannot_be_dialled_is_passed_by_except_by_direct(three: l
     async with client_of(dead) as client:
         with pytest.raises(NoInstances, match=f"none of 1 instances took the call: {dead} cannot be dialled"):
             await who(client)
+
+
+async def test_the_largest_request_is_taken_and_a_larger_one_reaches_nobody(three: list[str]) -> None:
+    async with client_of(*three) as client:
+        largest = bytes(MAX_REQUEST_BYTES)
+        assert [reply async for reply in client.direct(largest, three[0])] == [b"0", largest]
+        with pytest.raises(NotStarted, match=f"takes requests of up to {MAX_REQUEST_BYTES} bytes"):
+            await anext(client.direct(largest + b"x", three[0]))
 
 
 async def test_an_endpoint_that_nobody_has_is_named(three: list[str]) -> None:

@@ -179,6 +179,23 @@ def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_redis_that_does_not_answer_is_named_before_anything_starts(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "pdserve.cli", "up", "--port", str(port), "--redis", "redis://127.0.0.1:1"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "No Redis answers at redis://127.0.0.1:1" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_logs_stay_bounded(tmp_path: Path) -> None:
     log = tmp_path / "worker.log"
     with log.open("ab") as writer:

@@ -262,8 +262,16 @@ async def test_unknown_model(client: httpx.AsyncClient, dispatcher: Any) -> None
 async def test_unknown_path_and_method(client: httpx.AsyncClient) -> None:
     check(await client.post("/v1/embeddings", json={}), 404, None, "unknown_url", "POST /v1/embeddings")
     response = await client.get(TEXT_PATH)
-    check(response, 405, None, "unknown_url", "GET /v1/completions")
+    check(response, 405, None, "unknown_url", "GET /v1/completions; it takes POST")
     assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("value", ["yes", "2", "true", ""])
+async def test_a_header_is_not_ignored_for_its_value(client: httpx.AsyncClient, dispatcher: Any, value: str) -> None:
+    body = {"model": "tiny", "prompt": "hey"}
+    response = await client.post(TEXT_PATH, json=body, headers={"x-pdserve-timeline": value})
+    check(response, 400, None, None, "x-pdserve-timeline is 1")
+    assert dispatcher.started == []
 
 
 async def test_body_limit(client: httpx.AsyncClient, service: Service, dispatcher: Any) -> None:

@@ -135,6 +135,9 @@ async def test_a_role_is_changed_by_operators_only(service: Service, operations:
         assert answer.json()["asked"] == ["mixed", 1.0, True]
         for wrong in ({}, {"role": "both"}, {"role": "decode", "drain": 1}, {"role": "decode", "drain_s": "x"}, [1]):
             assert (await client.post("/admin/workers/w0/role", json=wrong)).status_code == 400
+        wrong = await client.post("/admin/workers/w0/role", json={"role": "both"})
+        assert wrong.json()["error"]["param"] == "role"
+        assert "'prefill', 'decode' or 'mixed'" in wrong.json()["error"]["message"]
         operations.error = Conflict("w0 is the last one.", code="last_of_role")
         refused = await client.post("/admin/workers/w0/role", json={"role": "decode"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "last_of_role")

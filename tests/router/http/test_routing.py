@@ -25,7 +25,7 @@ class FakeRouting:
         self.error: Exception | None = None
 
     def explain(self, request_id: str, tenant: str | None) -> dict[str, Any] | None:
-        return {"request_id": request_id} if request_id == "known" else None
+        return {"request_id": request_id} if request_id in ("known", "a/b c") else None
 
     def decision_header(self, request_id: str) -> str | None:
         return "policy=cost; worker=w"
@@ -56,6 +56,7 @@ def asking(service: Service, routing: FakeRouting) -> httpx.AsyncClient:
 
 async def test_explain(asking: httpx.AsyncClient) -> None:
     assert (await asking.get("/v1/requests/known/explain")).json() == {"request_id": "known"}
+    assert (await asking.get("/v1/requests/a%2Fb%20c/explain")).json() == {"request_id": "a/b c"}
     missing = await asking.get("/v1/requests/other/explain")
     assert missing.status_code == 404
     assert missing.json()["error"]["code"] == "unknown_request"
@@ -66,7 +67,10 @@ async def test_slo_and_topology(asking: httpx.AsyncClient) -> None:
     assert (await asking.get("/v1/topology")).json() == {"pairs": []}
 
 
-@pytest.mark.parametrize("body", [BODY, {"model": "tiny", "messages": [{"role": "user", "content": "hey"}]}])
+@pytest.mark.parametrize(
+    "body",
+    [BODY, {"model": "tiny", "messages": [{"role": "user", "content": "hey"}]}, {"model": "tiny", "input": "hey"}],
+)
 async def test_a_dry_run_takes_what_a_request_takes(
     asking: httpx.AsyncClient, routing: FakeRouting, dispatcher: Any, body: dict[str, Any]
 ) -> None:

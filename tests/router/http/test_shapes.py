@@ -156,6 +156,19 @@ async def test_timeline_for_who_asks(client: httpx.AsyncClient, model: ServedMod
     assert sum(timeline["stages"].values()) == pytest.approx(timeline["ttft_s"])
     assert set(timeline["handoff"]) == {"reserve", "transfer", "commit", "resume"}
     assert timeline["tpot_s"] >= 0
-    body = CHAT | {"stream": True, "stream_options": {"include_usage": True}}
-    stream = await client.post("/v1/chat/completions", json=body, headers=headers)
-    assert stream.text.count("x_pdserve") == 1
+
+
+@pytest.mark.parametrize("options", [None, {"include_usage": False}, {"include_usage": True}])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_a_stream_tells_the_timeline_in_a_chunk_without_a_choice(
+    client: httpx.AsyncClient, path: str, options: dict[str, bool] | None
+) -> None:
+    body = (CHAT if "chat" in path else COMPLETION) | {"stream": True, "stream_options": options}
+    with_usage = bool(options and options["include_usage"])
+    for asked in ("1", "0"):
+        stream = await client.post(path, json=body, headers={"x-pdserve-timeline": asked})
+        chunks = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: {")]
+        told = [chunk for chunk in chunks if "x_pdserve" in chunk]
+        assert told == ([chunks[-1]] if asked == "1" else [])
+        assert (chunks[-1]["choices"] == []) == (with_usage or asked == "1")
+        assert bool(chunks[-1].get("usage")) == with_usage
