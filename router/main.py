@@ -296,6 +296,8 @@ async def run(config: RouterConfig) -> None:
             asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stop, hurry)
         gc.collect()
         gc.freeze()  # what is there by now stays: full collections, which everybody waits for, need not look at it
+        # A request leaves some 70 objects for its record: at Python's 700 the young ones cost 4 % of its CPU time.
+        gc.set_threshold(10_000)
         router.start()
         serving = asyncio.create_task(server.serve(sockets=sockets), name="http")
         stopping = asyncio.create_task(stop.wait())

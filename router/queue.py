@@ -12,9 +12,12 @@ Nothing starves. A request's place rises with time, since what comes later is du
 
 from __future__ import annotations
 
+import math
+from bisect import insort
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Generic, TypeVar
 
 LATE_TURNS = 10
@@ -40,22 +43,28 @@ Item = TypeVar("Item", bound=Queued)
 
 
 class RequestQueue(Generic[Item]):
-    """At most `places` requests; each leaves once, by `take` or by `remove`."""
+    """At most `places` requests; each leaves once, by `take` or by `remove`.
+
+    Both lists stay in the order of their turns as requests come, leave and become late. Only a turn of a tenant beside
+    which another waits moves requests, and then they are sorted again.
+    """
 
     def __init__(self, places: int) -> None:
         self._places = places
-        self._items: list[Item] = []  # in the order of the last look, which makes the next sort cheap
+        self._due: list[Item] = []
+        self._late: list[Item] = []
+        self._late_from_s = math.inf  # the first of `_due` is late after that
         self._by_tenant: Counter[str] = Counter()
         self._by_class: Counter[str] = Counter()
         self._served_s: dict[str, float] = {}  # clocks of those that wait, and of those that are ahead
         self._due_turns = 0  # since a late one had its turn, while some waited
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._due) + len(self._late)
 
     def __iter__(self) -> Iterator[Item]:
         """In no order that means anything; not while it changes."""
-        return iter(self._items)
+        return chain(self._due, self._late)
 
     def depths(self) -> dict[str, int]:
         """Requests by SLO class."""
@@ -63,51 +72,61 @@ class RequestQueue(Generic[Item]):
 
     def refuses(self, tenant: str) -> str | None:
         """Why one more of this tenant has no place; None when it has one."""
-        free = self._places - len(self._items)
+        free = self._places - len(self)
         if free <= 0:
             return "queue_full"
         return "tenant_share" if self._by_tenant[tenant] >= _FREE_SHARE * free else None
 
     def add(self, item: Item) -> None:
         floor_s = self._floor_s()
-        self._items.append(item)
         self._by_tenant[item.tenant] += 1
         self._by_class[item.slo_class] += 1
         if self._by_tenant[item.tenant] == 1:
             # A tenant that was away has no credit from then.
             self._served_s[item.tenant] = max(self._served_s.get(item.tenant, floor_s), floor_s)
             self._forget(floor_s)
+        insort(self._due, item, key=self._due_rank)
+        self._late_from_s = min(self._late_from_s, item.due_s)
 
     def take(self, item: Item, now_s: float) -> None:
         """Its turn has come."""
-        others_late = any(each.due_s < now_s for each in self._items if each is not item)
-        self._due_turns = 0 if item.due_s < now_s or not others_late else self._due_turns + 1
-        self._served_s[item.tenant] += max(item.work_s, _LEAST_WORK_S)
+        self._sort_out(now_s)
+        late = item.due_s < now_s
+        self._due_turns = 0 if late or not self._late else self._due_turns + 1
         self.remove(item)
+        self._served_s[item.tenant] += max(item.work_s, _LEAST_WORK_S)
+        if 0 < self._by_tenant[item.tenant] < len(self):
+            self._due.sort(key=self._due_rank)
+            self._late.sort(key=self._late_rank)
 
     def remove(self, item: Item) -> None:
         """It waits no longer; of no effect on one that does not."""
-        if item not in self._items:
-            return
-        self._items.remove(item)
-        _drop_one(self._by_tenant, item.tenant)
-        _drop_one(self._by_class, item.slo_class)
+        for items in (self._due, self._late):
+            if item in items:
+                items.remove(item)
+                _drop_one(self._by_tenant, item.tenant)
+                _drop_one(self._by_class, item.slo_class)
 
     def order(self, now_s: float) -> list[Item]:
         """Who gets the next turn, who the one after it if nothing else happens, and so on."""
-        floor_s = self._floor_s()
-        lead_s = {tenant: self._served_s[tenant] - floor_s for tenant in self._by_tenant}
+        self._sort_out(now_s)
+        if self._late and self._due_turns + 1 >= LATE_TURNS:
+            return [self._late[0], *self._due, *self._late[1:]]
+        return self._due + self._late
 
-        def rank(item: Item) -> tuple[bool, float]:
-            late = item.due_s < now_s
-            return late, (item.queued_s if late else item.due_s) + item.priority_s + lead_s[item.tenant]
+    def _sort_out(self, now_s: float) -> None:
+        """Those that have become late."""
+        if now_s > self._late_from_s:
+            for item in [item for item in self._due if item.due_s < now_s]:
+                self._due.remove(item)
+                insort(self._late, item, key=self._late_rank)
+            self._late_from_s = min([item.due_s for item in self._due], default=math.inf)
 
-        self._items.sort(key=rank)
-        if self._due_turns + 1 >= LATE_TURNS:
-            oldest = next((item for item in self._items if item.due_s < now_s), None)
-            if oldest is not None:
-                return [oldest, *(item for item in self._items if item is not oldest)]
-        return list(self._items)
+    def _due_rank(self, item: Item) -> float:
+        return item.due_s + item.priority_s + self._served_s[item.tenant]
+
+    def _late_rank(self, item: Item) -> float:
+        return item.queued_s + item.priority_s + self._served_s[item.tenant]
 
     def _floor_s(self) -> float:
         """The clock of the least served tenant that waits; while none does, of the one that is ahead most."""
@@ -122,14 +141,9 @@ class RequestQueue(Generic[Item]):
             self._served_s = {tenant: clock for tenant, clock in ahead if clock > floor_s} | kept
 
 
-def ahead_of(item: Item, order: Iterable[Item]) -> list[Item]:
+def ahead_of(item: Item, order: list[Item]) -> list[Item]:
     """Those whose turn comes before the item's."""
-    before: list[Item] = []
-    for each in order:
-        if each is item:
-            break
-        before.append(each)
-    return before
+    return order[: order.index(item)]
 
 
 def _drop_one(counts: Counter[str], name: str) -> None:

@@ -213,21 +213,25 @@ def test_the_router_as_it_runs_loads_neither_torch_nor_ucx() -> None:
     assert not _loaded_after(f"import {', '.join(parts)}") & {"torch", "ucxx", "transformers", "gguf"}
 
 
-@pytest.mark.parametrize("program", ["router.__main__", "pdserve.worker.__main__", "kvstore.store.__main__"])
-def test_a_fork_runs_no_handlers_of_grpc(program: str) -> None:
-    """It reads that from the environment when it is imported; later is too late."""
+@pytest.mark.parametrize(
+    "program", ["router.__main__", "pdserve.worker.__main__", "kvstore.store.__main__", "pdserve.client"]
+)
+def test_grpc_is_imported_after_what_it_reads_of_the_environment(program: str) -> None:
+    """It reads that once; later is too late, as it was for the first three of these."""
     code = f"""
 import os, sys
-os.environ.pop("GRPC_ENABLE_FORK_SUPPORT", None)
+names = ("GRPC_ENABLE_FORK_SUPPORT", "GRPC_EXPERIMENTS")
+for name in names:
+    os.environ.pop(name, None)
 class Watch:
     def find_spec(self, name, path=None, target=None):
         if name == "grpc":
-            print("grpc", os.environ.get("GRPC_ENABLE_FORK_SUPPORT"))
+            print(*[os.environ.get(each) for each in names])
 sys.meta_path.insert(0, Watch())
 import {program}
 """
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert found.stdout.splitlines() == ["grpc 0"]
+    assert found.stdout.splitlines() == ["0 -event_engine_client"]
 
 
 def test_the_command_line_and_the_supervisor_load_neither_torch_nor_ucx() -> None:

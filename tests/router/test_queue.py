@@ -162,10 +162,16 @@ class QueueMachine(RuleBasedStateMachine):
         self.waiting: list[Queued] = []
         self.left: list[Queued] = []
 
-    @rule(slo_class=st.sampled_from(sorted(CLASSES)), tenant=st.sampled_from("abc"), work_s=st.floats(0.0, 5.0))
-    def arrive(self, slo_class: str, tenant: str, work_s: float) -> None:
+    @rule(
+        slo_class=st.sampled_from(sorted(CLASSES)),
+        tenant=st.sampled_from("abc"),
+        work_s=st.floats(0.0, 5.0),
+        priority=st.integers(-3, 3),
+    )
+    def arrive(self, slo_class: str, tenant: str, work_s: float, priority: int) -> None:
         if self.queue.refuses(tenant) is None:
             item = queued(slo_class, self.now_s, tenant, work_s)
+            item.priority_s = priority
             self.queue.add(item)
             self.waiting.append(item)
 
@@ -206,10 +212,21 @@ class QueueMachine(RuleBasedStateMachine):
         assert set(self.queue._by_tenant) == {item.tenant for item in self.waiting}
 
     @invariant()
+    def it_is_sorted_by_lateness_slack_and_what_tenants_were_given(self) -> None:
+        late, due = [], []
+        for item in self.queue.order(self.now_s):
+            is_late = item.due_s < self.now_s
+            rank_s = (item.queued_s if is_late else item.due_s) + item.priority_s + self.queue._served_s[item.tenant]
+            (late if is_late else due).append(rank_s)
+            assert not (late and not is_late) or len(late) == 1  # one late one may have its turn first
+        assert due == sorted(due)
+        assert late == sorted(late)
+
+    @invariant()
     def of_one_tenant_the_due_ones_are_in_order_of_their_slack(self) -> None:
         due = [item for item in self.queue.order(self.now_s) if item.due_s >= self.now_s]
         for tenant in "abc":
-            slacks = [item.due_s for item in due if item.tenant == tenant]
+            slacks = [item.due_s + item.priority_s for item in due if item.tenant == tenant]
             assert slacks == sorted(slacks)
 
 
