@@ -148,7 +148,7 @@ class Fleet:
             self._facts = ModelFacts.of(hello)
         self._by_id[hello.worker_id] = member
         for other in self._members.values():
-            if other.worker_id == hello.worker_id and not other.link.up:
+            if other is not member and other.worker_id == hello.worker_id and not other.link.up:
                 other.hello = pb.WorkerHello()  # an earlier life of it, at an address that it has left
         log.info("worker=%s role=%s address=%s joined", hello.worker_id, role.value, link.address)
         self._membership_changed()
