@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # More OpenMP threads than free cores stall; before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +19,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pdserve.errors import ConfigError
 from pdserve.launch.folders import cache_folder
 from pdserve.models.default_model import ensure_default_model
+
+# How long an example takes says more of the machine than of us.
+settings.register_profile("pdserve", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("pdserve")
 
 
 @pytest.fixture(autouse=True, scope="session")

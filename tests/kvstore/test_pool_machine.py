@@ -291,4 +291,4 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
+TestPool.settings = settings(max_examples=120, stateful_step_count=60)

@@ -47,7 +47,7 @@ CHAT = (
 )
 
 
-@given(st.lists(st.integers(1, 60), min_size=1), st.booleans())
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=50), st.booleans())
 def test_how_bytes_are_cut_changes_nothing_but_times(sizes: list[int], chunked: bool) -> None:
     data, exchange = response(sse(*COMPLETION), chunked=chunked), Exchange(0.0)
     while data and not exchange.finished:

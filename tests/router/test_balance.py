@@ -116,7 +116,7 @@ def test_a_demand_that_swings_faster_than_advice_ripens_moves_nothing(period: in
     assert run(swinging, [P, P, D, D]) == []
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 1 << 30), st.floats(0.05, 0.6))
 def test_noise_does_not_make_it_flap(seed: int, noise: float) -> None:
     """Between two changes the roles rest, and an undone change is rare: at most one in `REGRET_S`."""

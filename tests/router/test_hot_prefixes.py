@@ -86,7 +86,7 @@ def test_a_hot_prefix_beside_hotter_ones_that_fill_all_places(monkeypatch: pytes
         assert len(prefixes) <= 8
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 1 << 30), st.integers(1, 200))
 def test_the_budget_holds_in_every_window(seed: int, blocks: int) -> None:
     draw, window_s = random.Random(seed), 10.0

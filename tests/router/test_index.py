@@ -63,7 +63,7 @@ class AgainstNaive(RuleBasedStateMachine):
         assert all(self.index.count(slot) == len(held) for slot, held in self.naive.items())
 
 
-AgainstNaive.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+AgainstNaive.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 TestAgainstNaive = AgainstNaive.TestCase
 
 

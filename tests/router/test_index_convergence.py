@@ -103,10 +103,11 @@ class LossyEvents(RuleBasedStateMachine):
 
     @rule(first=st.booleans(), at=st.integers(0, 5))
     def lose(self, first: bool, at: int) -> None:
-        """Not the last one: that it is missing shows with the next, and there may be none."""
+        """Only if a later one is under way: that it is missing shows with that, and not with one told twice."""
         _, worker = self.pick(first)
-        if at < len(worker.under_way) - 1:
-            del worker.under_way[at]
+        events = worker.under_way
+        if at < len(events) and any(each.sequence > events[at].sequence for each in events):
+            del events[at]
 
     @rule(first=st.booleans(), at=st.integers(0, 5))
     def double(self, first: bool, at: int) -> None:
@@ -156,5 +157,5 @@ class LossyEvents(RuleBasedStateMachine):
         self.converged()
 
 
-LossyEvents.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+LossyEvents.TestCase.settings = settings(max_examples=80, stateful_step_count=40)
 TestLossyEvents = LossyEvents.TestCase

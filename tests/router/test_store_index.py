@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.keys import BlockKey
@@ -84,7 +84,6 @@ class Node:
         return tuple(stored.rows[[6, 7]]) if stored is not None else (0.0, 0.0)
 
 
-@settings(deadline=None)
 @given(steps)
 def test_it_is_what_the_node_holds_unless_the_last_event_was_lost(steps: list[tuple[Tier, int, str]]) -> None:
     node = Node()

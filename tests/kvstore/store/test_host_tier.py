@@ -280,5 +280,5 @@ class HostTierMachine(RuleBasedStateMachine):
         assert self.tier.ledger(self.now_s).idle
 
 
-HostTierMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+HostTierMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 TestHostTierMachine = HostTierMachine.TestCase

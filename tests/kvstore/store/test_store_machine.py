@@ -320,5 +320,5 @@ class StoreMachine(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
 
-StoreMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+StoreMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=40)
 TestStoreMachine = StoreMachine.TestCase

@@ -83,7 +83,7 @@ def test_steps_ahead_give_the_undisturbed_text(mix: str) -> None:
     assert (runner.ahead > 0) == (mix != "penalised")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_in_a_pool_that_is_too_small(data: st.DataObject) -> None:
     """Preemption, admission, aborts and steps ahead in any order; nothing is left at the end."""

@@ -121,7 +121,7 @@ def check_visible(engine: Engine, sequences: list[Sequence]) -> None:
     assert all(parents[key] is None or parents[key] in visible for key in visible)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(data=st.data())
 def test_every_stream_is_undisturbed_and_every_block_comes_back(data: st.DataObject) -> None:
     num_blocks = data.draw(st.integers(2, 20), "blocks")
@@ -152,7 +152,7 @@ def test_every_stream_is_undisturbed_and_every_block_comes_back(data: st.DataObj
         assert output_of(sequence) == (expected[: sequence.num_output_tokens] if sequence in aborted else expected)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(mix=st.lists(asks(60), min_size=1, max_size=6))
 def test_cached_tokens_are_the_longest_prefix_computed_before(mix: list[Ask]) -> None:
     """One after the other in a pool where nothing is evicted: the hit is what earlier ones have left behind."""
@@ -234,7 +234,7 @@ class Pair:
                 raise AssertionError("a stale reference was accepted")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_sequences_handed_over_between_two_engines_go_on_undisturbed(data: st.DataObject) -> None:
     length, blocks = 40, st.integers(10, 20)

@@ -49,7 +49,7 @@ def drawn(grammar: TokenGrammar, data: st.DataObject, tokenizer: tokenizers.Toke
     return output
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_rebuilt_state_is_the_state(grammars: Grammars, tokenizer: tokenizers.Tokenizer, data: st.DataObject) -> None:
     asked = data.draw(
@@ -66,7 +66,7 @@ def test_rebuilt_state_is_the_state(grammars: Grammars, tokenizer: tokenizers.To
         assert allowed(rebuilt) == allowed(grammar)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_ended_text_is_what_the_grammar_says(
     grammars: Grammars, tokenizer: tokenizers.Tokenizer, data: st.DataObject

@@ -123,7 +123,7 @@ def test_frequencies_are_those_of_the_oracle(sampler: Sampler, params: SamplingP
     assert chi_square < likely.sum() + 6 * math.sqrt(2 * likely.sum())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     seed=st.integers(0, 2**63 - 1),
     size=st.sampled_from((1, 2, 7, 60, 600, 1500)),
@@ -283,7 +283,7 @@ PENALISING = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     logits=st.lists(st.floats(-8, 8, width=32), min_size=8, max_size=8),
     params=PENALISING,
@@ -342,7 +342,7 @@ def test_each_row_tells_as_many_logprobs_as_it_asked_for(sampler: Sampler) -> No
 # --- the batch -------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_row_is_chosen_the_same_alone_and_in_any_batch(sampler: Sampler, data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 8))

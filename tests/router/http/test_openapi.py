@@ -68,7 +68,7 @@ def test_generated_requests_are_answered_as_the_document_says(
     schema = schemathesis.openapi.from_asgi("/openapi.json", make_app(service))
     operation = schema[path]["GET" if path in GETS else "POST"]
 
-    @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    @settings(max_examples=30, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
     @given(case=operation.as_strategy(generation_mode=mode))
     def run(case: schemathesis.Case) -> None:
         case.call_and_validate(

@@ -6,7 +6,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from router.text.detokenizer import Detokenizer
@@ -31,7 +31,6 @@ def test_byte_level_equals_one_shot(byte_level: Tokenizer, chunks: list[list[int
     assert "".join(pieces_of(byte_level, chunks)) == byte_level.decode(list(chain.from_iterable(chunks)))
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(chunks=CHUNKS)
 def test_default_model_equals_one_shot(default_tokenizer: Tokenizer, chunks: list[list[int]]) -> None:
     """Ids above the vocabulary are among them: both skip them."""

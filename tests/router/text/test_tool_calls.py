@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from router.text.tool_calls import ToolCallParser, ToolCallText
@@ -39,7 +39,6 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize(("tool_format", "answer", "content", "calls"), ANSWERS)
-@settings(deadline=None)
 @given(data=st.data())
 def test_any_cut_of_an_answer_reads_the_same(
     tool_format: ToolFormat, answer: str, content: str, calls: list[ToolCallText], data: st.DataObject
@@ -54,7 +53,6 @@ def test_any_cut_of_an_answer_reads_the_same(
     assert (text + rest, found + last) == (content, calls)
 
 
-@settings(deadline=None)
 @given(st.text(alphabet="<tol_ca>{}[]TOOL\n x", max_size=60))
 def test_text_without_a_call_is_not_changed(text: str) -> None:
     for tool_format in (HERMES, MISTRAL):

@@ -97,7 +97,7 @@ def assert_valid(call: ToolCallText) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(said=st.text(alphabet="a <{[\n\u00e9\U0001f642", max_size=8), seed=st.integers(0, 10**6))
 def test_what_is_begun_ends_as_a_valid_call(bench: Bench, name: str, said: str, seed: int) -> None:
     """Whatever is drawn of what is allowed behind the beginning of a call, and wherever the request goes on."""
@@ -129,7 +129,7 @@ def test_what_is_begun_ends_as_a_valid_call(bench: Bench, name: str, said: str, 
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     text=st.lists(
         st.sampled_from([*'<tol_ca>[TO]{"na:e} \n\u00e9\U0001f642', "<think>", "<tool_", "[TOOL_", '{"']), max_size=30
