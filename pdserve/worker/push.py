@@ -114,9 +114,11 @@ class Push:
         if session is None:
             return
         first, count = self._ticket.first_ordinal, len(self._ticket.block_ids)
-        while session.state is SendState.SENDING and session.num_ready < min(count, len(self._block_ids) - first):
-            checksum = self._memory.checksum(self._block_ids[first + session.num_ready])
-            self._do(session.ready(session.num_ready, checksum))
+        ready = range(session.num_ready, min(count, len(self._block_ids) - first))
+        if ready and session.state is SendState.SENDING:
+            checksums = self._memory.checksums([self._block_ids[first + ordinal] for ordinal in ready])
+            for ordinal, checksum in zip(ready, checksums, strict=True):
+                self._do(session.ready(ordinal, checksum))
         if self._content is None or session.state is not SendState.SENDING:
             return
         if session.num_ready == count and first + count == len(self._block_ids):

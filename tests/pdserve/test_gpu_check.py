@@ -28,9 +28,10 @@ def setup(tmp_path: Path) -> Setup:
 def test_parts_run_and_are_kept_in_one_file(setup: Setup, tmp_path: Path) -> None:
     path = tmp_path / "results" / "gpu.json"
     assert run(setup, ["text"], path)
-    assert run(setup, ["sampler", "disaggregated"], path)
+    assert run(setup, ["sampler", "checksum", "disaggregated"], path)
     result = json.loads(path.read_text())
-    assert set(result) == {"setting", "text", "sampler", "disaggregated"}
+    assert set(result) == {"setting", "text", "sampler", "checksum", "disaggregated"}
+    assert result["checksum"]["by"] == "host"
     assert result["text"]["the_likeliest"] == 144
     assert result["disaggregated"]["equal"] is True
     assert result["setting"]["shape"] == "tiny"

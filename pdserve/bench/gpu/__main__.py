@@ -37,6 +37,7 @@ _PACKAGES = (
 PARTS: dict[str, Callable[[Setup], dict[str, object]]] = {
     "kernels": correctness.kernels,
     "sampler": correctness.sampler,
+    "checksum": correctness.checksum,
     "text": correctness.text,
     "text-default": correctness.text_default,
     "disaggregated": correctness.disaggregated,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvstore.keys import root_key
-from pdserve.bench.gpu.drive import Setup, add, finish_all, random_prompt, run_to_end, step
+from pdserve.bench.gpu.drive import Setup, add, elapsed_s, finish_all, random_prompt, run_to_end, step
 from pdserve.engine.device_runner import Mover
 from pdserve.engine.device_sampler import RowParams, choose_tokens, chooser, columns
 from pdserve.engine.runner import build_batch
@@ -82,6 +82,19 @@ def sampler(setup: Setup) -> dict[str, object]:
     if same < 63:  # one number may lie at a boundary of sums that were rounded differently
         raise Wrong(f"the sampler draws other tokens in {64 - same} of 64 rows")
     return {"same_of_64": same}
+
+
+def checksum(setup: Setup) -> dict[str, object]:
+    """Checksums of blocks of 8k tokens, as a push takes them, against those of their bytes on the host."""
+    count = 512 if setup.device.type == "cuda" else 8
+    memory = block_memory(torch.randn(count, 8, 32, 2, 16, 128, device=setup.device).to(torch.bfloat16))
+    bounce = torch.empty(memory.block_bytes, dtype=torch.uint8).numpy()
+    blocks = range(count)
+    if list(memory.checksums(blocks)) != [memory.read(block, bounce) for block in blocks]:
+        raise Wrong("checksums are not those of the host")
+    by_read_s = elapsed_s(lambda: [memory.read(block, bounce) for block in blocks], setup.device)
+    hashed_s = elapsed_s(lambda: list(memory.checksums(blocks)), setup.device)
+    return {"by": memory.hashed_by, "ms": hashed_s * 1e3, "over_copies_to_the_host": hashed_s / by_read_s}
 
 
 def text(setup: Setup) -> dict[str, object]:
