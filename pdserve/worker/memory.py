@@ -89,8 +89,8 @@ class HostBlocks:
 
 
 class DeviceBlocks:
-    """Copies and checksums run on a stream of the calling thread's own, beside the steps; a copy is a plain DMA where the
-    host's memory is pinned, as `PinnedArena` makes the store's. Where the GPU cannot hash, blocks are copied to the
+    """Copies and checksums run on a stream of the calling thread's own, beside the steps; a copy is a plain DMA where
+    the host's memory is pinned, as `PinnedArena` makes the store's. Where the GPU cannot hash, blocks are copied to the
     host for it, one by one.
     """
 
