@@ -204,7 +204,7 @@ class Lease:
         await _awaited(self._redis.client.eval(_RELEASE, 2, *keys, endpoint.to_json(), endpoint.endpoint_id))
 
 
-async def check_redis(url: str) -> None:
+async def ping_redis(url: str) -> None:
     """For who cannot go on without it. Raises ConfigError, which says why no Redis answers there, within seconds."""
     calls = _Calls(url)
     try:

@@ -113,7 +113,7 @@ def refusal(verdict: Verdict, slo: SloClass) -> Overloaded:
         why = f"no room to generate at {slo.tpot_s * 1e3:g} ms per token"
     else:
         ttft_s = verdict.forecast.ttft_s + verdict.forecast.margin_s
-        why = f"the first token may take {ttft_s:.1f} s instead of {slo.ttft_s:g} s"
+        why = f"the first token may take {ttft_s:.1f} s instead of {verdict.ttft_s:g} s"
     return Overloaded(
         f"The server is too busy for the class '{slo.name}': {why}.",
         retry_after_s=verdict.retry_after_s,

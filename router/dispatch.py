@@ -134,9 +134,11 @@ class RouterDispatcher:
     def _settle(self, generation: RoutedGeneration, end: str) -> None:
         self._unsettled -= 1
         generation.log_end(end)
-        outcome = self.account.close(generation, end)
-        if generation.verdict is not None and outcome is not None and not generation.verdict.refused:
-            self.feeder.ledger.ran(condemned=generation.verdict.reason is not None, good=outcome)
+        outcome, verdict = self.account.close(generation, end), generation.verdict
+        # Its outcome says nothing of a verdict by another class's TTFT.
+        by_its_own = verdict is not None and verdict.ttft_s == generation.wishes.slo.ttft_s
+        if verdict is not None and by_its_own and outcome is not None and not verdict.refused:
+            self.feeder.ledger.ran(condemned=verdict.reason is not None, good=outcome)
         if not self._active and not self._unsettled:
             self._idle.set()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -116,6 +117,7 @@ def _describe_verdict(verdict: Verdict | None) -> dict[str, Any] | None:
         "reason": verdict.reason,
         "refused": verdict.refused,
         "retry_after_s": verdict.retry_after_s if verdict.reason is not None else None,
+        "judged_by_ttft_s": verdict.ttft_s if verdict.ttft_s < math.inf else None,
         "forecast": {**asdict(verdict.forecast), "ttft_s": verdict.forecast.ttft_s},
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
@@ -34,28 +35,39 @@ def claim(folder: Path) -> int:
 
 
 def check_writable(folder: Path, least_bytes: int) -> int:
-    """Bytes that a tier may take there, those of files that it has left there included. Raises Unavailable."""
+    """Bytes that a tier may take there, those of files that it has left there included.
+
+    A tier that has filled its disk may be had again, whatever is free by now.
+
+    Raises:
+        Unavailable: nothing can be written there, or a new tier would have room for less than `least_bytes`.
+    """
     fd = claim(folder)
     probe = folder / "probe"
     try:
+        own_bytes = sum(path.stat().st_size for path in segment_paths(folder))
         probe.unlink(missing_ok=True)  # of a life that ended amid this
-        probe.write_bytes(bytes(_PROBE_BYTES))
+        try:
+            probe.write_bytes(bytes(_PROBE_BYTES))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
         stats = os.statvfs(folder)
-        room_bytes = stats.f_bavail * stats.f_frsize + sum(path.stat().st_size for path in segment_paths(folder))
+        free_bytes = stats.f_bavail * stats.f_frsize
     except OSError as error:
         raise Unavailable(
-            f"the disk tier cannot write to {folder} ({error.strerror}): make room there, or name another --disk-path"
+            f"the disk tier cannot write to {folder} ({error.strerror}): name another --disk-path"
         ) from error
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
         os.close(fd)
-    if room_bytes < least_bytes:
+    if not own_bytes and free_bytes < least_bytes:
         raise Unavailable(
-            f"the disk tier has room for {room_bytes >> 20} MiB in {folder}, and one of its files takes"
+            f"the disk tier has room for {free_bytes >> 20} MiB in {folder}, and one of its files takes"
             f" {least_bytes >> 20}: make room, or give it fewer --disk-bytes (0: no disk tier)"
         )
-    return room_bytes
+    return own_bytes + free_bytes
 
 
 def segment_path(folder: Path, segment_id: int) -> Path:

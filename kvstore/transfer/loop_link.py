@@ -17,7 +17,7 @@ from kvstore.transfer.transport import Completion, Memory, Transport
 
 Done = Callable[[Completion], None]
 
-_TOLD_AT_ONCE = 16  # each may cost a checksum; other calls have their turn in between
+_TOLD_AT_ONCE = 16  # other calls have their turn in between
 
 
 class LoopLink:

@@ -10,7 +10,6 @@ A request is bytes, an answer a stream of bytes; what they mean is the component
 an example.
 """
 
-from pdserve import protocol as _protocol  # noqa: F401 - first: it sets what grpc reads when it is imported
 from pdserve.client.client import Client
 from pdserve.client.errors import (
     CallLost,

@@ -87,16 +87,19 @@ class Client:
         self._instances.watch(on_change)
 
     def round_robin(self, request: bytes, *, timeout_s: float | None = None) -> AsyncGenerator[bytes]:
+        _check_size(request)
         instances = self._instances.some()
         first = self._turn % len(instances)
         self._turn += 1
         return self._first_that_starts(instances[first:] + instances[:first], request, timeout_s)
 
     def random(self, request: bytes, *, timeout_s: float | None = None) -> AsyncGenerator[bytes]:
+        _check_size(request)
         instances = self._instances.some()
         return self._first_that_starts(self._random.sample(instances, len(instances)), request, timeout_s)
 
     def direct(self, request: bytes, instance_id: str, *, timeout_s: float | None = None) -> AsyncGenerator[bytes]:
+        _check_size(request)
         return self._call(self._instances.one(instance_id), request, _end_s(timeout_s))
 
     async def _first_that_starts(
@@ -115,8 +118,6 @@ class Client:
 
     async def _call(self, instance: Endpoint, request: bytes, end_s: float | None) -> AsyncGenerator[bytes]:
         name = f"instance {instance.endpoint_id}"
-        if len(request) > MAX_REQUEST_BYTES:
-            raise NotStarted(f"{name} takes requests of up to {MAX_REQUEST_BYTES} bytes, not of {len(request)}")
         async with contextlib.AsyncExitStack() as stack:
             try:
                 async with asyncio.timeout_at(end_s):
@@ -153,6 +154,11 @@ class Client:
             await asyncio.sleep(self._poll_s)
             await self._instances.poll()
             await self._channels.keep(self._instances.addresses)
+
+
+def _check_size(request: bytes) -> None:
+    if len(request) > MAX_REQUEST_BYTES:
+        raise NotStarted(f"a component takes requests of up to {MAX_REQUEST_BYTES} bytes, not of {len(request)}")
 
 
 def _is_cancelled() -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from pdserve.discovery import check_redis
+from pdserve.discovery import ping_redis
 from pdserve.launch.announce import Progress, StartFailed, await_ready
 from pdserve.launch.child import Child
 from pdserve.launch.folders import RunFolder, runtime_folder
@@ -58,7 +58,7 @@ async def up(options: UpOptions, steps: Steps) -> int:
         redis_binary = server_binary()
     else:
         redis_binary = None
-        await check_redis(options.redis_url)
+        await ping_redis(options.redis_url)
     stop = _stop_event()
     with RunFolder(runtime_folder()) as folder:
         supervisor = Supervisor(options, redis_binary, steps, folder)

@@ -127,7 +127,13 @@ class Arrival:
         """A GPU hashes many blocks in the time of one."""
         began_s = time.monotonic()
         landed, self._landed = self._landed, []
-        checksums = list(self._memory.checksums([self.blocks[ordinal].block_id for ordinal in landed]))
+        try:
+            checksums = list(self._memory.checksums([self.blocks[ordinal].block_id for ordinal in landed]))
+        except Exception:  # a GPU without a byte to spare, say: the blocks must be let go all the same
+            log.exception("blocks of %s cannot be verified", self._peer.peer_id)
+            for ordinal in landed:
+                self._do(self._session.ended_badly(ordinal, Outcome.FAILED))
+            return
         self.verify_s += time.monotonic() - began_s
         for ordinal, checksum in zip(landed, checksums, strict=True):
             self._do(self._session.block_landed(ordinal, checksum))

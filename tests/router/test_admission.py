@@ -63,6 +63,8 @@ def test_the_client_is_told_why_and_when_to_come_back() -> None:
     error = refusal(verdict, STANDARD)
     assert (error.status, error.code, error.retry_after_s) == (503, "slo_ttft", 6)
     assert "9.6 s instead of 4 s" in error.message
+    by_the_next = judge(CLASSES["interactive"], forecast(prompts_s=9.0, compute_s=1.5), Mode.ENFORCE)
+    assert "instead of 4 s" in refusal(by_the_next, CLASSES["interactive"]).message
     assert refusal(judge(STANDARD, forecast(decode_s=9.0), Mode.ENFORCE), STANDARD).code == "slo_tpot"
     assert judge(STANDARD, forecast(prompts_s=1e9), Mode.ENFORCE).retry_after_s == LONGEST_RETRY_S
 

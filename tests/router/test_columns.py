@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from router.columns import Columns, Seats
 from router.index import Match
 from router.policy import POLICIES, Candidate, Candidates, LoadView, Need, Phase, Role, Speed
 from router.policy.candidates import WAITING_TOKENS
+from router.policy.rates import Rates
 
 NOTHING_HELD = Match([])
 loads = st.builds(
@@ -21,8 +23,8 @@ loads = st.builds(
     context_tokens=st.integers(0, 10_000),
     free_blocks=st.integers(0, 200),
 )
-rates = st.dictionaries(st.integers(1, 20), st.floats(1.0, 1e5), max_size=5)
-speeds = st.builds(Speed, prefill_tokens_per_s=rates.map(lambda found: tuple(sorted(found.items()))))
+some_rates = st.dictionaries(st.integers(1, 20), st.floats(1.0, 1e5), max_size=5)
+speeds = st.builds(Speed, prefill_tokens_per_s=some_rates.map(lambda found: tuple(sorted(found.items()))))
 
 
 def worker(slot: int, **changes: object) -> Candidate:
@@ -32,11 +34,11 @@ def worker(slot: int, **changes: object) -> Candidate:
 
 @given(speeds, st.one_of(st.integers(0, 2**21), st.floats(0.0, 2.0**21)))
 def test_the_table_of_rates_gives_the_time_that_the_speed_gives(speed: Speed, tokens: float) -> None:
-    candidates = Candidates.of([worker(0), worker(1, speed=speed)])
+    rates = Rates.of([Speed(), speed])
     expected = [Speed().prefill_s(tokens), speed.prefill_s(tokens)]
-    assert candidates.prefill_s(candidates.seen.matched_blocks + tokens).tolist() == expected
+    assert rates.seconds(np.full(2, float(tokens))).tolist() == expected
     if isinstance(tokens, int):
-        assert candidates.constant_prefill_s(tokens).tolist() == expected
+        assert rates.constant(tokens).tolist() == expected
 
 
 @given(st.lists(st.tuples(loads, speeds, st.integers(0, 40)), min_size=1, max_size=6), st.integers(0, 9))

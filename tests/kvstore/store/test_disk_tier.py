@@ -279,32 +279,39 @@ def test_a_folder_that_cannot_be_one_is_told_before_there_are_blocks(tmp_path: P
 
 
 @pytest.mark.parametrize("budget", [4 * SEGMENT_BYTES, 8 << 30])
-async def test_room_is_what_is_free_and_what_earlier_lives_took(
-    disk: Disk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, budget: int
+def test_a_new_tier_needs_room_for_one_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, budget: int
 ) -> None:
+    least_bytes = min(budget // 4, 256 << 20)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=least_bytes, f_frsize=1))
+    check_disk(tmp_path / "disk", budget)
+    assert "rests whenever the disk is full" in caplog.text
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=least_bytes - 1, f_frsize=1))
+    with pytest.raises(Unavailable, match="make room, or give it fewer --disk-bytes"):
+        check_disk(tmp_path / "disk", budget)
+
+
+async def test_a_tier_that_has_filled_its_disk_can_be_had_again(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     await disk.open().write(writes(chain(1, RECORDS)))
     disk.close()
-    held_bytes = sum(path.stat().st_size for path in disk.folder.glob("*.kv"))
-    least_bytes = min(budget // 4, 256 << 20)
-    for free_bytes, usable in ((least_bytes - held_bytes, True), (least_bytes - held_bytes - 1, False)):
-        monkeypatch.setattr(os, "statvfs", lambda _, free=free_bytes: SimpleNamespace(f_bavail=free, f_frsize=1))
-        if usable:
-            check_disk(disk.folder, budget)
-            assert "rests whenever the disk is full" in caplog.text
-        else:
-            with pytest.raises(Unavailable, match="make room, or give it fewer --disk-bytes"):
-                check_disk(disk.folder, budget)
+    _fail_writes(monkeypatch, errno.ENOSPC)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=0, f_frsize=1))
+    check_disk(disk.folder, 4 * SEGMENT_BYTES)
     assert len(disk.open()) == RECORDS, "looking took nothing away"
     assert not (disk.folder / "probe").exists()
 
 
 def test_a_disk_that_takes_no_byte_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Path, data: bytes) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(Unavailable, match=r"cannot write to .*No space left"):
+    _fail_writes(monkeypatch, errno.EIO)
+    with pytest.raises(Unavailable, match=r"cannot write to .*Input/output error"):
         check_disk(tmp_path / "disk", 4 * SEGMENT_BYTES)
+
+
+def _fail_writes(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fail(self: Path, data: bytes) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
 
 
 def test_a_breaker_tries_again_after_a_pause_that_grows() -> None:

@@ -91,6 +91,9 @@ async def test_the_largest_request_is_taken_and_a_larger_one_reaches_nobody(thre
         assert [reply async for reply in client.direct(largest, three[0])] == [b"0", largest]
         with pytest.raises(NotStarted, match=f"takes requests of up to {MAX_REQUEST_BYTES} bytes"):
             await anext(client.direct(largest + b"x", three[0]))
+        for any_of_them in (client.round_robin, client.random):
+            with pytest.raises(NotStarted, match="takes requests of up to"):
+                await anext(any_of_them(largest + b"x"))
 
 
 async def test_an_endpoint_that_nobody_has_is_named(three: list[str]) -> None:

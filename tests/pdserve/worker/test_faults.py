@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
 
 from kvstore.transfer.loopback import Fault
 from pdserve.protocol import worker_pb2 as pb
+from pdserve.worker.memory import HostBlocks
 from tests.support.router_client import Ask
 from tests.support.worker_pair import (
     HELD,
@@ -75,6 +76,25 @@ async def test_damage_is_found(fault: Fault) -> None:
             assert "checksum" in reason or "damaged" in reason or "manifest has" in reason
             await router_retries(pair, ask)
         assert await pair.decode.metric("pdserve_transfer_failures_total") == len(WHICH)
+        assert pair.num_links_up == 1
+
+
+async def test_what_cannot_be_verified_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU without a byte to spare."""
+    checksums = HostBlocks.checksums
+    async with worker_pair() as pair:
+
+        def of_prefill_only(self: HostBlocks, block_ids: Sequence[int]) -> Iterable[int]:
+            if self.whole().ctypes.data == pair.decode.engine.runner.pool.data_ptr():
+                raise RuntimeError("out of memory")
+            return checksums(self, block_ids)
+
+        ask = Ask("r", prompt_of(40))
+        with monkeypatch.context() as patch:
+            patch.setattr(HostBlocks, "checksums", of_prefill_only)
+            await pair.hand_over(ask)
+            await pair.decode.router.failed(ask)
+        await router_retries(pair, ask)
         assert pair.num_links_up == 1
 
 
