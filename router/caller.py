@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from pdserve.tenants import NOBODY, Tenant
 
+WHAT_OPERATORS_NEED = (
+    "it needs the admin key (x-pdserve-admin-key), or, where there is none, a caller on the router's machine."
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:

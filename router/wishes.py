@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pdserve.errors import Forbidden, InvalidRequest
-from router.caller import ANYBODY, Caller
+from router.caller import ANYBODY, WHAT_OPERATORS_NEED, Caller
 from router.policy import POLICIES
 from router.slo import CLASSES, STANDARD, SloClass, parse_slo
 
@@ -31,10 +31,7 @@ class Wishes:
         """
         policy = _text(headers, b"x-pdserve-policy")
         if policy is not None and not caller.operator:
-            raise Forbidden(
-                "x-pdserve-policy is for operators: it needs the admin key (x-pdserve-admin-key), or, where there is"
-                " none, a caller on the router's machine."
-            )
+            raise Forbidden(f"x-pdserve-policy is for operators: {WHAT_OPERATORS_NEED}")
         if policy is not None and policy not in POLICIES:
             raise InvalidRequest(f"No policy is named '{policy[:64]}'; there are {', '.join(POLICIES)}.")
         slo = _text(headers, b"x-pdserve-slo") or caller.tenant.slo

@@ -47,11 +47,7 @@ def check_writable(folder: Path, least_bytes: int) -> int:
     try:
         own_bytes = sum(path.stat().st_size for path in segment_paths(folder))
         probe.unlink(missing_ok=True)  # of a life that ended amid this
-        try:
-            probe.write_bytes(bytes(_PROBE_BYTES))
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
+        _try_out(probe)
         stats = os.statvfs(folder)
         free_bytes = stats.f_bavail * stats.f_frsize
     except OSError as error:
@@ -68,6 +64,15 @@ def check_writable(folder: Path, least_bytes: int) -> int:
             f" {least_bytes >> 20}: make room, or give it fewer --disk-bytes (0: no disk tier)"
         )
     return own_bytes + free_bytes
+
+
+def _try_out(probe: Path) -> None:
+    """Raises OSError if nothing can be written, for any other reason than that the disk is full."""
+    try:
+        probe.write_bytes(bytes(_PROBE_BYTES))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def segment_path(folder: Path, segment_id: int) -> Path:

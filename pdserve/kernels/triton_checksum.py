@@ -1,8 +1,8 @@
 """xxh3-64 of many blocks at once, where they lie: the checksum that `kvstore.transfer.checksum` takes on the host.
 
 One program a block. The algorithm adds up the sixteen stripes of a KiB in any order and then scrambles the sums, so a
-program goes through its block KiB by KiB, and the blocks go side by side. Written from the description of XXH3 (long
-input, default secret) in https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md.
+program goes through its block KiB by KiB, and the blocks go side by side. The algorithm is XXH3 for long input with its
+default secret: https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from pdserve.launch.folders import cache_folder
 from pdserve.models.source import resolve_model
 from pdserve.models.weight_format import HELP as WEIGHTS_HELP
 from pdserve.models.weight_format import LOAD_HELP, LoadFormat, WeightFormat
-from pdserve.worker.config import Role, WorkerConfig
+from pdserve.worker.config import Role, TransportName, WorkerConfig
 
 # A thread that waits for the interpreter lock gets it this soon: asyncio must not hold up a step for the default 5 ms.
 _SWITCH_INTERVAL_S = 0.0005
@@ -72,7 +72,7 @@ def main(
     weights: Annotated[WeightFormat, typer.Option(help=WEIGHTS_HELP)] = "dense",
     load_format: Annotated[LoadFormat, typer.Option(help=LOAD_HELP)] = "auto",
     transport: Annotated[
-        Literal["ucx", "nixl"], typer.Option(help="What moves blocks to other workers; nixl: straight between GPUs.")
+        TransportName, typer.Option(help="What moves blocks to other workers; nixl: straight between GPUs.")
     ] = "ucx",
     store: Annotated[Path | None, typer.Option(help="Socket of this machine's store node (pdserve store).")] = None,
     tls_dir: Annotated[

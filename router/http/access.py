@@ -19,7 +19,7 @@ from starlette.types import Scope
 
 from pdserve.errors import ConfigError, Forbidden, Unauthorized
 from pdserve.tenants import NOBODY, Tenant, TenantsFile, cache_salt
-from router.caller import ANYBODY, Caller
+from router.caller import ANYBODY, WHAT_OPERATORS_NEED, Caller
 from router.http.trust import Trust, bearer
 
 CALLER_KEY = "pdserve.caller"  # in the ASGI scope
@@ -64,10 +64,7 @@ class Access:
         """
         operator = self._trust.covers(client_host, headers) and _same_origin(headers)
         if path.startswith("/admin/") and not operator:
-            raise Forbidden(
-                "This is for operators: it needs the admin key (x-pdserve-admin-key), or, where there is none, a caller"
-                " on the router's machine."
-            )
+            raise Forbidden(f"This is for operators: {WHAT_OPERATORS_NEED}")
         if self._file is None:
             return Caller(turns=_digest(headers.get(b"authorization")), operator=operator)
         if path in _OPEN or path.startswith("/console/"):

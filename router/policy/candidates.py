@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from router.policy.candidate import Candidate, LoadView, Need, Speed
-from router.policy.fetches import Fetches, Reach
+from router.policy.fetches import Fetches, Reach, uncached_tokens
 from router.policy.rates import Rates
 from router.policy.roster import Links, Numbers, Roster
 
 # Rows of a table of loads, a column a worker: its `LoadView`, and the time that what waits there takes.
 WAITING_TOKENS, RECENT_TOKENS, SEQUENCES, CONTEXT_TOKENS, FREE_BLOCKS, QUEUED_S = range(6)
 LOAD_ROWS = 6
-_ONE = np.array(1.0)
 
 
 def load_column(load: LoadView, speed: Speed) -> tuple[float, ...]:
@@ -71,14 +70,6 @@ class Snapshot:
     @property
     def free_blocks(self) -> Numbers:
         return self._row(FREE_BLOCKS)
-
-
-def uncached_tokens(need: Need, held_blocks: Numbers) -> Numbers:
-    """Never below one: the last token is computed even when every block is there."""
-    tokens = held_blocks * -float(need.block_size)
-    tokens += float(need.tokens)
-    np.maximum(tokens, _ONE, out=tokens)
-    return tokens
 
 
 class Candidates:

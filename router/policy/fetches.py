@@ -31,6 +31,15 @@ class Reach(NamedTuple):
     latency_s: Numbers
 
 
+def uncached_tokens(need: Need, ready_blocks: Numbers, out: Numbers | None = None) -> Numbers:
+    """Behind so many blocks, into `out` if it is given. Never below one: the last token is computed even when every
+    block is there."""
+    tokens = np.multiply(ready_blocks, -float(need.block_size), out=out)
+    tokens += float(need.tokens)
+    np.maximum(tokens, _ONE, out=tokens)
+    return tokens
+
+
 class Fetches:
     """Where each worker cuts between fetching and computing: behind what it holds, behind the host tier, behind the
     disk, or behind all that there is, whichever takes least. The last token is always computed.
@@ -60,10 +69,7 @@ class Fetches:
         to_each += blocks
         for nearer, farther in pairwise(to_each):
             farther += nearer
-        np.multiply(ends, -float(need.block_size), out=compute_s)
-        compute_s += float(need.tokens)
-        np.maximum(compute_s, _ONE, out=compute_s)
-        rates.become_seconds(compute_s)
+        rates.become_seconds(uncached_tokens(need, ends, out=compute_s))
         self._cut = (fetch_s + compute_s).argmin(axis=0)
         best = table.reshape(2, -1).take(self._cut * workers + np.arange(workers), axis=1)
         self.seconds: Numbers = best[0]

@@ -23,14 +23,16 @@ def test_it_runs_down_with_time_and_is_set_right_by_a_first_token() -> None:
     assert backlog.tokens == 500
 
 
-def test_prompts_of_one_step_are_seen_to_drain_together() -> None:
+@pytest.mark.parametrize(("tokens", "seconds"), [(100, 0.1), (10, 1.0)])
+def test_prompts_of_one_step_are_seen_to_drain_together(tokens: int, seconds: float) -> None:
+    """Also those of which one alone would say nothing."""
     backlog = Backlog()
     for round_s in range(10):
-        tickets = [backlog.sent(100, float(round_s)) for _ in range(4)]
+        tickets = [backlog.sent(tokens, float(round_s)) for _ in range(4)]
         for ticket in tickets:
             backlog.computed(ticket, round_s + 0.1)
     backlog.sent(400, 20.0)
-    assert backlog.seconds(20.0, USUAL) == pytest.approx(0.1)
+    assert backlog.seconds(20.0, USUAL) == pytest.approx(seconds)
 
 
 def test_prompts_that_are_all_but_cached_do_not_make_long_ones_look_slow() -> None:
@@ -39,16 +41,6 @@ def test_prompts_that_are_all_but_cached_do_not_make_long_ones_look_slow() -> No
         backlog.computed(backlog.sent(1, float(round_s)), round_s + 0.02)
     backlog.sent(1000, 50.0)
     assert backlog.seconds(50.0, USUAL) == pytest.approx(1.0), "and not 20"
-
-
-def test_many_small_prompts_of_one_step_count_together() -> None:
-    backlog = Backlog()
-    for round_s in range(10):
-        tickets = [backlog.sent(10, float(round_s)) for _ in range(4)]
-        for ticket in tickets:
-            backlog.computed(ticket, round_s + 0.1)
-    backlog.sent(400, 20.0)
-    assert backlog.seconds(20.0, USUAL) == pytest.approx(1.0)
 
 
 def test_what_was_dropped_teaches_nothing_and_holds_up_nobody() -> None:

@@ -118,22 +118,20 @@ async def test_one_that_is_still_listed_while_it_drains_is_passed_by(redis_url: 
 
 
 async def test_a_redis_that_does_not_answer_is_told_from_nobody_there() -> None:
-    async with client_of("redis://127.0.0.1:1", "nobody") as client:
-        with pytest.raises(NoInstances, match="no instance of this component is listed: Redis does not answer"):
-            client.round_robin(b"")
-        with pytest.raises(UnknownInstance, match="no instance a is listed: Redis does not answer"):
-            client.direct(b"", "a")
-        with pytest.raises(NoInstances, match=r"0 of 1 instances are there after 0\.1 s: Redis does not answer"):
-            await client.wait_for_instances(1, 0.1)
+    await check_nobody("redis://127.0.0.1:1", ": Redis does not answer")
 
 
 async def test_nobody_there_is_a_clear_error(redis_url: str) -> None:
+    await check_nobody(redis_url, "")
+
+
+async def check_nobody(redis_url: str, doubt: str) -> None:
     async with client_of(redis_url, "nobody") as client:
-        with pytest.raises(NoInstances, match="no instance of this component is listed"):
+        with pytest.raises(NoInstances, match=f"no instance of this component is listed{doubt}$"):
             client.round_robin(b"")
-        with pytest.raises(UnknownInstance, match="no instance a is listed"):
+        with pytest.raises(UnknownInstance, match=f"no instance a is listed{doubt}$"):
             client.direct(b"", "a")
-        with pytest.raises(NoInstances, match=r"0 of 1 instances are there after 0\.1 s"):
+        with pytest.raises(NoInstances, match=rf"0 of 1 instances are there after 0\.1 s{doubt}$"):
             await client.wait_for_instances(1, 0.1)
 
 

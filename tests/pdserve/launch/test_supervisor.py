@@ -161,39 +161,35 @@ def pid_of(fleet: Fleet, name: str) -> int:
     return next(pid for pid in fleet.processes() if sign in Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
+def refused(runtime: Path, *options: str) -> str:
+    """What `pdserve up` says when it ends before it has made anything in its folder."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pdserve.cli", "up", *options],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        env={**os.environ, "XDG_RUNTIME_DIR": str(runtime)},
+        check=False,
+    )
+    assert done.returncode == 1
+    assert list(runtime.iterdir()) == []
+    return done.stderr
+
+
 def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = subprocess.run(
-            [sys.executable, "-m", "pdserve.cli", "up", "--port", str(port)],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            cwd=ROOT,
-            env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
-            check=False,
-        )
-    assert done.returncode == 1
-    assert f"Port {port} on 127.0.0.1 is in use" in done.stderr
-    assert "--port" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+        said = refused(tmp_path, "--port", str(port))
+    assert f"Port {port} on 127.0.0.1 is in use" in said
+    assert "--port" in said
 
 
 def test_a_redis_that_does_not_answer_is_named_before_anything_starts(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    done = subprocess.run(
-        [sys.executable, "-m", "pdserve.cli", "up", "--port", str(port), "--redis", "redis://127.0.0.1:1"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=ROOT,
-        env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "No Redis answers at redis://127.0.0.1:1" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    said = refused(tmp_path, "--port", str(port), "--redis", "redis://127.0.0.1:1")
+    assert "No Redis answers at redis://127.0.0.1:1" in said
 
 
 def test_logs_stay_bounded(tmp_path: Path) -> None:
